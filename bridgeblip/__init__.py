@@ -1,0 +1,9 @@
+"""LoRA-Bridge: a sliced InstructBLIP that answers multiple-choice questions about pictures."""
+
+
+class InputError(ValueError):
+    """Input that the user can mend. The message gives the fact, what was expected and the remedy."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the message alone, for no line of code is at fault."""
+        return [f"InputError: {self}"]

@@ -1,0 +1,94 @@
+"""The model's config, and the settings of its bridge: what LoRA-Bridge changes in an InstructBLIP."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import InstructBlipConfig
+
+from bridgeblip import InputError
+
+DEFAULT_DECODER_LAYERS = (0, 3, 6, 9, 12, 15, 18, 21)
+
+# The widths that the published settings belong to: rank 96 on the 2048-wide T5-XL.
+REFERENCE_RANK = 96
+REFERENCE_WIDTH = 2048
+
+
+class BridgeBlipConfig(InstructBlipConfig):
+    """An InstructBLIP config and what was cut from it.
+
+    ``text_config.num_decoder_layers`` is the number of *kept* decoder layers, so that the T5 code
+    builds the sliced decoder by itself.
+    """
+
+    model_type = "bridgeblip"
+
+    kept_decoder_layers: list[int] | None = None
+    """Indices, in the base's decoder, of the layers that stay; in order."""
+    base_decoder_layers: int | None = None
+    """How many decoder layers the base has."""
+    num_choices: int = 4
+    """Width of the classification head."""
+
+
+def check_decoder_layers(layers: Sequence[int], available: int) -> list[int]:
+    """Return ``layers`` as a list of plain indices, or refuse them with the reason.
+
+    Raises:
+        InputError: if the selection is empty, repeated, unsorted or outside ``range(available)``.
+    """
+    chosen = [int(i) for i in layers]
+    outside = [i for i in chosen if not 0 <= i < available]
+    if outside:
+        raise InputError(
+            f"decoder layers {outside} do not exist: the base has {available}, numbered 0 to {available - 1}"
+        )
+    if not chosen or chosen != sorted(set(chosen)):
+        raise InputError(f"decoder layers {chosen}: expected at least one index, in rising order, none repeated")
+    return chosen
+
+
+def slice_config(base: InstructBlipConfig, layers: Sequence[int]) -> BridgeBlipConfig:
+    """Return the config of ``base`` with only ``layers`` left of its decoder.
+
+    Raises:
+        InputError: if the base's language model is not a T5, or the layers can't be kept.
+    """
+    if base.text_config.model_type != "t5":
+        raise InputError(
+            f"the base's language model is {base.text_config.model_type!r}; expected 't5' (InstructBLIP-FlanT5): "
+            "the slice and the head are made for an encoder-decoder"
+        )
+    values = base.to_dict()
+    values.pop("model_type")
+    values.pop("architectures", None)
+    available = values["text_config"]["num_decoder_layers"]
+    kept = check_decoder_layers(layers, available)
+    values["text_config"]["num_decoder_layers"] = len(kept)
+    return BridgeBlipConfig(**values, kept_decoder_layers=kept, base_decoder_layers=available)
+
+
+@dataclass(frozen=True)
+class BridgeSettings:
+    """What the LoRA bridge is made of."""
+
+    rank: int = REFERENCE_RANK
+    """Width of the low-rank update on a 2048-wide decoder; narrower bases get their share (``rank_for``)."""
+    alpha: int = 2 * REFERENCE_RANK
+    """LoRA scale on a 2048-wide decoder: the update is multiplied by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on the input of every adapter while training."""
+    head_init: str = "lm_head"
+    """"lm_head": start the head from the LM head's rows of the four letters; "random": from noise."""
+
+    def rank_for(self, width: int) -> int:
+        """The rank on a decoder of ``width``: the same share of the width as 96 of 2048; 0 means no bridge."""
+        return 0 if self.rank == 0 else max(1, round(self.rank * width / REFERENCE_WIDTH))
+
+    def alpha_for(self, width: int) -> float:
+        """The LoRA scale that keeps alpha / rank as set."""
+        return self.alpha / self.rank * self.rank_for(width) if self.rank else 0.0
+
+    def __post_init__(self):
+        if self.rank < 0 or self.head_init not in ("lm_head", "random"):
+            raise InputError(f"{self}: expected rank >= 0 and head_init 'lm_head' or 'random'")

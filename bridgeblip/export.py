@@ -1,0 +1,245 @@
+"""From trained weights to one file: merge the bridge, trace, prove parity, pack."""
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from bridgeblip import InputError
+from bridgeblip.base import resolve_base
+from bridgeblip.checkpoints import Weights, load_weights, write_atomically
+from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeSettings
+from bridgeblip.inference import BUNDLE_FORMAT, load_bundle
+from bridgeblip.model import (
+    BridgeBlipForMultipleChoice,
+    attach_bridge,
+    load_sliced,
+    load_trained,
+    merge_bridge,
+)
+from bridgeblip.processing import QuestionProcessor
+from bridgeblip.questions import LETTERS, PROMPT_TEMPLATE
+
+SCORE_INPUTS = ("qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
+PARITY_BOUND = 1e-4  # largest difference of a logit allowed between any two forms of the model, in fp32
+
+
+class ParityError(RuntimeError):
+    """The exported model does not answer as the trained one does; the message shows where they part."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A trained model, rebuilt from its weights file and base."""
+
+    model: nn.Module
+    """With the adapters still apart, if there are any."""
+    processor: QuestionProcessor
+    manifest: dict
+
+
+def restore(weights: str | Path, base: str | Path | None = None) -> Restored:
+    """Rebuild the trained model: slice the base again and put the trained tensors in, in fp32.
+
+    Args:
+        base: folder or hub id; by default the one that the weights name.
+
+    Raises:
+        InputError: if the file can't be read, was trained with another processor than the base's,
+            or the tensors do not fit.
+    """
+    loaded = load_weights(weights)
+    base = base or (loaded.manifest or {}).get("base")
+    if base is None:
+        raise InputError(f"{weights} is a bare state dict: say which base it was sliced from")
+    manifest = loaded.manifest or {"base": str(base), "layers": list(DEFAULT_DECODER_LAYERS), "revision": None}
+    processor = QuestionProcessor.from_base(resolve_base(base, manifest["revision"]))
+    if manifest.get("processor", processor.fingerprint) != processor.fingerprint:
+        raise InputError(f"{weights} was trained with another tokenizer or image processor than {base} has")
+    sliced = load_sliced(base, processor.letter_ids, manifest["layers"], revision=manifest["revision"])
+    return Restored(_put_weights(sliced, loaded), processor, manifest)
+
+
+def _put_weights(sliced: BridgeBlipForMultipleChoice, loaded: Weights) -> nn.Module:
+    if loaded.manifest is None:
+        sliced.load_state_dict(loaded.tensors, strict=True)
+        return sliced
+    model = attach_bridge(sliced, BridgeSettings(**loaded.manifest["bridge"]))
+    load_trained(model, loaded.tensors)
+    return model.eval()
+
+
+class SingleTokenSelfAttention(nn.Module):
+    """T5 self-attention over a single token: a softmax over one key is 1, so only o(v(x)) is left.
+
+    Takes and returns what the attention that it replaces does; q, k and the position bias are gone.
+    """
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.v, self.o = attention.v, attention.o
+
+    def forward(self, hidden_states: torch.Tensor, position_bias=None, **ignored):
+        return self.o(self.v(hidden_states)), position_bias, None
+
+
+class TraceableModel(nn.Module):
+    """Exists for export: the model with plain tensors in and out, and without dead work.
+
+    Inputs and outputs are those of ``BridgeBlipForMultipleChoice.encode_image`` and ``score``.
+    """
+
+    def __init__(self, model: BridgeBlipForMultipleChoice):
+        super().__init__()
+        self.model = model
+        for block in model.language_model.decoder.block:
+            block.layer[0].SelfAttention = SingleTokenSelfAttention(block.layer[0].SelfAttention)
+
+    def encode_image(self, pixel_values):
+        return self.model.encode_image(pixel_values)
+
+    def score(self, image_embeds, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask):
+        return self.model.score(
+            image_embeds, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask
+        ).float()
+
+    def forward(self, pixel_values, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask):
+        return self.score(
+            self.encode_image(pixel_values), qformer_input_ids, qformer_attention_mask, input_ids, attention_mask
+        )
+
+
+@torch.no_grad()
+def trace(model: BridgeBlipForMultipleChoice, example: dict[str, torch.Tensor]) -> torch.jit.ScriptModule:
+    """Return TorchScript with methods ``encode_image``, ``score`` and ``forward`` that share weights.
+
+    Args:
+        example: a batch as the processor collates it; padded, or the masks would be optimised away.
+    """
+    wrapper = TraceableModel(model).eval()
+    texts = tuple(example[name] for name in SCORE_INPUTS)
+    embeds = wrapper.encode_image(example["pixel_values"])
+    inputs = {
+        "encode_image": (example["pixel_values"],),
+        "score": (embeds, *texts),
+        "forward": (example["pixel_values"], *texts),
+    }
+    traced = torch.jit.trace_module(wrapper, inputs, check_trace=False)  # the parity gate is the check
+    free_devices(traced)
+    return traced
+
+
+def free_devices(traced: torch.jit.ScriptModule) -> None:
+    """Replace every device constant of the graphs by the device of that graph's first tensor input.
+
+    A trace freezes ``torch.zeros(..., device=x.device)`` to the machine it was made on; this is why a
+    file made on a GPU fails on a CPU.
+    """
+    for graph in graphs(traced):
+        constants = [n for n in graph.findAllNodes("prim::Constant") if n.output().type().kind() == "DeviceObjType"]
+        if not constants:
+            continue
+        tensor = next(value for value in graph.inputs() if value.type().kind() == "TensorType")
+        device = graph.create("prim::device", [tensor])
+        device.output().setType(constants[0].output().type())
+        graph.prependNode(device)
+        for constant in constants:
+            constant.output().replaceAllUsesWith(device.output())
+        torch._C._jit_pass_dce(graph)
+
+
+def graphs(traced: torch.jit.ScriptModule):
+    """Yield the graph of every method of every submodule."""
+    for module in traced.modules():
+        for name in module._c._method_names():
+            yield module._c._get_method(name).graph
+
+
+def export_bundle(weights: str | Path, out: str | Path, base: str | Path | None = None) -> tuple[Path, pd.DataFrame]:
+    """Write the one file that answers anywhere, once it is proven to answer as the trained model does.
+
+    Returns:
+        The path and the parity table: one row a comparison, with the largest difference of a logit.
+
+    Raises:
+        ParityError: if merged or reloaded logits part from the trained model's; nothing is written then.
+    """
+    out = Path(out)
+    restored = restore(weights, base)
+    probe = restored.manifest.get("probe", {}).get("inputs") or example_batch(restored.processor)
+    reference = _logits_by_case(restored.model, probe)
+    merged = merge_bridge(restored.model)
+    config = merged.config.to_dict()
+    table = [
+        *_compare("merged", reference, _logits_by_case(merged, probe)),
+    ]
+    traced = trace(merged, probe)
+    manifest = {
+        "format": BUNDLE_FORMAT,
+        "prompt": PROMPT_TEMPLATE,
+        "letters": list(LETTERS),
+        "letter_ids": restored.processor.letter_ids,
+        "processor": restored.processor.fingerprint,
+        "dtype": "float32",
+        "config": config,
+        "trained": {k: v for k, v in restored.manifest.items() if k not in ("probe", "config")}
+        | {"file": Path(weights).name},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    extra = restored.processor.files | {"manifest.json": json.dumps(manifest, indent=2)}
+
+    def verify(partial: Path):
+        bundle = load_bundle(partial)
+        table.extend(_compare("reloaded", reference, _logits_by_case(bundle.model, probe)))
+        verdict = pd.DataFrame(table)
+        if not verdict["ok"].all():
+            raise ParityError(
+                f"{out} was not written: it would not answer as the trained model does\n{verdict.to_string()}"
+            )
+
+    write_atomically(out, lambda partial: torch.jit.save(traced, str(partial), _extra_files=extra), verify)
+    return out, pd.DataFrame(table)
+
+
+def example_batch(processor: QuestionProcessor) -> dict[str, torch.Tensor]:
+    """A made-up padded batch of three, for weights that bring no probe of their own."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = ["Is it?", "What is seen in this picture here?", "Which of these words fits the picture?"]
+    pixels = torch.randn(3, 3, *processor.image_size, generator=generator)
+    return processor.encode_prompts(prompts) | {"pixel_values": pixels}
+
+
+@torch.no_grad()
+def _logits_by_case(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Logits of the probe: all rows at once as padded, and the first row alone, padding cut away."""
+    alone = {name: probe[name][:1] for name in ("pixel_values", *SCORE_INPUTS)}
+    for kind in ("qformer_", ""):
+        length = int(alone[f"{kind}attention_mask"].sum())
+        for name in (f"{kind}input_ids", f"{kind}attention_mask"):
+            alone[name] = alone[name][:, :length]
+    cases = {f"batch {len(probe['input_ids'])}, padded": probe, "batch 1, unpadded": alone}
+    logits = {}
+    for case, inputs in cases.items():
+        output = model(**{name: inputs[name] for name in ("pixel_values", *SCORE_INPUTS)})
+        logits[case] = getattr(output, "logits", output)
+    return logits
+
+
+def _compare(form: str, reference: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[dict]:
+    rows = []
+    for case, expected in reference.items():
+        difference = (other[case] - expected).abs().max().item()
+        rows.append(
+            {
+                "form": form,
+                "case": case,
+                "difference": difference,
+                "bound": PARITY_BOUND,
+                "ok": difference <= PARITY_BOUND,
+            }
+        )
+    return rows

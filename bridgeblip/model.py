@@ -1,0 +1,261 @@
+"""The sliced InstructBLIP with a classification head, and the LoRA bridge over its cut layers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    InstructBlipConfig,
+    InstructBlipPreTrainedModel,
+    InstructBlipQFormerModel,
+    InstructBlipVisionModel,
+    T5Model,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from bridgeblip import InputError
+from bridgeblip.base import LM_HEAD, TensorReader, source_name
+from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, slice_config
+
+# With a single decoder token, self-attention is o(v(x)): its q and k get no gradient and do no work.
+BRIDGED_LINEARS = (
+    r"language_model\.decoder\.block\.\d+\.layer\."
+    r"(0\.SelfAttention\.(v|o)|1\.EncDecAttention\.(q|k|v|o)|2\.DenseReluDense\.(wi|wi_0|wi_1|wo))"
+)
+
+
+class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
+    """InstructBLIP with a sliced decoder and a linear head over the choices where text generation was.
+
+    The decoder reads one start token; its last hidden state goes to the head (EncT5, Liu et al. 2021,
+    is the closest precedent). Only LoRA adapters and the head are ever trained: all other modules stay
+    in ``eval()``, dropout included, whatever ``train()`` says, so that cached and uncached features,
+    one process and two, give the same numbers.
+    """
+
+    config: BridgeBlipConfig
+    config_class = BridgeBlipConfig
+    main_input_name = "pixel_values"
+    _tied_weights_keys: ClassVar = {
+        "language_model.encoder.embed_tokens.weight": "language_model.shared.weight",
+        "language_model.decoder.embed_tokens.weight": "language_model.shared.weight",
+    }
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer must divide by the accumulation steps
+
+    def __init__(self, config: BridgeBlipConfig):
+        super().__init__(config)
+        self.vision_model = InstructBlipVisionModel._from_config(config.vision_config)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
+        self.qformer = InstructBlipQFormerModel._from_config(config.qformer_config)
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+        self.language_model = T5Model._from_config(config.text_config)
+        self.head = nn.Linear(config.text_config.hidden_size, config.num_choices)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True):
+        """Set the training flag; of the modules below, only the adapters' dropout follows it."""
+        super().train(False)
+        self.training = mode
+        for name, module in self.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
+        return self
+
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Run the vision tower: (B, 3, S, S) normalised pictures to (B, patches + 1, vision width)."""
+        return self.vision_model(pixel_values=pixel_values).last_hidden_state
+
+    def score(
+        self,
+        image_embeds: torch.Tensor,
+        qformer_input_ids: torch.Tensor,
+        qformer_attention_mask: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the logits (B, choices) of questions about encoded pictures.
+
+        Args:
+            image_embeds: (B, patches + 1, vision width), from ``encode_image``.
+            qformer_input_ids: (B, Lq) prompt in the Q-Former's vocabulary; its mask is 1 on real tokens.
+            input_ids: (B, queries + L) image placeholders and prompt in T5's vocabulary; mask likewise.
+        """
+        batch = image_embeds.shape[0]
+        queries = self.query_tokens.expand(batch, -1, -1)
+        query_mask = torch.ones(queries.shape[:2], dtype=torch.long, device=image_embeds.device)
+        # The instruction goes to the Q-Former as well: this is what makes it InstructBLIP and not BLIP-2.
+        seen = self.qformer(
+            input_ids=qformer_input_ids,
+            attention_mask=torch.cat([query_mask, qformer_attention_mask], dim=1),
+            query_embeds=queries,
+            encoder_hidden_states=image_embeds,
+        ).last_hidden_state[:, : queries.shape[1]]
+        pictured = self.language_projection(seen)  # (B, queries, T5 width)
+        embeds = self.get_input_embeddings()(input_ids)
+        is_image = (input_ids == self.config.image_token_index).unsqueeze(-1)
+        embeds = embeds.masked_scatter(is_image, pictured.to(embeds.dtype))
+        start = torch.full(
+            (batch, 1), self.config.text_config.decoder_start_token_id, dtype=torch.long, device=embeds.device
+        )
+        decoded = self.language_model(
+            inputs_embeds=embeds, attention_mask=attention_mask, decoder_input_ids=start, use_cache=False
+        ).last_hidden_state  # (B, 1, T5 width)
+        return self.head(decoded[:, 0].to(self.head.weight.dtype))
+
+    def forward(
+        self,
+        qformer_input_ids: torch.Tensor,
+        qformer_attention_mask: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        choice_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        """Return logits (B, choices), in fp32, and the mean cross-entropy if ``labels`` (B,) are given.
+
+        Pictures come as ``pixel_values`` or already encoded as ``image_embeds``. Where ``choice_mask``
+        (B, choices) is False there is no such choice: its logit is minus infinity.
+        """
+        if image_embeds is None:
+            image_embeds = self.encode_image(pixel_values)
+        logits = self.score(image_embeds, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask).float()
+        if choice_mask is not None:
+            logits = logits.masked_fill(~choice_mask, float("-inf"))
+        loss = F.cross_entropy(logits, labels) if labels is not None else None
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+AutoConfig.register("bridgeblip", BridgeBlipConfig)
+AutoModel.register(BridgeBlipConfig, BridgeBlipForMultipleChoice)
+
+
+def load_sliced(
+    base: str | Path,
+    letter_ids: Sequence[int],
+    layers: Sequence[int] = DEFAULT_DECODER_LAYERS,
+    head_init: str = "lm_head",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> BridgeBlipForMultipleChoice:
+    """Return the sliced model, reading only the kept tensors; nothing is trained yet.
+
+    The cut decoder layers never exist in memory, nor does the LM head but for the rows of
+    ``letter_ids``, one row a choice, which start the head ("random" starts it from noise).
+
+    Raises:
+        InputError: if the layers can't be kept, or the base is no InstructBLIP with a T5 or lacks a tensor.
+    """
+    reader = TensorReader(base, revision)
+    base_config = InstructBlipConfig.from_pretrained(reader.folder)
+    config = slice_config(base_config, layers)
+    with init_empty_weights(include_buffers=False):
+        model = BridgeBlipForMultipleChoice(config)
+    own = [n for n in dict(model.named_parameters()) if not n.startswith("head.") and "embed_tokens" not in n]
+    source_of = {name: source_name(name, config.kept_decoder_layers) for name in own}
+    read = reader.read(list(source_of.values()), dtype)
+    state = {name: read[source] for name, source in source_of.items()}
+    state["head.weight"], state["head.bias"] = _start_head(reader, config, letter_ids, head_init, dtype)
+    for name, parameter in model.named_parameters():
+        if name in state and state[name].shape != parameter.shape:
+            raise InputError(
+                f"tensor {source_of[name]!r} of the base has shape {tuple(state[name].shape)}; "
+                f"its config.json asks for {tuple(parameter.shape)}"
+            )
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    if unexpected or any("embed_tokens" not in name for name in missing):
+        raise RuntimeError(f"slicing left tensors over: missing {missing}, unexpected {unexpected}")
+    model.language_model.set_input_embeddings(model.language_model.shared)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _start_head(reader, config, letter_ids, head_init, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    width = config.text_config.d_model
+    if len(letter_ids) != config.num_choices:
+        raise InputError(f"{len(letter_ids)} letter ids for {config.num_choices} choices: expected one each")
+    if head_init == "random":
+        weight = torch.randn(config.num_choices, width) * width**-0.5
+    else:
+        weight = reader.read_rows(LM_HEAD, letter_ids, torch.float32)
+        if config.text_config.scale_decoder_outputs:  # T5 1.0, with a tied LM head, scales its last state
+            weight = weight * width**-0.5
+    return weight.to(dtype), torch.zeros(config.num_choices, dtype=dtype)
+
+
+def attach_bridge(model: BridgeBlipForMultipleChoice, settings: BridgeSettings) -> PeftModel | nn.Module:
+    """Put LoRA adapters on the kept decoder layers and make them and the head trainable, in fp32.
+
+    Rank and alpha are the settings' share of this decoder's width. With rank 0 only the head is
+    trainable, and the model itself is returned. LoRA: Hu et al. 2021.
+    """
+    width = model.config.text_config.d_model
+    rank = settings.rank_for(width)
+    if rank == 0:
+        model.requires_grad_(False)
+        model.head.float().requires_grad_(True)
+        return model
+    bridged = get_peft_model(
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=settings.alpha_for(width),
+            lora_dropout=settings.dropout,
+            target_modules=BRIDGED_LINEARS,
+            modules_to_save=["head"],
+        ),
+    )
+    for parameter in bridged.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return bridged
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors that training changes, by name: adapters and head, in fp32, on the CPU."""
+    return {
+        name: parameter.detach().to("cpu", torch.float32).clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy ``trained_tensors`` of an equally built model into ``model``.
+
+    Raises:
+        InputError: if a tensor is missing, left over or of another shape; nothing is changed then.
+    """
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise InputError(
+            f"the weights do not fit this model: {len(wrong)} tensors missing, left over or of another shape, "
+            f"the first is {wrong[0]!r}. They were trained with another base, layer selection or rank."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def merge_bridge(model: nn.Module) -> BridgeBlipForMultipleChoice:
+    """Return the plain model with the adapters merged into its linears and the trained head in place.
+
+    ``model`` should be in fp32: merging in half precision rounds the update away.
+    """
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model

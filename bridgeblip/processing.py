@@ -1,0 +1,175 @@
+"""Questions to tensors, by ``tokenizers`` and Pillow alone: one path for training and inference.
+
+Equal to the bit to ``InstructBlipProcessor`` with its Pillow image processor, but without transformers,
+so that the exported file's reader stays small and pixels do not depend on torchvision being there.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+
+from bridgeblip import InputError
+from bridgeblip.questions import LETTERS, Question
+
+PROCESSOR_FILES = ("processor.json", "tokenizer.json", "qformer_tokenizer.json")
+IMAGE_TOKEN = "<image>"
+
+
+class QuestionProcessor:
+    """Turns pictures and prompts into the model's inputs.
+
+    Args:
+        files: the text of each of ``PROCESSOR_FILES``, as ``from_base`` makes them and a bundle holds them.
+    """
+
+    def __init__(self, files: dict[str, str]):
+        self.files = files
+        settings = json.loads(files["processor.json"])
+        self.image_size = tuple(settings["image_size"])  # height, width
+        self.num_query_tokens = settings["num_query_tokens"]
+        self.image_token_id = settings["image_token_id"]
+        self.prompt_limit = settings["prompt_limit"]
+        self.resample = Image.Resampling(settings["resample"])
+        self.tokenizer = _tokenizer(files["tokenizer.json"], settings["pad_token"])
+        self.qformer_tokenizer = _tokenizer(files["qformer_tokenizer.json"], settings["qformer_pad_token"])
+        # A pixel has 256 values a channel: rescaling and normalising is a table look-up, (256, 3) in fp32.
+        levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)[:, None]
+        mean, std = (np.array(settings[key], dtype=np.float32) for key in ("image_mean", "image_std"))
+        self.levels = (levels - mean) / std
+
+    @classmethod
+    def from_base(cls, folder: str | Path) -> "QuestionProcessor":
+        """Read the processor of a base model folder, in the layout of transformers 4 or 5.
+
+        Raises:
+            InputError: if a file is missing, or the image processor does something that this one can't.
+        """
+        folder = Path(folder)
+        config = json.loads(_read(folder / "config.json"))
+        settings = json.loads(_read(folder / "processor_config.json"))
+        image = settings.get("image_processor") or json.loads(_read(folder / "preprocessor_config.json"))
+        if not (image["do_resize"] and image["do_rescale"] and image["do_normalize"]) or image.get("do_center_crop"):
+            raise InputError(f"the image processor in {folder} does not just resize, rescale and normalise: {image}")
+        queries = config.get("num_query_tokens", 32)
+        files = {
+            "tokenizer.json": _read(folder / "tokenizer.json"),
+            "qformer_tokenizer.json": _read(folder / "qformer_tokenizer" / "tokenizer.json"),
+            "processor.json": json.dumps(
+                {
+                    "image_size": [image["size"]["height"], image["size"]["width"]],
+                    "resample": image.get("resample", Image.Resampling.BICUBIC),
+                    "rescale_factor": image.get("rescale_factor", 1 / 255),
+                    "image_mean": image["image_mean"],
+                    "image_std": image["image_std"],
+                    "num_query_tokens": queries,
+                    "image_token_id": config["image_token_index"],
+                    "prompt_limit": config["qformer_config"].get("max_position_embeddings", 512),
+                    "pad_token": "<pad>",
+                    "qformer_pad_token": "[PAD]",
+                }
+            ),
+        }
+        processor = cls(files)
+        known = processor.tokenizer.token_to_id(IMAGE_TOKEN)
+        if known is not None and known != processor.image_token_id:
+            raise InputError(f"{folder}: the tokenizer has {IMAGE_TOKEN} at {known}, config.json elsewhere")
+        return processor
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the processor's files: equal fingerprints turn equal questions into equal tensors."""
+        return hashlib.sha256("\0".join(self.files[name] for name in PROCESSOR_FILES).encode()).hexdigest()
+
+    @property
+    def letter_ids(self) -> list[int]:
+        """Ids, in T5's vocabulary, of the tokens that the LM head answers A, B, C and D with.
+
+        Raises:
+            InputError: if a letter is not a single known token.
+        """
+        ids = [self.tokenizer.encode(letter, add_special_tokens=False).ids for letter in LETTERS]
+        unknown = self.tokenizer.token_to_id("<unk>")
+        if any(len(letter) != 1 or letter[0] == unknown for letter in ids):
+            raise InputError(f"the letters {LETTERS} are not one token each in this vocabulary: {ids}")
+        return [letter[0] for letter in ids]
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """Return a picture as (3, height, width), normalised, fp32; transparency is laid on white."""
+        image = ImageOps.exif_transpose(image)
+        if image.mode != "RGB":
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+        height, width = self.image_size
+        grid = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3), uint8
+        return torch.from_numpy(np.stack([self.levels[:, c][grid[..., c]] for c in range(3)]))
+
+    def load_pixels(self, path: Path) -> torch.Tensor:
+        """Return the picture of a file as ``pixels`` does.
+
+        Raises:
+            InputError: if the file is no readable picture.
+        """
+        try:
+            with Image.open(path) as image:
+                return self.pixels(image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(f"picture {path} can't be read ({error}): replace it by a whole one") from error
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the four text inputs of ``score``, (B, L) int64, padded on the right to the longest.
+
+        Raises:
+            InputError: if a prompt is longer than the Q-Former can read: nothing is ever cut off.
+        """
+        text = self.tokenizer.encode_batch(list(prompts))
+        seen = self.qformer_tokenizer.encode_batch(list(prompts))
+        lengths = [sum(row.attention_mask) for row in seen]
+        if max(lengths) > self.prompt_limit:
+            raise InputError(
+                f"a prompt has {max(lengths)} tokens, the Q-Former reads at most {self.prompt_limit}; "
+                f"shorten the question: {prompts[int(np.argmax(lengths))][:80]!r}..."
+            )
+        placeholders = torch.full((len(prompts), self.num_query_tokens), self.image_token_id)
+        ids, mask = _stack(text)
+        qformer_ids, qformer_mask = _stack(seen)
+        return {
+            "qformer_input_ids": qformer_ids,
+            "qformer_attention_mask": qformer_mask,
+            "input_ids": torch.cat([placeholders, ids], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(placeholders), mask], dim=1),
+        }
+
+    def collate(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        """Return a training batch: ``pixel_values``, the text inputs, ``choice_mask`` and ``labels``."""
+        batch = self.encode_prompts([q.prompt for q in questions])
+        batch["pixel_values"] = torch.stack([self.load_pixels(q.image) for q in questions])
+        batch["choice_mask"] = torch.tensor([q.choice_mask for q in questions])
+        if all(q.answer is not None for q in questions):
+            batch["labels"] = torch.tensor([q.answer for q in questions])
+        return batch
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"{path} is missing: copy the whole folder of the base model, processor included")
+    return path.read_text(encoding="utf-8")
+
+
+def _tokenizer(text: str, pad_token: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad_token), pad_token=pad_token)
+    return tokenizer
+
+
+def _stack(encodings) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([row.ids for row in encodings])
+    return ids, torch.tensor([row.attention_mask for row in encodings])

@@ -1,0 +1,96 @@
+"""What people look at: the training curve, a confusion matrix, questions beside their pictures."""
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score
+
+from bridgeblip.questions import LETTERS, Question
+
+RIGHT, WRONG, NEUTRAL = "#1a7f37", "#cf222e", "#57606a"
+SMOOTHING = 0.9  # weight of the past in the smoothed loss
+
+
+def accuracy_of(questions: Sequence[Question], probabilities: np.ndarray) -> float:
+    """Share of questions whose most probable choice is the answer."""
+    return float(accuracy_score([q.answer for q in questions], probabilities.argmax(-1)))
+
+
+def training_figure(history: pd.DataFrame) -> Figure:
+    """Loss by step, raw and smoothed, and validation accuracy from before training to the end."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    loss = history.dropna(subset="loss")
+    left.plot(loss["step"], loss["loss"], color="#54aeff", alpha=0.35, linewidth=1, label="each step")
+    smoothed = loss["loss"].ewm(alpha=1 - SMOOTHING).mean()
+    left.plot(loss["step"], smoothed, color="#0969da", linewidth=2, label="smoothed")
+    left.set(xlabel="training step", ylabel="cross-entropy", title="Training loss", ylim=(0, None))
+    left.axhline(np.log(len(LETTERS)), color=NEUTRAL, linestyle=":", label="guessing")
+    left.legend(frameon=False)
+    accuracy = history.dropna(subset="accuracy")
+    right.plot(accuracy["epoch"], accuracy["accuracy"], "o-", color=RIGHT)
+    for _, row in accuracy.iterrows():
+        right.annotate(
+            f"{row.accuracy:.2f}", (row.epoch, row.accuracy), xytext=(0, 8), textcoords="offset points", ha="center"
+        )
+    right.axhline(1 / len(LETTERS), color=NEUTRAL, linestyle=":", label="guessing")
+    right.set(xlabel="epoch (0: sliced, not yet bridged)", ylabel="accuracy", title="Validation", ylim=(0, 1.08))
+    right.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def confusion_figure(questions: Sequence[Question], probabilities: np.ndarray) -> Figure:
+    """Right letter against given letter; an even diagonal means that no letter is favoured."""
+    figure = Figure(figsize=(4.2, 3.8), layout="constrained")
+    axes = figure.subplots()
+    ConfusionMatrixDisplay.from_predictions(
+        [LETTERS[q.answer] for q in questions],
+        [LETTERS[i] for i in probabilities.argmax(-1)],
+        labels=LETTERS,
+        cmap="Blues",
+        colorbar=False,
+        ax=axes,
+    )
+    share = accuracy_of(questions, probabilities)
+    axes.set(xlabel="answer given", ylabel="right answer", title=f"{share:.1%} of {len(questions)} right")
+    return figure
+
+
+def question_sheet(questions: Sequence[Question], probabilities: np.ndarray | None = None, columns: int = 4) -> Figure:
+    """Pictures with question and choices; the answer given is marked, green if right, red if wrong."""
+    rows = -(-len(questions) // columns)
+    figure = Figure(figsize=(3.4 * columns, 4.4 * rows), layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in cells:
+        axes.axis("off")
+    for i, (axes, question) in enumerate(zip(cells, questions, strict=False)):
+        with Image.open(question.image) as picture:
+            axes.imshow(ImageOps.exif_transpose(picture).convert("RGB"))
+        given = None if probabilities is None else int(probabilities[i].argmax())
+        lines = textwrap.wrap(question.question, 38)
+        for j, choice in enumerate(question.choices):
+            sure = "" if probabilities is None else f"  {probabilities[i][j]:.0%}"
+            mark = {given: "▶ "}.get(j, "") + ("✓ " if j == question.answer else "")
+            lines += textwrap.wrap(f"{mark}{LETTERS[j]}. {choice}{sure}", 38)
+        verdict = NEUTRAL if None in (given, question.answer) else (RIGHT if given == question.answer else WRONG)
+        axes.text(0, -0.04, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=9, color=verdict)
+        axes.set_title(question.id, fontsize=9, color=NEUTRAL)
+    return figure
+
+
+def answer_figure(probabilities: np.ndarray) -> Figure:
+    """How often each letter is given, and how sure the answers are."""
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    counts = np.bincount(probabilities.argmax(-1), minlength=len(LETTERS))
+    left.bar_label(left.bar(LETTERS, counts, color="#54aeff"))
+    left.axhline(len(probabilities) / len(LETTERS), color=NEUTRAL, linestyle=":", label="evenly spread")
+    left.set(xlabel="answer given", ylabel="questions", title="Letters", ylim=(0, counts.max() * 1.3))
+    left.legend(frameon=False, loc="upper right")
+    right.hist(probabilities.max(-1), bins=np.linspace(1 / len(LETTERS), 1, 31), color="#54aeff")
+    right.set(xlabel="probability of the answer given", ylabel="questions", title="How sure")
+    return figure
