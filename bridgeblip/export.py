@@ -1,6 +1,8 @@
 """From trained weights to one file: merge the bridge, trace, prove parity, pack."""
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,11 +44,14 @@ class Restored:
     manifest: dict
 
 
-def restore(weights: str | Path, base: str | Path | None = None) -> Restored:
+def restore(
+    weights: str | Path, base: str | Path | None = None, layers: Sequence[int] = DEFAULT_DECODER_LAYERS
+) -> Restored:
     """Rebuild the trained model: slice the base again and put the trained tensors in, in fp32.
 
     Args:
         base: folder or hub id; by default the one that the weights name.
+        layers: the kept layers, for a complete state dict, which does not name them.
 
     Raises:
         InputError: if the file can't be read, was trained with another processor than the base's,
@@ -56,7 +61,7 @@ def restore(weights: str | Path, base: str | Path | None = None) -> Restored:
     base = base or (loaded.manifest or {}).get("base")
     if base is None:
         raise InputError(f"{weights} is a bare state dict: say which base it was sliced from")
-    manifest = loaded.manifest or {"base": str(base), "layers": list(DEFAULT_DECODER_LAYERS), "revision": None}
+    manifest = loaded.manifest or {"base": str(base), "layers": list(layers), "revision": None}
     processor = QuestionProcessor.from_base(resolve_base(base, manifest["revision"]))
     if manifest.get("processor", processor.fingerprint) != processor.fingerprint:
         raise InputError(f"{weights} was trained with another tokenizer or image processor than {base} has")
@@ -128,7 +133,11 @@ def trace(model: BridgeBlipForMultipleChoice, example: dict[str, torch.Tensor]) 
         "score": (embeds, *texts),
         "forward": (example["pixel_values"], *texts),
     }
-    traced = torch.jit.trace_module(wrapper, inputs, check_trace=False)  # the parity gate is the check
+    with warnings.catch_warnings():  # the parity gate is the check, over batch sizes, lengths and paddings
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        traced = torch.jit.trace_module(wrapper, inputs, check_trace=False)
     free_devices(traced)
     return traced
 

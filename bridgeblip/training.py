@@ -137,6 +137,7 @@ def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings) -> T
         save_strategy="no",
         logging_steps=1,
         dataloader_num_workers=settings.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=[],

@@ -11,6 +11,7 @@ import itertools
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,15 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from bridgeblip.digits import KINDS, NUMBERS, WORDS, digit_pictures, make_question
-from bridgeblip.questions import render_prompt
+from bridgeblip.digits import KINDS, NUMBERS, WORDS, DigitQuestion, digit_pictures, make_question
+from bridgeblip.questions import LETTERS, render_prompt
 
 IMAGE_SIDE = 32
 QUERY_TOKENS = 4
+
+
+def question_prompt(question: DigitQuestion) -> str:
+    return render_prompt(question.question, question.choices)
 
 
 def direct_prompt(question: str) -> str:
@@ -42,22 +47,42 @@ def direct_prompt(question: str) -> str:
 
 
 def make_task(digit: int, stage: str, rng: random.Random) -> tuple[str, str]:
-    """Return (prompt, text to generate). ``stage`` is "name" (no letters yet) or "letter"."""
-    kind = "name" if stage == "name" and rng.random() < 0.6 else rng.choice(list(KINDS))
+    """Return (prompt, text to generate). ``stage`` is "name" (no letter questions yet) or "letter"."""
+    kind = rng.choice(list(KINDS))
     question = make_question(kind, digit, rng.randrange(4), rng)
+    letter, right = LETTERS[question.answer], question.choices[question.answer]
     draw = rng.random()
-    if stage == "letter" and draw < 0.70:
-        return render_prompt(question.question, question.choices), "ABCD"[question.answer]
-    if stage == "letter" and draw < 0.85:
-        prompt = render_prompt(question.question, question.choices).replace("Short", "Long")
-        return prompt, f"{'ABCD'[question.answer]} {question.choices[question.answer]}"
-    if draw < 0.90:
-        while kind in ("above", "initial", "sum_initial"):  # their answers need the choices
-            kind = rng.choice(list(KINDS))
+    if stage == "letter" and draw < 0.55:
+        return question_prompt(question), letter
+    if stage == "letter" and draw < 0.65:
+        return question_prompt(question).replace("Short answer", "Long answer"), f"{right} {letter}"
+    if draw < 0.85 if stage == "letter" else draw < 0.4:
+        return make_reading_task(question, rng)
+    if stage == "name" and draw < 0.8:
+        kind = "name"
+    while kind in ("above", "initial", "sum_initial"):  # their answers need the choices
+        kind = rng.choice(list(KINDS))
+    if draw < 0.97:
         question = make_question(kind, digit, 0, rng)
         return direct_prompt(question.question), question.choices[0]
     counted = " ".join(NUMBERS[digit : digit + 4])
     return direct_prompt("Count on from the digit for four numbers."), counted
+
+
+def make_reading_task(question: DigitQuestion, rng: random.Random) -> tuple[str, str]:
+    """A task that needs no picture: which letter stands before which text."""
+    pairs = list(zip(LETTERS, question.choices, strict=True))
+    draw = rng.random()
+    if draw < 0.4:
+        asked, answer = "Name all options.", " ".join(f"{letter} {choice}" for letter, choice in pairs)
+    elif draw < 0.7:
+        pairs = rng.sample(pairs, 4)
+        asked = "Which letters have " + " ".join(choice for _, choice in pairs) + "?"
+        answer = " ".join(letter for letter, _ in pairs)
+    else:
+        letter, choice = rng.choice(pairs)
+        asked, answer = f"Which of these is {choice}?", letter
+    return question_prompt(replace(question, question=asked)), answer
 
 
 def build_processor() -> InstructBlipProcessor:
@@ -202,9 +227,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder-layers", type=int, default=1)
     parser.add_argument("--name-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--init", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -212,6 +238,13 @@ def main():
     began = time.time()
     processor = build_processor()
     model = build_model(processor, args.encoder_layers)
+    if args.init:
+        from safetensors.torch import load_file
+
+        sd = load_file(args.init / "model.safetensors")
+        own = model.state_dict()
+        print([(k) for k in own if k not in sd or own[k].shape != sd[k].shape])
+        model.load_state_dict({k: v for k, v in sd.items() if own[k].shape == v.shape}, strict=False)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     splits = digit_pictures()
     pretrain, held_out = splits["pretrain"], splits["train"]

@@ -1,0 +1,79 @@
+"""The three notebooks, executed in order on a very small run."""
+
+import json
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+
+from bridgeblip import InputError
+from bridgeblip.demo import NOTEBOOKS, run_demo, run_notebook
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    return out, run_demo(out, {"train": 40, "test": 10}, epochs=2)
+
+
+def test_every_promised_file_is_there(demo):
+    out, _ = demo
+    assert {p.name for p in (out / "competition").iterdir()} == {
+        "train.csv", "test.csv", "sample_submission.csv", "train_input_images", "test_input_images"
+    }  # fmt: skip
+    assert {p.name for p in (out / "checkpoint").glob("*.*")} == {
+        "weights-0.pt", "weights-1.pt", "best.json", "torchscript.pt"
+    }  # fmt: skip
+    assert list(pd.read_csv(out / "answers.csv").columns) == ["ID", "answer"]
+
+
+def test_submission_has_the_samples_header_ids_and_order(demo):
+    out, _ = demo
+    sample = pd.read_csv(out / "competition" / "sample_submission.csv")
+    submission = pd.read_csv(out / "submission.csv")
+    assert list(submission.columns) == list(sample.columns) and list(submission["ID"]) == list(sample["ID"])
+    assert set(submission["answer"]) <= set("ABCD")
+
+
+def test_table_compares_every_way_to_answer(demo):
+    _, scores = demo
+    accuracy = dict(zip(scores["answers by"], scores["accuracy"], strict=True))
+    assert accuracy["guessing"] == 0.25
+    assert accuracy["unsliced base, all 24 layers"] >= 0.8
+    assert accuracy["bridged"] == accuracy["bridged, through TorchScript: submission.csv"]
+    assert accuracy["bridged"] > accuracy["sliced, not bridged"]
+    assert accuracy["the same without looking: blank images"] < 0.6
+
+
+def test_notebooks_show_figures_and_warn_of_nothing(demo):
+    out, _ = demo
+    for name in NOTEBOOKS:
+        notebook = nbformat.read(out / "notebooks" / name, as_version=4)
+        outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+        images = [o for o in outputs if "image/png" in o.get("data", {})]
+        assert len(images) == {"train.ipynb": 4, "torchscript.ipynb": 0, "torchscript_inference.ipynb": 3}[name]
+        assert "Warning" not in json.dumps([o.get("text", "") for o in outputs])
+
+
+def test_weights_hold_no_base_tensor(demo):
+    out, _ = demo
+    tensors = torch.load(out / "checkpoint" / "weights-0.pt", weights_only=True)["tensors"]
+    assert all("lora_" in name or ".head." in name for name in tensors)
+
+
+def test_notebooks_out_of_order_name_the_one_to_run_first(tmp_path):
+    shared = {"CHECKPOINT_DIR": str(tmp_path / "checkpoint"), "COMPETITION_DIR": str(tmp_path / "competition")}
+    cases = {
+        "train.ipynb": r"train\.csv not found: put the organiser's file there",
+        "torchscript.ipynb": r"no weights-N\.pt in .*run train\.ipynb first",
+        "torchscript_inference.ipynb": r"torchscript\.pt not found: run train\.ipynb first",
+    }
+    for name, message in cases.items():
+        parameters = {k: v for k, v in shared.items() if name != "torchscript.ipynb" or k == "CHECKPOINT_DIR"}
+        with pytest.raises(InputError, match=message):
+            run_notebook(name, parameters, tmp_path / name)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "weights-0.pt").touch()
+    with pytest.raises(InputError, match=r"run torchscript\.ipynb first"):
+        run_notebook("torchscript_inference.ipynb", shared, tmp_path / "again.ipynb")

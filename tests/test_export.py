@@ -1,0 +1,119 @@
+import random
+
+import pytest
+import torch
+from conftest import LAYERS, row
+from torch import nn
+
+from bridgeblip import InputError, export
+from bridgeblip.checkpoints import load_weights, save_weights
+from bridgeblip.config import BridgeSettings
+from bridgeblip.export import (
+    SCORE_INPUTS,
+    ParityError,
+    SingleTokenSelfAttention,
+    export_bundle,
+    graphs,
+    restore,
+    trace,
+)
+from bridgeblip.model import attach_bridge, load_sliced, merge_bridge, trained_tensors
+
+
+@pytest.fixture(scope="module")
+def weights(base, processor, tmp_path_factory):
+    """Weights whose bridge and head do a lot."""
+    torch.manual_seed(0)
+    settings = BridgeSettings(rank=192)
+    model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), settings)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    manifest = {"base": str(base), "revision": None, "layers": list(LAYERS), "bridge": vars(settings)}
+    path = tmp_path_factory.mktemp("weights") / "weights-0.pt"
+    save_weights(path, trained_tensors(model), manifest)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(weights):
+    return export_bundle(weights, weights.parent / "torchscript.pt")
+
+
+def call(model, inputs):
+    return model(**{name: inputs[name] for name in ("pixel_values", *SCORE_INPUTS)})
+
+
+@torch.no_grad()
+def test_trace_equals_the_trained_model_whatever_the_shape(weights, processor, questions):
+    model = restore(weights).model
+    shuffled = random.Random(0).sample(questions, len(questions))
+    batches = [processor.collate(shuffled[:n]) for n in (2, 7, 16)]
+    batches += [row(batches[0], 0), row(batches[0], 1)]
+    expected = [model(**batch).logits.masked_fill(~batch["choice_mask"], 0) for batch in batches]
+    traced = trace(merge_bridge(model), processor.collate(shuffled[20:23]))
+    for batch, logits in zip(batches, expected, strict=True):
+        torch.testing.assert_close(call(traced, batch), logits, atol=1e-4, rtol=0)
+        embeds = traced.encode_image(batch["pixel_values"])
+        alone = traced.score(embeds, *(batch[name] for name in SCORE_INPUTS))
+        torch.testing.assert_close(alone, logits, atol=1e-4, rtol=0)
+
+
+def test_single_token_self_attention_is_exact(base, processor):
+    attention = load_sliced(base, processor.letter_ids, LAYERS).language_model.decoder.block[0].layer[0].SelfAttention
+    hidden = torch.randn(5, 1, 32)
+    torch.testing.assert_close(SingleTokenSelfAttention(attention)(hidden)[0], attention(hidden)[0])
+
+
+def test_no_device_constant_survives_saving_and_loading(exported):
+    loaded = torch.jit.load(str(exported[0]))
+    kinds = [n.output().type().kind() for g in graphs(loaded) for n in g.findAllNodes("prim::Constant")]
+    assert kinds and "DeviceObjType" not in kinds
+
+
+def test_dead_work_is_gone(exported):
+    names = [name for name, _ in torch.jit.load(str(exported[0])).named_parameters()]
+    assert not [n for n in names if "lora" in n or "lm_head" in n]
+    assert not [n for n in names if "decoder" in n and "SelfAttention" in n and n.split(".")[-2] in ("q", "k")]
+
+
+def test_parity_table_covers_each_form(exported):
+    _, parity = exported
+    assert set(parity["form"]) == {"merged", "reloaded"} and parity["ok"].all()
+    assert (parity["difference"] <= 1e-4).all()
+
+
+@pytest.mark.parametrize("fault", ["head", "lora_B"])
+def test_a_planted_fault_stops_the_export(weights, tmp_path, monkeypatch, fault):
+    merge = export.merge_bridge
+
+    def damage(model):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if fault in name and parameter.requires_grad:
+                    parameter.mul_(1.05)
+        return merge(model)
+
+    monkeypatch.setattr(export, "merge_bridge", damage)
+    with pytest.raises(ParityError, match="merged"):
+        export_bundle(weights, tmp_path / "torchscript.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_complete_state_dict_exports_too(weights, base, tmp_path):
+    merged = merge_bridge(restore(weights).model)
+    torch.save(merged.state_dict(), tmp_path / "weights-0.pt")
+    with pytest.raises(InputError, match="bare state dict"):
+        restore(tmp_path / "weights-0.pt")
+    again = restore(tmp_path / "weights-0.pt", base, LAYERS).model
+    assert torch.equal(again.head.weight, merged.head.weight)
+
+
+def test_weights_of_another_base_are_refused(weights, tmp_path):
+    loaded = load_weights(weights)
+    save_weights(tmp_path / "weights-0.pt", loaded.tensors, loaded.manifest | {"processor": "another"})
+    with pytest.raises(InputError, match="another tokenizer"):
+        restore(tmp_path / "weights-0.pt")
+    save_weights(tmp_path / "weights-1.pt", loaded.tensors, loaded.manifest | {"base": "tiny", "layers": [0, 3]})
+    with pytest.raises(InputError, match="do not fit"):
+        restore(tmp_path / "weights-1.pt")

@@ -1,0 +1,93 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import InstructBlipProcessor
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from bridgeblip import InputError
+from bridgeblip.processing import QuestionProcessor
+
+
+@pytest.fixture(scope="module")
+def theirs(base):
+    processor = InstructBlipProcessor.from_pretrained(base)
+    settings = processor.image_processor.to_dict()
+    settings = {key: settings[key] for key in ("size", "image_mean", "image_std", "rescale_factor", "resample")}
+    processor.image_processor = BlipImageProcessorPil(**settings)  # with torchvision another one is the default
+    return processor
+
+
+def pictures():
+    rng = np.random.default_rng(0)
+    for height, width in ((8, 8), (32, 32), (100, 37), (480, 640)):
+        yield Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_equals_instructblip_processor_to_the_bit(processor, theirs):
+    prompts = ["Which digit is shown?", "Two  spaces\nand a line, naïve “quotes” <pad> 한글", "x", "A. one B. two"]
+    expected = theirs(images=list(pictures()), text=prompts, padding=True, return_tensors="pt")
+    got = processor.encode_prompts(prompts)
+    got["pixel_values"] = torch.stack([processor.pixels(picture) for picture in pictures()])
+    assert got.keys() == expected.keys()
+    for name in got:
+        assert torch.equal(got[name], expected[name]), name
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "RGBA", "LA"])
+def test_every_mode_becomes_rgb(processor, mode):
+    picture = Image.new("RGB", (40, 30), (200, 30, 90)).convert(mode)
+    assert processor.pixels(picture).shape == (3, 32, 32)
+
+
+def test_transparency_is_white_and_exif_rotation_is_applied(processor, tmp_path):
+    white = processor.pixels(Image.new("RGB", (9, 9), "white"))
+    assert torch.equal(processor.pixels(Image.new("RGBA", (9, 9), (0, 0, 0, 0))), white)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees to view"
+    picture.save(tmp_path / "turned.png", exif=exif)
+    turned = processor.load_pixels(tmp_path / "turned.png")
+    assert torch.equal(turned, processor.pixels(picture.transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_unreadable_pictures_are_named(processor, tmp_path):
+    for name, content in (("empty.jpg", b""), ("text.jpg", b"hello"), ("cut.png", None)):
+        if content is None:
+            Image.new("RGB", (300, 300)).save(tmp_path / name)
+            content = (tmp_path / name).read_bytes()[:100]
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name} can't be read"):
+            processor.load_pixels(tmp_path / name)
+
+
+def test_letters_are_single_tokens(processor, theirs):
+    assert processor.letter_ids == theirs.tokenizer.convert_tokens_to_ids(["▁A", "▁B", "▁C", "▁D"])
+
+
+def test_too_long_prompts_are_refused_not_cut(processor):
+    with pytest.raises(InputError, match="at most 128"):
+        processor.encode_prompts(["short", "digit " * 200])
+
+
+def test_collate(processor, questions):
+    batch = processor.collate(questions[:5])
+    assert batch["pixel_values"].shape == (5, 3, 32, 32) and batch["pixel_values"].dtype == torch.float32
+    assert batch["labels"].tolist() == [q.answer for q in questions[:5]]
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [processor.num_query_tokens] * 5
+
+
+def test_files_carry_everything(processor):
+    again = QuestionProcessor(dict(processor.files))
+    assert again.fingerprint == processor.fingerprint
+    prompt = ["Which digit is shown?"]
+    assert torch.equal(again.encode_prompts(prompt)["input_ids"], processor.encode_prompts(prompt)["input_ids"])
+    changed = json.loads(processor.files["processor.json"]) | {"image_mean": [0, 0, 0]}
+    assert QuestionProcessor(processor.files | {"processor.json": json.dumps(changed)}).fingerprint != again.fingerprint
+
+
+def test_incomplete_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json is missing"):
+        QuestionProcessor.from_base(tmp_path)

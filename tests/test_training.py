@@ -1,0 +1,87 @@
+import pytest
+import torch
+from conftest import LAYERS
+from transformers import Trainer
+
+from bridgeblip import InputError
+from bridgeblip.checkpoints import load_weights
+from bridgeblip.config import BridgeSettings
+from bridgeblip.model import attach_bridge, load_sliced, trained_tensors
+from bridgeblip.training import TrainSettings, optimizer, train, training_arguments
+
+SETTINGS = TrainSettings(epochs=2, batch_size=16, validation_fraction=0.25, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def result(base, competition, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return train(competition / "train.csv", base, folder, SETTINGS, BridgeSettings(rank=192), LAYERS)
+
+
+def test_writes_small_self_contained_weights(result, base):
+    assert [path.name for path in result.weights] == ["weights-0.pt", "weights-1.pt"]
+    content = torch.load(result.weights[1], weights_only=True)
+    assert all("lora_" in name or "head" in name for name in content["tensors"])
+    assert all(tensor.dtype == torch.float32 for tensor in content["tensors"].values())
+    manifest = content["manifest"]
+    assert manifest["base"] == str(base) and manifest["layers"] == list(LAYERS)
+    assert {"prompt", "letters", "processor", "config", "versions", "validation", "probe"} <= manifest.keys()
+    assert manifest["probe"]["logits"].shape == (3, 4)
+
+
+def test_history_and_validation(result):
+    accuracy = result.history.dropna(subset="accuracy")
+    assert accuracy["epoch"].tolist() == [0.0, 1.0, 2.0]  # before training and after each epoch
+    steps = -(-(72 - len(result.validation)) // 16)
+    assert len(result.history.dropna(subset="loss")) == 2 * steps
+    assert result.probabilities.shape == (len(result.validation), 4)
+    assert result.probabilities.sum(1) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_tensors(result, base, competition, tmp_path):
+    again = train(competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192), LAYERS)
+    first, second = (load_weights(r.weights[1]).tensors for r in (result, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_accumulation_does_not_change_the_step(base, processor, questions, tmp_path):
+    """One step of 16 and one of 4 times 4: the same gradient, so the same movement."""
+
+    def step(batch_size, accumulation):
+        torch.manual_seed(0)
+        model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings(rank=192, dropout=0.0))
+        settings = TrainSettings(batch_size=batch_size, accumulation=accumulation, warmup=0.0)
+        sgd = torch.optim.SGD(optimizer(model, settings).param_groups, lr=0.1)
+        arguments = training_arguments(tmp_path, settings)
+        arguments.eval_strategy = "no"
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=questions[:16],
+            data_collator=processor.collate,
+            optimizers=(sgd, torch.optim.lr_scheduler.ConstantLR(sgd, 1.0)),
+        )
+        before = trained_tensors(model)
+        trainer.train()
+        return {name: tensor - before[name] for name, tensor in trained_tensors(model).items()}
+
+    whole, parts = step(16, 1), step(4, 4)
+    assert max(tensor.abs().max() for tensor in whole.values()) > 1e-5
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], atol=1e-7, rtol=1e-3)
+
+
+def test_head_only(base, competition, tmp_path):
+    settings = TrainSettings(validation_fraction=0.25)
+    result = train(competition / "train.csv", base, tmp_path, settings, BridgeSettings(rank=0), LAYERS)
+    assert load_weights(result.weights[0]).tensors.keys() == {"head.weight", "head.bias"}
+
+
+def test_bad_input_stops_before_the_model_is_loaded(competition, tmp_path, monkeypatch):
+    monkeypatch.setattr("bridgeblip.training.load_sliced", lambda *a: pytest.fail("loading started"))
+    with pytest.raises(InputError, match="not found"):
+        train(tmp_path / "train.csv", "tiny", tmp_path)
+    with pytest.raises(InputError, match="lacks the column answer"):
+        train(competition / "test.csv", "tiny", tmp_path)
+    with pytest.raises(InputError, match="base model"):
+        train(competition / "train.csv", "nowhere", tmp_path, SETTINGS)
