@@ -24,14 +24,15 @@ def train(args):
         head_learning_rate=args.learning_rate,
         seed=args.seed,
     )
-    result = train(args.train_csv, args.base, args.checkpoint_dir, settings, BridgeSettings(rank=args.rank))
+    bridge = BridgeSettings(rank=args.rank)
+    result = train(args.train_csv, args.base, args.checkpoint_dir, settings, bridge, args.layers)
     print(f"wrote {', '.join(map(str, result.weights))}")
 
 
 def export(args):
     from bridgeblip.export import export_bundle
 
-    out, parity = export_bundle(args.weights, args.out, args.base)
+    out, parity = export_bundle(args.weights, args.out, args.base, args.dtype)
     print(f"{parity.to_string(index=False)}\nwrote {out}")
 
 
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--epochs", type=int, default=1, help="passes over the questions")
     sub.add_argument("--batch-size", type=int, default=16, help="questions a step")
     sub.add_argument("--learning-rate", type=float, default=2e-4, help="peak rate")
+    sub.add_argument("--layers", default="every-third", help="decoder layers that stay: a name, or indices like 0,3,6")
     sub.add_argument("--rank", type=int, default=96, help="LoRA rank on a 2048-wide decoder; 0 trains the head only")
     sub.add_argument("--seed", type=int, default=0, help="of the split, the order and the adapters")
 
@@ -73,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", type=Path, default=Path("checkpoint/weights-0.pt"), help="what train wrote")
     sub.add_argument("--base", default=None, help="hub id, folder, or tiny; by default what the weights name")
     sub.add_argument("--out", type=Path, default=Path("checkpoint/torchscript.pt"), help="the bundle to write")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="by default as it was trained")
 
     sub = verb(predict, "answer a CSV with a bundle; writes submission.csv and probabilities.csv")
     sub.add_argument("--model", type=Path, default=Path("checkpoint/torchscript.pt"), help="the bundle")

@@ -6,7 +6,7 @@ one or more ``*.safetensors`` shards, and the processor's files.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -65,10 +65,15 @@ class TensorReader:
 
     Args:
         base: what ``resolve_base`` takes; missing shards of a hub id are downloaded when first needed.
+        device: where the tensors go, straight from the file.
+
+    Attributes:
+        bytes_read: how much of the shards was asked for so far.
     """
 
-    def __init__(self, base: str | Path, revision: str | None = None):
-        self.base, self.revision = base, revision
+    def __init__(self, base: str | Path, revision: str | None = None, device: str | torch.device = "cpu"):
+        self.base, self.revision, self.device = base, revision, device
+        self.bytes_read = 0
         self.folder = resolve_base(base, revision)
         index = self.folder / INDEX_FILE
         if index.is_file():
@@ -84,12 +89,14 @@ class TensorReader:
                 raise InputError(f"weights file {path} of the base is missing: copy the whole model folder")
             snapshot_download(str(self.base), revision=_pinned(self.base, self.revision), allow_patterns=[file])
         try:
-            return safe_open(path, framework="pt")
+            return safe_open(path, framework="pt", device=str(self.device))
         except SafetensorError as error:
             raise InputError(f"weights file {path} can't be read ({error}): it is truncated; copy it again") from error
 
-    def read(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return the named tensors, cast to ``dtype``.
+    def read(self, names: Sequence[str], dtype_of: Callable[[str], torch.dtype]) -> dict[str, torch.Tensor]:
+        """Return the named tensors, each in the format that ``dtype_of`` gives for its name.
+
+        They are copies: unlike a mapped file they survive the file, as on a Drive that goes away.
 
         Raises:
             InputError: if the base lacks a tensor, naming it.
@@ -104,15 +111,19 @@ class TensorReader:
                 with self._open(file) as shard:
                     for name in by_shard:
                         if self.shard_of[name] == file:
-                            tensors[name] = shard.get_tensor(name).to(dtype)
+                            tensor = shard.get_tensor(name)
+                            self.bytes_read += tensor.nbytes
+                            tensors[name] = tensor.to(dtype_of(name), copy=True)
                             bar.update()
         return tensors
 
-    def read_rows(self, name: str, rows: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return ``rows`` of a matrix, shape (len(rows), width), without reading the others."""
+    def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Return ``rows`` of a matrix, shape (len(rows), width), fp32, without reading the others."""
         with self._open(self.shard_of[name]) as shard:
             matrix = shard.get_slice(name)
-            return torch.cat([matrix[row : row + 1] for row in rows]).to(dtype)
+            chosen = torch.cat([matrix[row : row + 1] for row in rows])
+        self.bytes_read += chosen.nbytes
+        return chosen.float()
 
 
 def source_name(name: str, kept_layers: Sequence[int]) -> str:

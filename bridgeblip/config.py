@@ -7,7 +7,16 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 
-DEFAULT_DECODER_LAYERS = (0, 3, 6, 9, 12, 15, 18, 21)
+LAYER_SELECTIONS = {
+    "every-third": (0, 3, 6, 9, 12, 15, 18, 21),
+    "every-second-8": (0, 2, 4, 6, 8, 10, 12, 14),
+    "first-8": (0, 1, 2, 3, 4, 5, 6, 7),
+    "first-4-even": (0, 2, 4, 6),
+    "every-third-with-last": (0, 3, 6, 9, 12, 15, 18, 23),
+}
+"""Ways to cut a 24-layer decoder, by name."""
+
+DEFAULT_DECODER_LAYERS = LAYER_SELECTIONS["every-third"]
 
 # The widths that the published settings belong to: rank 96 on the 2048-wide T5-XL.
 REFERENCE_RANK = 96
@@ -29,6 +38,23 @@ class BridgeBlipConfig(InstructBlipConfig):
     """How many decoder layers the base has."""
     num_choices: int = 4
     """Width of the classification head."""
+
+
+def decoder_layers(selection: str | Sequence[int]) -> list[int]:
+    """Return the layer indices of a selection's name, of a text like "0,3,6", or of a list.
+
+    Raises:
+        InputError: if the text is neither a known name nor a list of numbers.
+    """
+    if not isinstance(selection, str):
+        return [int(i) for i in selection]
+    if selection in LAYER_SELECTIONS:
+        return list(LAYER_SELECTIONS[selection])
+    try:
+        return [int(part) for part in selection.split(",")]
+    except ValueError:
+        names = ", ".join(LAYER_SELECTIONS)
+        raise InputError(f"layer selection {selection!r} is unknown: expected {names}, or indices like 0,3,6") from None
 
 
 def check_decoder_layers(layers: Sequence[int], available: int) -> list[int]:

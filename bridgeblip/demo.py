@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.base import TINY_BASE
+from bridgeblip.checkpoints import write_text
 from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.digits import write_competition
 from bridgeblip.export import restore
@@ -90,6 +91,7 @@ def run_demo(out: str | Path = "demo", limits: dict[str, int] | None = None, epo
         run_notebook(name, parameters[name], out / "notebooks" / name)
         stages.append({"stage": name, "seconds": round(time.perf_counter() - began)})
     scores = score_demo(out, settings)
+    write_text(out / "scores.csv", scores.to_csv(index=False))
     print(f"\n{scores.to_string(index=False)}\n")
     print(_stage_table(stages, checkpoint, out).to_string(index=False))
     print(

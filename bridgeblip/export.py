@@ -27,7 +27,8 @@ from bridgeblip.processing import QuestionProcessor
 from bridgeblip.questions import LETTERS, PROMPT_TEMPLATE
 
 SCORE_INPUTS = ("qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
-PARITY_BOUND = 1e-4  # largest difference of a logit allowed between any two forms of the model, in fp32
+PARITY_BOUND = 1e-4  # largest difference of a logit allowed between two forms of the model, in fp32
+HALF_PARITY_SHARE = 0.1  # the same in bfloat16 and float16, as a share of the spread of the probe's logits
 
 
 class ParityError(RuntimeError):
@@ -42,16 +43,22 @@ class Restored:
     """With the adapters still apart, if there are any."""
     processor: QuestionProcessor
     manifest: dict
+    dtype: torch.dtype
+    """Of the frozen weights."""
 
 
 def restore(
-    weights: str | Path, base: str | Path | None = None, layers: Sequence[int] = DEFAULT_DECODER_LAYERS
+    weights: str | Path,
+    base: str | Path | None = None,
+    layers: Sequence[int] = DEFAULT_DECODER_LAYERS,
+    dtype: str | None = None,
 ) -> Restored:
-    """Rebuild the trained model: slice the base again and put the trained tensors in, in fp32.
+    """Rebuild the trained model: slice the base again and put the trained tensors in.
 
     Args:
         base: folder or hub id; by default the one that the weights name.
         layers: the kept layers, for a complete state dict, which does not name them.
+        dtype: of the frozen weights; by default the one that they were trained in.
 
     Raises:
         InputError: if the file can't be read, was trained with another processor than the base's,
@@ -61,12 +68,14 @@ def restore(
     base = base or (loaded.manifest or {}).get("base")
     if base is None:
         raise InputError(f"{weights} is a bare state dict: say which base it was sliced from")
-    manifest = loaded.manifest or {"base": str(base), "layers": list(layers), "revision": None}
-    processor = QuestionProcessor.from_base(resolve_base(base, manifest["revision"]))
+    manifest = loaded.manifest or {"base": str(base), "layers": list(layers)}
+    revision = manifest.get("revision")
+    processor = QuestionProcessor.from_base(resolve_base(base, revision))
     if manifest.get("processor", processor.fingerprint) != processor.fingerprint:
         raise InputError(f"{weights} was trained with another tokenizer or image processor than {base} has")
-    sliced = load_sliced(base, processor.letter_ids, manifest["layers"], revision=manifest["revision"])
-    return Restored(_put_weights(sliced, loaded), processor, manifest)
+    dtype = getattr(torch, dtype or manifest.get("dtype", "float32"))
+    sliced = load_sliced(base, processor.letter_ids, manifest["layers"], dtype=dtype, revision=revision)
+    return Restored(_put_weights(sliced, loaded), processor, manifest, dtype)
 
 
 def _put_weights(sliced: BridgeBlipForMultipleChoice, loaded: Weights) -> nn.Module:
@@ -168,50 +177,109 @@ def graphs(traced: torch.jit.ScriptModule):
             yield module._c._get_method(name).graph
 
 
-def export_bundle(weights: str | Path, out: str | Path, base: str | Path | None = None) -> tuple[Path, pd.DataFrame]:
+class ParityGate:
+    """Compares the forms that a model takes on its way to the file, on the same probe questions.
+
+    Args:
+        probe: a padded batch, as the processor collates it.
+        model: the trained model, adapters apart: what all others must answer like.
+    """
+
+    def __init__(self, probe: dict[str, torch.Tensor], model: nn.Module, dtype: torch.dtype):
+        self.probe = probe
+        self.reference = _logits_by_case(model, probe)
+        padded = next(iter(self.reference.values()))
+        spread = (padded.max() - padded.min()).item()
+        self.bound = PARITY_BOUND if dtype == torch.float32 else HALF_PARITY_SHARE * spread
+        self.rows: list[dict] = []
+
+    def compare(self, form: str, logits_by_case: dict[str, torch.Tensor]) -> None:
+        """Add a row a case: the largest difference of a logit, and letters that differ without being a tie."""
+        for case, logits in logits_by_case.items():
+            expected = self.reference[case]
+            difference = (logits - expected).abs().max().item()
+            best = expected.topk(2).values
+            clear = best[:, 0] - best[:, 1] > 2 * self.bound
+            changed = int(((logits.argmax(-1) != expected.argmax(-1)) & clear).sum())
+            fine = difference <= self.bound and not changed
+            row = {
+                "form": form,
+                "case": case,
+                "difference": difference,
+                "bound": self.bound,
+                "letters changed": changed,
+            }
+            self.rows.append(row | {"ok": fine})
+
+    def compare_model(self, form: str, model: nn.Module) -> None:
+        """``compare`` what ``model`` makes of the probe."""
+        self.compare(form, _logits_by_case(model, self.probe))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows)
+
+    def check(self, out: Path) -> None:
+        """Raise ParityError, with the table, if anything differs."""
+        if not self.table["ok"].all():
+            raise ParityError(
+                f"{out} was not written: it would not answer as the trained model does\n{self.table.to_string()}"
+            )
+
+
+def export_bundle(
+    weights: str | Path, out: str | Path, base: str | Path | None = None, dtype: str | None = None
+) -> tuple[Path, pd.DataFrame]:
     """Write the one file that answers anywhere, once it is proven to answer as the trained model does.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; by default the one that the weights were trained in.
 
     Returns:
         The path and the parity table: one row a comparison, with the largest difference of a logit.
 
     Raises:
-        ParityError: if merged or reloaded logits part from the trained model's; nothing is written then.
+        ParityError: if rebuilt, merged or reloaded logits part from the trained ones; nothing is written then.
     """
     out = Path(out)
-    restored = restore(weights, base)
-    probe = restored.manifest.get("probe", {}).get("inputs") or example_batch(restored.processor)
-    reference = _logits_by_case(restored.model, probe)
+    restored = restore(weights, base, dtype=dtype)
+    probe = restored.manifest.get("probe", {})
+    gate = ParityGate(probe.get("inputs") or example_batch(restored.processor), restored.model, restored.dtype)
+    if probe and restored.dtype == torch.float32 and restored.manifest.get("dtype") == "float32":
+        gate.compare("as trained", {next(iter(gate.reference)): probe["logits"]})
     merged = merge_bridge(restored.model)
-    config = merged.config.to_dict()
-    table = [
-        *_compare("merged", reference, _logits_by_case(merged, probe)),
-    ]
-    traced = trace(merged, probe)
-    manifest = {
+    gate.compare_model("merged", merged)
+    gate.check(out)
+    manifest = _bundle_manifest(restored, merged, Path(weights))
+    extra = restored.processor.files | {"manifest.json": json.dumps(manifest, indent=2)}
+    held = [trace(merged, gate.probe)]
+    del restored, merged
+
+    def write(partial: Path):
+        torch.jit.save(held[0], str(partial), _extra_files=extra)
+        held.clear()  # the file is read back without a second copy of the weights in memory
+
+    def verify(partial: Path):
+        gate.compare_model("reloaded", load_bundle(partial).model)
+        gate.check(out)
+
+    write_atomically(out, write, verify)
+    return out, gate.table
+
+
+def _bundle_manifest(restored: Restored, merged: BridgeBlipForMultipleChoice, weights: Path) -> dict:
+    trained = {key: value for key, value in restored.manifest.items() if key not in ("probe", "config")}
+    return {
         "format": BUNDLE_FORMAT,
         "prompt": PROMPT_TEMPLATE,
         "letters": list(LETTERS),
         "letter_ids": restored.processor.letter_ids,
         "processor": restored.processor.fingerprint,
-        "dtype": "float32",
-        "config": config,
-        "trained": {k: v for k, v in restored.manifest.items() if k not in ("probe", "config")}
-        | {"file": Path(weights).name},
+        "dtype": str(restored.dtype).removeprefix("torch."),
+        "config": merged.config.to_dict(),
+        "trained": trained | {"file": weights.name},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    extra = restored.processor.files | {"manifest.json": json.dumps(manifest, indent=2)}
-
-    def verify(partial: Path):
-        bundle = load_bundle(partial)
-        table.extend(_compare("reloaded", reference, _logits_by_case(bundle.model, probe)))
-        verdict = pd.DataFrame(table)
-        if not verdict["ok"].all():
-            raise ParityError(
-                f"{out} was not written: it would not answer as the trained model does\n{verdict.to_string()}"
-            )
-
-    write_atomically(out, lambda partial: torch.jit.save(traced, str(partial), _extra_files=extra), verify)
-    return out, pd.DataFrame(table)
 
 
 def example_batch(processor: QuestionProcessor) -> dict[str, torch.Tensor]:
@@ -234,21 +302,5 @@ def _logits_by_case(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[st
     logits = {}
     for case, inputs in cases.items():
         output = model(**{name: inputs[name] for name in ("pixel_values", *SCORE_INPUTS)})
-        logits[case] = getattr(output, "logits", output)
+        logits[case] = getattr(output, "logits", output).float()
     return logits
-
-
-def _compare(form: str, reference: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[dict]:
-    rows = []
-    for case, expected in reference.items():
-        difference = (other[case] - expected).abs().max().item()
-        rows.append(
-            {
-                "form": form,
-                "case": case,
-                "difference": difference,
-                "bound": PARITY_BOUND,
-                "ok": difference <= PARITY_BOUND,
-            }
-        )
-    return rows

@@ -1,5 +1,6 @@
 """The sliced InstructBLIP with a classification head, and the LoRA bridge over its cut layers."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -7,6 +8,7 @@ from typing import ClassVar
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -23,6 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from bridgeblip import InputError
 from bridgeblip.base import LM_HEAD, TensorReader, source_name
 from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, slice_config
+from bridgeblip.precision import NonFiniteError, first_non_finite_module, stays_float32
 
 # With a single decoder token, self-attention is o(v(x)): its q and k get no gradient and do no work.
 BRIDGED_LINEARS = (
@@ -57,6 +60,7 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = T5Model._from_config(config.text_config)
         self.head = nn.Linear(config.text_config.hidden_size, config.num_choices)
+        self.loss_type = "ForSequenceClassification"  # transformers guesses it from the class name, and warns
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -76,7 +80,8 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Run the vision tower: (B, 3, S, S) normalised pictures to (B, patches + 1, vision width)."""
-        return self.vision_model(pixel_values=pixel_values).last_hidden_state
+        dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
+        return self.vision_model(pixel_values=pixel_values.to(dtype)).last_hidden_state
 
     def score(
         self,
@@ -133,11 +138,25 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         """
         if image_embeds is None:
             image_embeds = self.encode_image(pixel_values)
-        logits = self.score(image_embeds, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask).float()
+        texts = (qformer_input_ids, qformer_attention_mask, input_ids, attention_mask)
+        logits = self.score(image_embeds, *texts).float()
+        if not torch.isfinite(logits).all():
+            self._name_the_culprit(pixel_values, image_embeds, texts)
         if choice_mask is not None:
             logits = logits.masked_fill(~choice_mask, float("-inf"))
         loss = F.cross_entropy(logits, labels) if labels is not None else None
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _name_the_culprit(self, pixel_values, image_embeds, texts):
+        def again():
+            embeds = image_embeds if pixel_values is None else self.encode_image(pixel_values)
+            self.score(embeds, *texts)
+
+        name = first_non_finite_module(self, again)
+        raise NonFiniteError(
+            f"the logits are not finite; the first module with a NaN or infinite output is {name!r}. "
+            "In float16, use bfloat16 or float32; while training, lower the learning rate."
+        )
 
 
 AutoConfig.register("bridgeblip", BridgeBlipConfig)
@@ -150,51 +169,64 @@ def load_sliced(
     layers: Sequence[int] = DEFAULT_DECODER_LAYERS,
     head_init: str = "lm_head",
     dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
     revision: str | None = None,
 ) -> BridgeBlipForMultipleChoice:
     """Return the sliced model, reading only the kept tensors; nothing is trained yet.
 
     The cut decoder layers never exist in memory, nor does the LM head but for the rows of
     ``letter_ids``, one row a choice, which start the head ("random" starts it from noise).
+    In fp16, T5's overflowing products and the head stay in fp32.
 
     Raises:
         InputError: if the layers can't be kept, or the base is no InstructBLIP with a T5 or lacks a tensor.
     """
-    reader = TensorReader(base, revision)
-    base_config = InstructBlipConfig.from_pretrained(reader.folder)
-    config = slice_config(base_config, layers)
+    reader = TensorReader(base, revision, device)
+    config = slice_config(InstructBlipConfig.from_pretrained(reader.folder), layers)
     with init_empty_weights(include_buffers=False):
         model = BridgeBlipForMultipleChoice(config)
-    own = [n for n in dict(model.named_parameters()) if not n.startswith("head.") and "embed_tokens" not in n]
-    source_of = {name: source_name(name, config.kept_decoder_layers) for name in own}
-    read = reader.read(list(source_of.values()), dtype)
-    state = {name: read[source] for name, source in source_of.items()}
-    state["head.weight"], state["head.bias"] = _start_head(reader, config, letter_ids, head_init, dtype)
-    for name, parameter in model.named_parameters():
-        if name in state and state[name].shape != parameter.shape:
+    shapes = {
+        name: parameter.shape
+        for name, parameter in model.named_parameters()
+        if not name.startswith("head.") and "embed_tokens" not in name
+    }
+    source_of = {name: source_name(name, config.kept_decoder_layers) for name in shapes}
+    read = reader.read(list(source_of.values()), lambda name: torch.float32 if _stays_float32(name, dtype) else dtype)
+    state = {name: read.pop(source) for name, source in source_of.items()}
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
             raise InputError(
                 f"tensor {source_of[name]!r} of the base has shape {tuple(state[name].shape)}; "
-                f"its config.json asks for {tuple(parameter.shape)}"
+                f"its config.json asks for {tuple(shape)}"
             )
+    state |= _start_head(reader, config, letter_ids, head_init, dtype)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if unexpected or any("embed_tokens" not in name for name in missing):
         raise RuntimeError(f"slicing left tensors over: missing {missing}, unexpected {unexpected}")
     model.language_model.set_input_embeddings(model.language_model.shared)
     model.requires_grad_(False)
-    return model.eval()
+    return model.to(device).eval()  # moves the few buffers; all weights are there
 
 
-def _start_head(reader, config, letter_ids, head_init, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _stays_float32(name: str, dtype: torch.dtype) -> bool:
+    return dtype == torch.float16 and stays_float32(name)
+
+
+def _start_head(reader, config, letter_ids, head_init, dtype) -> dict[str, torch.Tensor]:
     width = config.text_config.d_model
     if len(letter_ids) != config.num_choices:
         raise InputError(f"{len(letter_ids)} letter ids for {config.num_choices} choices: expected one each")
     if head_init == "random":
-        weight = torch.randn(config.num_choices, width) * width**-0.5
+        weight = torch.randn(config.num_choices, width, device=reader.device) * width**-0.5
     else:
-        weight = reader.read_rows(LM_HEAD, letter_ids, torch.float32)
+        weight = reader.read_rows(LM_HEAD, letter_ids)
         if config.text_config.scale_decoder_outputs:  # T5 1.0, with a tied LM head, scales its last state
             weight = weight * width**-0.5
-    return weight.to(dtype), torch.zeros(config.num_choices, dtype=dtype)
+    kept = torch.float32 if _stays_float32("head.weight", dtype) else dtype
+    return {
+        "head.weight": weight.to(kept),
+        "head.bias": torch.zeros(config.num_choices, device=weight.device, dtype=kept),
+    }
 
 
 def attach_bridge(model: BridgeBlipForMultipleChoice, settings: BridgeSettings) -> PeftModel | nn.Module:
@@ -209,16 +241,16 @@ def attach_bridge(model: BridgeBlipForMultipleChoice, settings: BridgeSettings) 
         model.requires_grad_(False)
         model.head.float().requires_grad_(True)
         return model
-    bridged = get_peft_model(
-        model,
-        LoraConfig(
-            r=rank,
-            lora_alpha=settings.alpha_for(width),
-            lora_dropout=settings.dropout,
-            target_modules=BRIDGED_LINEARS,
-            modules_to_save=["head"],
-        ),
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=settings.alpha_for(width),
+        lora_dropout=settings.dropout,
+        target_modules=BRIDGED_LINEARS,
+        modules_to_save=["head"],
     )
+    with warnings.catch_warnings():  # peft asks transformers a question by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        bridged = get_peft_model(model, config)
     for parameter in bridged.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -253,9 +285,22 @@ def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
+@torch.no_grad()
 def merge_bridge(model: nn.Module) -> BridgeBlipForMultipleChoice:
     """Return the plain model with the adapters merged into its linears and the trained head in place.
 
-    ``model`` should be in fp32: merging in half precision rounds the update away.
+    Each product is added in fp32 and only then cast to the model's own format: adding in half precision
+    would round the update away.
     """
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+    if not isinstance(model, PeftModel):
+        return model
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_base_layer().weight
+            update = layer.get_delta_weight("default")  # fp32, as the adapters are
+            weight.copy_(weight.float() + update)
+    dtype = model.get_input_embeddings().weight.dtype
+    merged = model.unload()
+    if dtype != torch.float16:  # there the head stays in fp32
+        merged.head.to(dtype)
+    return merged

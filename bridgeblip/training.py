@@ -10,12 +10,14 @@ import pandas as pd
 import torch
 from sklearn.metrics import accuracy_score
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EvalPrediction, InstructBlipConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from bridgeblip.base import resolve_base
+from bridgeblip.budget import BUDGET_LIMIT, certify_budget
 from bridgeblip.checkpoints import save_best, save_weights, weights_path
-from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeSettings
+from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeSettings, decoder_layers, slice_config
 from bridgeblip.model import attach_bridge, load_sliced, trained_tensors
+from bridgeblip.precision import choose_precision
 from bridgeblip.processing import QuestionProcessor
 from bridgeblip.questions import LETTERS, PROMPT_TEMPLATE, Question, read_questions, split_by_picture
 
@@ -59,57 +61,59 @@ class TrainResult:
     """The files written, one an epoch."""
 
 
-def compute_dtype() -> torch.dtype:
-    """bfloat16 where the GPU computes in it (compute capability 8 and more), else float32."""
-    capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    return torch.bfloat16 if capable else torch.float32
-
-
 def train(
     train_csv: str | Path,
     base: str | Path,
     checkpoint_dir: str | Path,
     settings: TrainSettings = TrainSettings(),
     bridge: BridgeSettings = BridgeSettings(),
-    layers: Sequence[int] = DEFAULT_DECODER_LAYERS,
+    layers: str | Sequence[int] = DEFAULT_DECODER_LAYERS,
     revision: str | None = None,
+    budget_limit: int = BUDGET_LIMIT,
 ) -> TrainResult:
     """Slice ``base``, bridge it, train adapters and head, and write ``weights-N.pt`` after each epoch.
+
+    Args:
+        base: "tiny", a folder, or a hub id, of which ``revision`` is taken.
+        layers: which decoder layers stay: a name of ``config.LAYER_SELECTIONS``, or indices.
+        budget_limit: most parameters that the merged model may have.
 
     Raises:
         InputError: if the questions, pictures or the base can't be used; before anything long starts.
     """
+    layers = decoder_layers(layers)
     questions = read_questions(train_csv, need_answers=True)
     training, validation = split_by_picture(questions, settings.validation_fraction, settings.seed)
     processor = QuestionProcessor.from_base(resolve_base(base, revision))
     processor.encode_prompts([q.prompt for q in questions])  # refuses too long prompts now rather than in mid-epoch
     set_seed(settings.seed)
-    sliced = load_sliced(base, processor.letter_ids, layers, bridge.head_init, compute_dtype(), revision)
+    config = slice_config(InstructBlipConfig.from_pretrained(resolve_base(base, revision)), layers)
+    budget = certify_budget(config, budget_limit)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = choose_precision(device, budget["total"])
+    print(f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}")
+    sliced = load_sliced(base, processor.letter_ids, layers, bridge.head_init, precision.dtype, device, revision)
     manifest = {
         "base": str(base),
         "revision": revision,
-        "layers": list(layers),
+        "layers": layers,
         "bridge": asdict(bridge),
         "train": asdict(settings),
-        "letters": list(LETTERS),
-        "letter_ids": processor.letter_ids,
-        "prompt": PROMPT_TEMPLATE,
-        "processor": processor.fingerprint,
-        "config": sliced.config.to_json_string(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-    }
+        "dtype": str(precision.dtype).removeprefix("torch."),
+        "budget": budget | {"limit": budget_limit},
+        "config": config.to_json_string(),
+    } | _contract(processor)
     model = attach_bridge(sliced, bridge)
-    probe = processor.collate(validation[:PROBE_SIZE])
     trainer = Trainer(
         model,
-        training_arguments(checkpoint_dir, settings),
+        training_arguments(checkpoint_dir, settings, bf16=device == "cuda" and precision.dtype == torch.bfloat16),
         train_dataset=training,
         eval_dataset=validation,
         data_collator=processor.collate,
         compute_metrics=accuracy,
         optimizers=(optimizer(model, settings), None),
     )
-    keeper = WeightsKeeper(trainer, Path(checkpoint_dir), manifest, probe)
+    keeper = WeightsKeeper(Path(checkpoint_dir), manifest, processor.collate(validation[:PROBE_SIZE]))
     trainer.add_callback(keeper)
     before = trainer.evaluate(metric_key_prefix="before")["before_accuracy"]
     trainer.train()
@@ -122,7 +126,18 @@ def train(
     )
 
 
-def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings) -> TrainingArguments:
+def _contract(processor: QuestionProcessor) -> dict:
+    """What whoever uses the weights must agree on, and the versions that made them."""
+    return {
+        "letters": list(LETTERS),
+        "letter_ids": processor.letter_ids,
+        "prompt": PROMPT_TEMPLATE,
+        "processor": processor.fingerprint,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+    }
+
+
+def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings, bf16: bool = False) -> TrainingArguments:
     """The ``Trainer``'s arguments that follow from the settings."""
     return TrainingArguments(
         output_dir=str(Path(checkpoint_dir) / "trainer"),
@@ -132,7 +147,7 @@ def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings) -> T
         gradient_accumulation_steps=settings.accumulation,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup,  # below 1 it is a share of all steps
-        bf16=compute_dtype() == torch.bfloat16,
+        bf16=bf16,
         eval_strategy="epoch",
         save_strategy="no",
         logging_steps=1,
@@ -172,8 +187,8 @@ def history_table(log: list[dict], accuracy_before: float) -> pd.DataFrame:
 class WeightsKeeper(TrainerCallback):
     """Writes ``weights-N.pt`` after the validation of epoch N, and ``best.json``."""
 
-    def __init__(self, trainer: Trainer, folder: Path, manifest: dict, probe: dict[str, torch.Tensor]):
-        self.trainer, self.folder, self.manifest, self.probe = trainer, folder, manifest, probe
+    def __init__(self, folder: Path, manifest: dict, probe: dict[str, torch.Tensor]):
+        self.folder, self.manifest, self.probe = folder, manifest, probe
         self.accuracies: list[float] = []
         self.written: list[Path] = []
 

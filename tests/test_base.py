@@ -38,23 +38,23 @@ def test_unreachable_hub_id_says_what_to_do(monkeypatch):
 def test_reads_tensors_and_rows(base, hf_model):
     reader = TensorReader(base)
     assert len(set(reader.shard_of.values())) > 1  # the fixture is sharded like the real one
-    assert torch.equal(reader.read(["query_tokens"], torch.float32)["query_tokens"], hf_model.query_tokens)
-    assert torch.equal(reader.read_rows(LM_HEAD, [7, 4], torch.float32), hf_model.language_model.lm_head.weight[[7, 4]])
+    assert torch.equal(reader.read(["query_tokens"], lambda name: torch.float32)["query_tokens"], hf_model.query_tokens)
+    assert torch.equal(reader.read_rows(LM_HEAD, [7, 4]), hf_model.language_model.lm_head.weight[[7, 4]])
 
 
 def test_broken_folders_are_named(base, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(base, folder)
     with pytest.raises(InputError, match=r"no\.such\.tensor"):
-        TensorReader(folder).read(["no.such.tensor"], torch.float32)
+        TensorReader(folder).read(["no.such.tensor"], lambda name: torch.float32)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shard = folder / index["weight_map"]["query_tokens"]
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(InputError, match=f"{shard.name}.*truncated"):
-        TensorReader(folder).read(["query_tokens"], torch.float32)
+        TensorReader(folder).read(["query_tokens"], lambda name: torch.float32)
     shard.unlink()
     with pytest.raises(InputError, match=f"{shard.name}.*missing"):
-        TensorReader(folder).read(["query_tokens"], torch.float32)
+        TensorReader(folder).read(["query_tokens"], lambda name: torch.float32)
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=r"no config\.json"):
         resolve_base(folder)

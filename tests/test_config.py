@@ -2,7 +2,14 @@ import pytest
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.config import BridgeBlipConfig, BridgeSettings, check_decoder_layers, slice_config
+from bridgeblip.config import (
+    LAYER_SELECTIONS,
+    BridgeBlipConfig,
+    BridgeSettings,
+    check_decoder_layers,
+    decoder_layers,
+    slice_config,
+)
 
 
 def test_slice_config_changes_only_the_decoder(base):
@@ -42,3 +49,12 @@ def test_rank_is_a_share_of_the_width():
     assert BridgeSettings(rank=0).rank_for(2048) == 0
     with pytest.raises(InputError):
         BridgeSettings(head_init="zeros")
+
+
+def test_selections_by_name_or_list():
+    assert decoder_layers("every-third") == [0, 3, 6, 9, 12, 15, 18, 21]
+    assert decoder_layers("0, 2,5") == [0, 2, 5] == decoder_layers((0, 2, 5))
+    for layers in LAYER_SELECTIONS.values():
+        assert check_decoder_layers(layers, 24) == list(layers)
+    with pytest.raises(InputError, match=r"'every-fourth' is unknown: expected every-third.* indices like 0,3,6"):
+        decoder_layers("every-fourth")

@@ -1,11 +1,14 @@
 import random
+import shutil
 
 import pytest
 import torch
 from conftest import LAYERS, row
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bridgeblip import InputError, export
+from bridgeblip.base import TensorReader
 from bridgeblip.checkpoints import load_weights, save_weights
 from bridgeblip.config import BridgeSettings
 from bridgeblip.export import (
@@ -17,7 +20,9 @@ from bridgeblip.export import (
     restore,
     trace,
 )
+from bridgeblip.inference import load_bundle
 from bridgeblip.model import attach_bridge, load_sliced, merge_bridge, trained_tensors
+from bridgeblip.training import TrainSettings, train
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,13 @@ def weights(base, processor, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(weights):
     return export_bundle(weights, weights.parent / "torchscript.pt")
+
+
+@pytest.fixture(scope="module")
+def result_of_training(base, competition, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    settings = TrainSettings(validation_fraction=0.25, learning_rate=1e-2)
+    return train(competition / "train.csv", base, folder, settings, BridgeSettings(rank=192), LAYERS).weights[0]
 
 
 def call(model, inputs):
@@ -98,6 +110,31 @@ def test_a_planted_fault_stops_the_export(weights, tmp_path, monkeypatch, fault)
     with pytest.raises(ParityError, match="merged"):
         export_bundle(weights, tmp_path / "torchscript.pt")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_on_another_base_of_the_same_shape_are_caught(result_of_training, base, tmp_path):
+    """The probe that travels with the weights knows what they answered when they were trained."""
+    shutil.copytree(base, tmp_path / "base")
+    shard = tmp_path / "base" / TensorReader(base).shard_of["query_tokens"]
+    tensors = load_file(shard)
+    save_file({name: tensor + 0.1 for name, tensor in tensors.items()}, shard)
+    _, parity = export_bundle(result_of_training, tmp_path / "torchscript.pt")
+    assert parity["form"].tolist()[0] == "as trained" and parity["ok"].all()
+    with pytest.raises(ParityError, match="as trained"):
+        export_bundle(result_of_training, tmp_path / "other.pt", tmp_path / "base")
+    assert not (tmp_path / "other.pt").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_export(weights, tmp_path, dtype):
+    path, parity = export_bundle(weights, tmp_path / "torchscript.pt", dtype=dtype)
+    bundle = load_bundle(path)
+    assert bundle.manifest["dtype"] == dtype
+    kinds = {name: p.dtype for name, p in bundle.model.named_parameters()}
+    wide = {name for name, kind in kinds.items() if kind == torch.float32}
+    assert all(dtype == "float16" and (".wo." in name or ".head." in name) for name in wide)
+    assert set(kinds.values()) - {torch.float32} == {getattr(torch, dtype)}
+    assert (parity["difference"] <= parity["bound"]).all() and parity["bound"].iloc[0] > 1e-4
 
 
 def test_a_complete_state_dict_exports_too(weights, base, tmp_path):

@@ -1,0 +1,68 @@
+"""The parameter budget: what inference loads, counted by part, against a competition's limit."""
+
+import re
+
+from accelerate import init_empty_weights
+from torch import nn
+
+from bridgeblip import InputError
+from bridgeblip.config import BridgeBlipConfig, BridgeSettings
+from bridgeblip.model import BRIDGED_LINEARS, BridgeBlipForMultipleChoice
+
+BUDGET_LIMIT = 3_000_000_000
+"""The usual rule: all parameters of all models loaded for inference, summed, stay under three billion."""
+
+PARTS = {
+    "vision_model": "vision tower",
+    "query_tokens": "Q-Former",
+    "qformer": "Q-Former",
+    "language_projection": "projection",
+    "language_model.shared": "embeddings",
+    "language_model.encoder": "T5 encoder",
+    "language_model.decoder": "T5 decoder",
+    "head": "head",
+}
+
+
+def empty_model(config: BridgeBlipConfig) -> BridgeBlipForMultipleChoice:
+    """Return the sliced model without any weight in memory: names and shapes only."""
+    with init_empty_weights(include_buffers=False):
+        return BridgeBlipForMultipleChoice(config)
+
+
+def count_parts(model: nn.Module) -> dict[str, int]:
+    """Return the parameters of an unbridged model by part.
+
+    Counted logically: a shared tensor once, and by shape, whatever the storage packs into a byte.
+    """
+    counts = dict.fromkeys(PARTS.values(), 0)
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" not in name:  # these are language_model.shared
+            counts[next(part for prefix, part in PARTS.items() if name.startswith(prefix))] += parameter.numel()
+    return counts
+
+
+def count_trained(model: nn.Module, bridge: BridgeSettings, idle: bool = False) -> int:
+    """Return how many numbers training changes, adapters and head, without making adapters.
+
+    Args:
+        idle: count adapters on self-attention's q and k too, which a single decoder token leaves idle.
+    """
+    pattern = BRIDGED_LINEARS.replace("SelfAttention\\.(v|o)", "SelfAttention\\.(q|k|v|o)") if idle else BRIDGED_LINEARS
+    rank = bridge.rank_for(model.config.text_config.d_model)
+    linears = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+    return rank * sum(m.in_features + m.out_features for m in linears) + sum(p.numel() for p in model.head.parameters())
+
+
+def certify_budget(config: BridgeBlipConfig, limit: int = BUDGET_LIMIT) -> dict[str, int]:
+    """Return the parameters of the merged model by part, and their "total".
+
+    Raises:
+        InputError: if the total is above ``limit``.
+    """
+    parts = count_parts(empty_model(config))
+    total = sum(parts.values())
+    if total > limit:
+        listed = ", ".join(f"{name} {count:,}" for name, count in parts.items())
+        raise InputError(f"{total:,} parameters are above the limit of {limit:,} ({listed}): keep fewer decoder layers")
+    return parts | {"total": total}

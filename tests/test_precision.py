@@ -1,0 +1,52 @@
+import pytest
+import torch
+from conftest import LAYERS
+
+from bridgeblip.config import BridgeSettings
+from bridgeblip.model import attach_bridge, load_sliced
+from bridgeblip.precision import LARGE, NonFiniteError, choose_precision
+
+
+@pytest.mark.parametrize(
+    "capability, expected", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_compute_capability_decides(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # it says so of a T4 as well
+    precision = choose_precision("cuda", 10)
+    assert precision.dtype == expected and "compute capability" in str(precision)
+
+
+@pytest.mark.parametrize("native, parameters, expected", [
+    (True, LARGE, torch.bfloat16), (True, LARGE - 1, torch.float32), (False, LARGE, torch.float32),
+])  # fmt: skip
+def test_cpu(monkeypatch, native, parameters, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert choose_precision("cpu", parameters).dtype == expected
+
+
+def test_fp16_keeps_what_overflows_in_fp32(base, processor, batch):
+    model = load_sliced(base, processor.letter_ids, LAYERS, dtype=torch.float16)
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    wide = {name for name, dtype in kinds.items() if dtype == torch.float32}
+    assert wide == {n for n in kinds if n.endswith("DenseReluDense.wo.weight") or n.startswith("head.")}
+    with torch.no_grad():
+        half = model(**batch).logits
+        full = load_sliced(base, processor.letter_ids, LAYERS)(**batch).logits
+    torch.testing.assert_close(half, full, atol=0.05 * (full.max() - full.min()).item(), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "place", ["language_model.encoder.block.1.layer.1.DenseReluDense.wo", "vision_model.post_layernorm"]
+)
+def test_the_module_that_overflows_is_named(base, processor, batch, place):
+    model = load_sliced(base, processor.letter_ids, LAYERS)
+    with torch.no_grad():
+        model.get_submodule(place).weight.fill_(3e38)
+    with pytest.raises(NonFiniteError, match=place.replace(".", r"\.")):
+        model(**batch)
+    bridged = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings(rank=192))
+    with torch.no_grad():
+        bridged.base_model.model.get_submodule(place).weight.fill_(3e38)
+    with pytest.raises(NonFiniteError, match="first module"):
+        bridged(**batch)

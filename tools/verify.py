@@ -1,0 +1,106 @@
+"""Long checks: what was asked, what was measured. Run by ``make verify``; exits with 1 if any fails.
+
+python tools/verify.py [NAME ...]
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def check_demo() -> list[tuple[str, str, str, bool]]:
+    """The demo in a process of its own: time, memory, and what the answers are worth."""
+    out = Path(tempfile.mkdtemp())
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "bridgeblip", "demo", "--out", str(out)], cwd=ROOT, check=True)
+    minutes = (time.monotonic() - began) / 60
+    gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    truth = pd.read_csv(out / "answers.csv").set_index("ID")["answer"]
+    sample = pd.read_csv(out / "competition" / "sample_submission.csv")
+    submission = pd.read_csv(out / "submission.csv")
+    bridged = (submission.set_index("ID")["answer"] == truth).mean()
+    table = pd.read_csv(out / "scores.csv").set_index("answers by")["accuracy"]
+    sliced, blank = table["sliced, not bridged"], table["the same without looking: blank images"]
+    formed = list(submission["ID"]) == list(sample["ID"]) and set(submission["answer"]) <= set("ABCD")
+    return [
+        ("demo, minutes", "at most 6", f"{minutes:.1f}", minutes <= 6),
+        ("demo, GB of the largest process", "under 3", f"{gigabytes:.2f}", gigabytes < 3),
+        ("held-out questions", "at least 1000", str(len(truth)), len(truth) >= 1000),
+        ("bridged accuracy", "at least 0.93", f"{bridged:.4f}", bridged >= 0.93),
+        ("lost by slicing without a bridge", "at least 0.20", f"{bridged - sliced:.4f}", bridged - sliced >= 0.20),
+        ("lost on blank images", "at least 0.40", f"{bridged - blank:.4f}", bridged - blank >= 0.40),
+        ("submission formed as the sample", "yes", "yes" if formed else "no", formed),
+    ]
+
+
+def check_tiny_base() -> list[tuple[str, str, str, bool]]:
+    """The tiny base as it was pretrained: unsliced, generating text, on the held-out questions."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from train_tiny_base import generative_accuracy
+
+    from bridgeblip.base import TINY_BASE
+
+    accuracy, count = generative_accuracy(TINY_BASE, "test")
+    size = sum(f.stat().st_size for f in TINY_BASE.rglob("*") if f.is_file()) / 1e6
+    return [
+        (f"tiny base, generative, {count} questions", "at least 0.95", f"{accuracy:.4f}", accuracy >= 0.95),
+        ("tiny base, MB", "at most 8", f"{size:.2f}", size <= 8),
+    ]
+
+
+def check_full_size() -> list[tuple[str, str, str, bool]]:
+    """The real model's size, random weights: needs 24 GB of memory, 25 GB of disk, half an hour."""
+    work = Path(tempfile.mkdtemp())
+    base = work / "base"
+    tool = [sys.executable, "tools/make_full_size_base.py", "--out", str(base)]
+    subprocess.run(tool, cwd=ROOT, check=True)
+
+    def step(name: str) -> dict:
+        command = [sys.executable, "tools/full_size.py", name, "--base", str(base), "--work", str(work)]
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    theirs, ours = step("theirs"), step("ours")
+    step("parity-ours")
+    parity, road = step("parity-theirs"), step("road")
+    shutil.rmtree(work)
+    ratio = ours["seconds"] / theirs["seconds"]
+    return [
+        ("parameters of the slice", "2,916,893,444", f"{ours['parameters']:,}", ours["parameters"] == 2_916_893_444),
+        ("peak anonymous memory over kept bytes", "at most 1.2", f"{ours['peak_over_kept']:.2f}",
+         ours["peak_over_kept"] <= 1.2),
+        ("time to the first forward over from_pretrained's", "at most 1", f"{ratio:.2f}", ratio <= 1),
+        ("bytes asked of the files over kept bytes", "1.00 to 1.01", f"{ours['asked_over_kept']:.4f}",
+         1 <= ours["asked_over_kept"] <= 1.01),
+        ("letter logits, 24 layers: from Hugging Face's", "at most 1e-4", f"{parity['difference']:.1e}",
+         parity["difference"] <= 1e-4),
+        ("train, export, predict: GB of memory", "at most 24", f"{road['peak_gb']:.1f}", road["peak_gb"] <= 24),
+        ("answers given", "20", f"{road['answers']} in {road['seconds']} s", road["answers"] == 20),
+    ]  # fmt: skip
+
+
+CHECKS = {"tiny_base": check_tiny_base, "demo": check_demo, "full_size": check_full_size}
+
+
+def main(names: list[str]) -> int:
+    rows = []
+    for name in names or CHECKS:
+        rows += [(name, *row) for row in CHECKS[name]()]
+    table = pd.DataFrame(rows, columns=["check", "what", "asked", "measured", "ok"])
+    print(f"\n{os.cpu_count()} cores, Python {sys.version.split()[0]}\n{table.to_string(index=False)}")
+    return 0 if table["ok"].all() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
