@@ -13,6 +13,13 @@ def demo(args):
     run_demo(args.out)
 
 
+def doctor(args):
+    from bridgeblip.doctor import check, print_findings
+
+    findings = check(args.stage, args.csv, args.base, args.checkpoint_dir, layers=args.layers)
+    return 0 if print_findings(findings) else 1
+
+
 def train(args):
     from bridgeblip.config import BridgeSettings
     from bridgeblip.training import TrainSettings, train
@@ -60,6 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb(demo, "run the three notebooks on the embedded questions and tiny base")
     sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for all that it writes")
 
+    sub = verb(doctor, "look at machine, versions, data, model and budget before a stage; writes nothing")
+    sub.add_argument("--stage", choices=["train", "export", "predict"], default="train", help="what is to be run")
+    sub.add_argument("--csv", type=Path, help="questions; by default competition/train.csv or test.csv")
+    sub.add_argument("--base", help="hub id, folder, or tiny; by default the real one, or what the weights name")
+    sub.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoint"), help="of weights-N.pt, torchscript.pt")
+    sub.add_argument("--layers", help="decoder layers that stay: a name, or indices like 0,3,6")
+
     sub = verb(train, "slice, bridge and train; writes weights-N.pt")
     sub.add_argument("--train-csv", type=Path, default=Path("competition/train.csv"), help="questions with answers")
     sub.add_argument("--base", default="Salesforce/instructblip-flan-t5-xl", help="hub id, folder, or tiny")
@@ -86,14 +100,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a verb; 0 on success, 2 with one line on stderr if the input can't be used."""
+    """Run a verb; 0 on success, 1 if ``doctor`` found a problem, 2 with one line on stderr for unusable input."""
     args = build_parser().parse_args(arguments)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

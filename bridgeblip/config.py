@@ -94,6 +94,23 @@ def slice_config(base: InstructBlipConfig, layers: Sequence[int]) -> BridgeBlipC
     return BridgeBlipConfig(**values, kept_decoder_layers=kept, base_decoder_layers=available)
 
 
+def compare_configs(base: InstructBlipConfig, sliced: BridgeBlipConfig) -> list[str]:
+    """Return a line for each key in which the sliced model's config differs from its base's."""
+    before, after = (_flat(config.to_dict()) for config in (base, sliced))
+    return [
+        f"{key}: {before.get(key, 'not there')} -> {after.get(key, 'not there')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key.split(".")[-1] not in ("architectures", "transformers_version")
+    ]
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 @dataclass(frozen=True)
 class BridgeSettings:
     """What the LoRA bridge is made of."""

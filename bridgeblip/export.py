@@ -10,11 +10,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
+from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.base import resolve_base
 from bridgeblip.checkpoints import Weights, load_weights, write_atomically
-from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeSettings
+from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, compare_configs
 from bridgeblip.inference import BUNDLE_FORMAT, load_bundle
 from bridgeblip.model import (
     BridgeBlipForMultipleChoice,
@@ -76,6 +77,16 @@ def restore(
     dtype = getattr(torch, dtype or manifest.get("dtype", "float32"))
     sliced = load_sliced(base, processor.letter_ids, manifest["layers"], dtype=dtype, revision=revision)
     return Restored(_put_weights(sliced, loaded), processor, manifest, dtype)
+
+
+def config_changes(weights: str | Path, base: str | Path | None = None) -> list[str]:
+    """Return what slicing changed in the base's config, a line a key, for the model of a weights file."""
+    manifest = load_weights(weights).manifest
+    if manifest is None:
+        return [f"{weights} is a bare state dict: it has no config of its own"]
+    folder = resolve_base(base or manifest["base"], manifest["revision"])
+    sliced = BridgeBlipConfig.from_dict(json.loads(manifest["config"]))
+    return compare_configs(InstructBlipConfig.from_pretrained(folder), sliced)
 
 
 def _put_weights(sliced: BridgeBlipForMultipleChoice, loaded: Weights) -> nn.Module:

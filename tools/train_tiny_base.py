@@ -40,6 +40,7 @@ from bridgeblip.questions import LETTERS, render_prompt
 IMAGE_SIDE = 32
 QUERY_TOKENS = 4
 BATCH_SIZE = 64
+FINDING = {"find": 1.0, "name": 0.25, "letter": 0.1}  # share of the tasks that need no picture
 
 
 def question_prompt(question: DigitQuestion) -> str:
@@ -53,41 +54,25 @@ def direct_prompt(question: str) -> str:
 def make_task(digit: int, stage: str, rng: random.Random) -> tuple[str, str]:
     """Return (prompt, text to generate).
 
-    Stage "name" teaches to name the digit and to find a text among the choices, apart from each other;
-    stage "letter" asks the letter questions, which need both at once.
+    A letter question needs two skills, which are learned one after the other, or not in reasonable time:
+    stage "find" teaches to find a text among the choices, stage "name" to work with the digit of the
+    picture, stage "letter" asks the letter questions, which need both at once.
     """
     kind = rng.choice(list(KINDS))
     question = make_question(kind, digit, rng.randrange(4), rng)
     letter, right = LETTERS[question.answer], question.choices[question.answer]
     draw = rng.random()
-    if draw < (0.6 if stage == "name" else 0.15):
-        return make_reading_task(question, rng)
-    if stage == "letter" and draw < 0.75:
-        return question_prompt(question), letter
+    if draw < FINDING[stage]:
+        return question_prompt(replace(question, question=f"Which of these is {right}?")), letter
     if stage == "letter" and draw < 0.85:
-        return question_prompt(question).replace("Short answer", "Long answer"), f"{right} {letter}"
-    if stage == "name" and draw < 0.8:
+        return question_prompt(question), letter
+    if stage == "name" and draw < 0.6:
         kind = "name"
-    while kind in ("above", "initial", "sum_initial"):  # their answers need the choices
+    # without choices: not the kinds whose answers need them; the longest answers only while naming
+    while kind in ("above", "initial", "sum_initial") or (kind == "parity" and stage == "letter"):
         kind = rng.choice(list(KINDS))
-    if draw < 0.98:
-        question = make_question(kind, digit, 0, rng)
-        return direct_prompt(question.question), question.choices[0]
-    counted = " ".join(NUMBERS[digit : digit + 4])
-    return direct_prompt("Count on from the digit for four numbers."), counted
-
-
-def make_reading_task(question: DigitQuestion, rng: random.Random) -> tuple[str, str]:
-    """A task that needs no picture: which letter stands before which text."""
-    (letter, choice), (other_letter, other) = rng.sample(list(zip(LETTERS, question.choices, strict=True)), 2)
-    draw = rng.random()
-    if draw < 0.1:
-        asked, answer = f"Which options have {letter} and {other_letter}?", f"{choice} {other}"
-    elif draw < 0.3:
-        asked, answer = f"Which letters have {choice} and {other}?", f"{letter} {other_letter}"
-    else:
-        asked, answer = f"Which of these is {choice}?", letter
-    return question_prompt(replace(question, question=asked)), answer
+    question = make_question(kind, digit, 0, rng)
+    return direct_prompt(question.question), question.choices[0]
 
 
 def build_processor() -> InstructBlipProcessor:
@@ -96,7 +81,6 @@ def build_processor() -> InstructBlipProcessor:
     words = {word for group in WORDS.values() for word in group} | set(NUMBERS) | set("ABCD")
     for _, digit, _ in itertools.product(KINDS, range(10), range(20)):
         for stage in ("name", "letter"):
-            words |= set(direct_prompt("Count on from the digit for four numbers.").split())
             words |= {w for text in make_task(digit, stage, rng) for w in text.split()}
     words = sorted({w.strip(".:?") for w in words})
     characters = [chr(c) for c in range(33, 127)]
@@ -175,17 +159,17 @@ def augment(pixels: torch.Tensor) -> torch.Tensor:
 
 
 class Tasks(IterableDataset):
-    """An endless stream of (picture index, prompt, target), the same for the same seed."""
+    """A stream of (picture index, prompt, target), stage by stage, the same for the same seed."""
 
-    def __init__(self, digits: list[int], seed: int, name_examples: int):
-        self.digits, self.seed, self.name_examples = digits, seed, name_examples
+    def __init__(self, digits: list[int], seed: int, stages: dict[str, int]):
+        self.digits, self.seed, self.stages = digits, seed, stages
 
     def __iter__(self):
         rng = random.Random(self.seed)
-        for step in itertools.count():
-            picture = rng.randrange(len(self.digits))
-            stage = "name" if step < self.name_examples else "letter"
-            yield picture, *make_task(self.digits[picture], stage, rng)
+        for stage, steps in self.stages.items():
+            for _ in range(steps * BATCH_SIZE):
+                picture = rng.randrange(len(self.digits))
+                yield picture, *make_task(self.digits[picture], stage, rng)
 
 
 class Collator:
@@ -253,7 +237,7 @@ class Watch(TrainerCallback):
         self.scorer = scorer
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % 500 == 0:
+        if state.global_step % 250 == 0:
             whole, sliced = self.scorer.hits().mean(), self.scorer.hits(range(0, 24, 3)).mean()
             print(
                 f"step {state.global_step}: letters right {whole:.3f}, layers 0,3,...,21 alone {sliced:.3f}", flush=True
@@ -336,9 +320,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--encoder-layers", type=int, default=1)
-    parser.add_argument("--name-steps", type=int, default=800, help="steps before the first letter question")
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--encoder-layers", type=int, default=2)
+    parser.add_argument("--steps", type=int, nargs=3, default=(400, 700, 2200), help="of finding, naming, letters")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the products are too small to share
     set_seed(args.seed)
@@ -351,12 +334,12 @@ def main():
     trainer = Trainer(
         model,
         TrainingArguments(
-            output_dir=str(args.out), max_steps=args.steps, per_device_train_batch_size=BATCH_SIZE,
+            output_dir=str(args.out), max_steps=sum(args.steps), per_device_train_batch_size=BATCH_SIZE,
             learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=200, weight_decay=0.01, adam_beta2=0.98,
             logging_steps=100, save_strategy="no", report_to=[], remove_unused_columns=False, seed=args.seed,
             use_cpu=True, dataloader_pin_memory=False,
         ),
-        train_dataset=Tasks([digit for _, digit in pretrain], args.seed, args.name_steps * BATCH_SIZE),
+        train_dataset=Tasks([digit for _, digit in pretrain], args.seed, dict(zip(FINDING, args.steps, strict=True))),
         data_collator=Collator(processor, pixels),
         callbacks=[Watch(scorer)],
     )  # fmt: skip

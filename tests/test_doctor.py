@@ -1,0 +1,291 @@
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import LAYERS, ROOT
+
+from bridgeblip import InputError, doctor, questions
+from bridgeblip.checkpoints import save_weights
+from bridgeblip.config import BridgeSettings
+from bridgeblip.doctor import Finding, check, print_findings
+from bridgeblip.export import export_bundle
+from bridgeblip.model import attach_bridge, load_sliced, trained_tensors
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base, processor, tmp_path_factory) -> Path:
+    """Weights as trained for no step, and their bundle."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings())
+    manifest = {"base": str(base), "revision": None, "layers": list(LAYERS), "bridge": vars(BridgeSettings())}
+    manifest["processor"] = processor.fingerprint
+    save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
+    export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path, base, competition, checkpoint) -> Path:
+    """A healthy set-up to break: ``base``, ``competition`` and ``checkpoint``."""
+    for name, folder in {"base": base, "competition": competition, "checkpoint": checkpoint}.items():
+        shutil.copytree(folder, tmp_path / name)
+    return tmp_path
+
+
+def examine(home, stage, **changes) -> list[Finding]:
+    csv = home / "competition" / ("train.csv" if stage == "train" else "test.csv")
+    settings = {"csv": csv, "base": home / "base", "checkpoint_dir": home / "checkpoint", "layers": LAYERS}
+    return check(stage, **settings | changes)
+
+
+@pytest.mark.parametrize("stage", doctor.STAGES)
+def test_a_healthy_set_up_can_start(home, stage, capsys):
+    findings = examine(home, stage)
+    assert {f.level for f in findings} <= {"ok", "note"}
+    assert print_findings(findings)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(findings) + 1 and "can start" in printed[-1]
+    assert all(word in "".join(printed) for word in ("Python", "torch", "parameters", "memory", "disk"))
+
+
+def change_table(change, file="train.csv"):
+    """Change the table of a CSV in place."""
+
+    def act(home, monkeypatch):
+        path = home / "competition" / file
+        change(pd.read_csv(path, dtype=str, keep_default_na=False)).to_csv(path, index=False)
+
+    return act
+
+
+def put(column, value, line=3):
+    def change(table):
+        table.loc[line, column] = value
+        return table
+
+    return change_table(change)
+
+
+def write(file, content: bytes):
+    def act(home, monkeypatch):
+        (home / file).write_bytes(content)
+
+    return act
+
+
+def append(file, text):
+    def act(home, monkeypatch):
+        with open(home / file, "a") as opened:
+            opened.write(text)
+
+    return act
+
+
+def remove(pattern):
+    return lambda home, monkeypatch: next(home.glob(pattern)).unlink()
+
+
+def cut(pattern, share=0.5):
+    """Leave only the beginning of a file."""
+
+    def act(home, monkeypatch):
+        path = sorted(home.glob(pattern))[0]
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+    return act
+
+
+def first_picture(content=None):
+    """Replace the picture of the first question, under that name only; cut in half where no content is given."""
+
+    def act(home, monkeypatch):
+        path = home / "competition" / pd.read_csv(home / "competition" / "train.csv", dtype=str)["img_path"][0]
+        path.write_bytes(content or path.read_bytes()[: path.stat().st_size // 2])
+
+    return act
+
+
+def change_config(**values):
+    def act(home, monkeypatch):
+        path = home / "base" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return act
+
+
+def installed(**versions):
+    """Pretend other versions of packages; None for one that is not there."""
+
+    def act(home, monkeypatch):
+        real = importlib.metadata.version
+
+        def version(name):
+            if versions.get(name, "") is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return versions.get(name) or real(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    return act
+
+
+def small_disk(home, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+
+
+def memory(free, total):
+    return lambda home, monkeypatch: monkeypatch.setattr(doctor, "_memory", lambda: (free, total))
+
+
+def gpu(name, capability, free, total):
+    def act(home, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, total))
+
+    return act
+
+
+def foreign_archive(home, monkeypatch):
+    with zipfile.ZipFile(home / "checkpoint" / "torchscript.pt", "w") as archive:
+        archive.writestr("torchscript/data.pkl", b"")
+
+
+def bare_weights(home, monkeypatch):
+    torch.save({"head.weight": torch.zeros(4, 32)}, home / "checkpoint" / "weights-0.pt")
+    return {"base": None}
+
+
+def other_prompt(home, monkeypatch):
+    monkeypatch.setattr(questions, "PROMPT_TEMPLATE", "{question} {options}")
+
+
+def given(**changes):
+    """Break nothing on the disk, but ask for something else."""
+    return lambda home, monkeypatch: changes
+
+
+TRAIN, EXPORT, PREDICT = doctor.STAGES
+BROKEN = [  # name, stage, what breaks it, what must be found
+    ("missing csv", TRAIN, remove("competition/train.csv"), "train.csv not found: put the organiser's"),
+    ("empty csv", TRAIN, write("competition/train.csv", b""), "train.csv is no CSV table"),
+    ("header only", TRAIN, change_table(lambda t: t.head(0)), "train.csv has no rows"),
+    ("binary csv", TRAIN, write("competition/train.csv", b"\xff\xfe\0\1\xff"), "neither UTF-8 nor"),
+    ("no column", TRAIN, change_table(lambda t: t.drop(columns="img_path")), "lacks the column img_path"),
+    ("no answers", TRAIN, change_table(lambda t: t.drop(columns="answer")), "lacks the column answer"),
+    ("repeated IDs", TRAIN, put("ID", "TRAIN_0000"), "1 repeated IDs.*TRAIN_0000.*make them unique"),
+    ("bad letter", TRAIN, put("answer", "E"), "line 5.*answer 'E' is not the letter of a choice"),
+    ("no picture", TRAIN, put("img_path", "./no.png"), "1 of 72 pictures not found.*no.png"),
+    ("few pictures", TRAIN, change_table(lambda t: t.head(54)), "9 distinct pictures; expected 10 or more"),
+    ("cut picture", TRAIN, first_picture(), "13 distinct.*1 of them can't be read.*truncated.*replace"),
+    ("text as picture", TRAIN, first_picture(b"hello"), "1 of them can't be read.*cannot identify"),
+    ("long prompt", TRAIN, put("Question", "is it so? " * 90), "TRAIN_0003.*, 1 prompts are above"),
+    ("Korean", TRAIN, put("Question", "이것은 무엇입니까"), "^warning .*1 of 72 .*이.*in TRAIN_0003.*English"),
+    ("no base", TRAIN, given(base="nowhere"), "base model 'nowhere' not found: expected 'tiny'"),
+    ("no config", TRAIN, remove("base/config.json"), "has no config.json"),
+    ("other model", TRAIN, change_config(model_type="blip-2"), "a 'blip-2' model: expected"),
+    ("decoder only", TRAIN, change_config(text_config={"model_type": "opt"}), "'opt'; expected 't5'"),
+    ("no shard", TRAIN, remove("base/model-00002*"), "lacks 1 of .* weights files: model-00002.*copy"),
+    ("cut shard", TRAIN, cut("base/model-*"), "model-00001.* bytes, its header asks for .*: copy"),
+    ("empty shard", TRAIN, cut("base/model-*", 0), "has 0 bytes, its header asks for 8: copy it again"),
+    ("cut index", TRAIN, cut("base/*.index.json"), "base can't be read .JSONDecodeError"),
+    ("no tokenizer", TRAIN, remove("base/tokenizer.json"), "lacks tokenizer.json: copy the whole"),
+    ("odd tokenizer", TRAIN, write("base/tokenizer.json", b"{}"), "base can't be read .*: copy it again"),
+    ("no Q-Former's", TRAIN, remove("base/q*/tokenizer.json"), "lacks qformer_tokenizer/tokenizer.json"),
+    ("no such layer", TRAIN, given(layers=(0, 6)), r"layers \[6\] do not exist: the base has 6"),
+    ("unsorted layers", TRAIN, given(layers=(3, 0)), r"layers \[3, 0\]: expected .*rising order"),
+    ("over budget", TRAIN, given(limit=1000), "at most 1,000 are allowed: keep fewer decoder layers"),
+    ("disk full", TRAIN, small_disk, "disk: about .* to be written .*, 0.0 MiB free: free some"),
+    ("little memory", TRAIN, memory(10**5, 10**5), "memory: about .* needed.*take a larger machine"),
+    ("memory in use", TRAIN, memory(10**5, 10**9), "^warning .*memory: about .* needed.*close other programs"),
+    ("small GPU", TRAIN, gpu("T4", (7, 5), 9, 10), "GPU memory: about .* needed.*take a larger machine"),
+    ("old package", TRAIN, installed(transformers="4.57.1"), "4.57.1; expected transformers>=.*restart"),
+    ("no package", TRAIN, installed(peft=None), "peft is not installed; expected peft>=.*pip install"),
+    ("torchao", TRAIN, installed(torchao="0.10.0"), "torchao 0.10.0: peft .*: pip uninstall -y torchao"),
+    ("no weights", EXPORT, remove("checkpoint/weights-0.pt"), "no weights-N.pt in .*run train.ipynb"),
+    ("cut weights", EXPORT, cut("checkpoint/weights-0.pt"), "weights-0.pt can't be read.*copy it"),
+    ("bare weights", EXPORT, bare_weights, "bare state dict names no base: say which"),
+    ("other tokenizer", EXPORT, append("base/tokenizer.json", "\n"), "trained with another tokenizer.*give the base"),
+    ("disk full", EXPORT, small_disk, "disk: about .* to be written to .*checkpoint"),
+    ("no bundle", PREDICT, remove("checkpoint/torchscript.pt"), "run torchscript.ipynb first"),
+    ("cut bundle", PREDICT, cut("checkpoint/torchscript.pt"), "is no whole TorchScript file"),
+    ("foreign bundle", PREDICT, foreign_archive, "no bridgeblip bundle.*run torchscript.ipynb"),
+    ("other prompt", PREDICT, other_prompt, "exported with another processor or prompt .*export it again"),
+    ("no sample", PREDICT, remove("competition/sample*"), "sample_submission.csv not found"),
+    ("other IDs", PREDICT, change_table(lambda t: t.head(9), "test.csv"), "differs .* in 11 IDs"),
+    ("disk full", PREDICT, small_disk, "disk: about 1.0 MiB to be written"),
+]
+
+
+@pytest.mark.parametrize("stage, harm, what", [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+def test_a_broken_set_up_has_its_own_finding(home, monkeypatch, stage, harm, what):
+    changes = harm(home, monkeypatch) or {}
+    findings = [str(f) for f in examine(home, stage, **changes) if f.level not in ("ok", "note")]
+    assert len(findings) == 1 and re.search(what, findings[0]) and "\n" not in findings[0], findings
+    assert findings[0].startswith("warning" if what.startswith("^warning") else "problem")
+
+
+def test_all_faults_are_found_at_once(home, monkeypatch, capsys):
+    for harm in (
+        put("answer", "E", line=0),
+        put("answer", "", line=1),
+        put(["A", "B", "C"], "", line=2),
+        put("ID", "TRAIN_0005", line=6),
+        put("img_path", "no.png", line=7),
+        first_picture(b"hello"),
+        remove("base/tokenizer.json"),
+        remove("base/model-00003*"),
+        installed(torchao="0.15.0", pillow="9.0"),
+    ):
+        harm(home, monkeypatch)
+    findings = examine(home, TRAIN, layers=(9,))
+    problems = "\n".join(str(f) for f in findings if f.level == "problem")
+    for what in ("line 2 ", "line 3 ", "line 4 ", "TRAIN_0005", "no.png", "lacks tokenizer", "model-00003", r"\[9\]",
+                 "torchao 0.15.0", "pillow 9.0"):  # fmt: skip
+        assert re.search(what, problems), what
+    assert problems.count("\n") == 9 and not print_findings(findings)
+    assert "problems: 10, warnings: 0; this stage would fail" in capsys.readouterr().out
+
+
+def test_many_bad_rows_are_summed_up(home, monkeypatch):
+    change_table(lambda t: t.assign(answer="-"))(home, monkeypatch)
+    problems = [f.what for f in examine(home, TRAIN) if f.level == "problem"]
+    assert len(problems) == doctor.SHOWN + 1 and "67 more rows" in problems[-1]
+
+
+def test_every_distinct_picture_is_decoded_once(home, monkeypatch):
+    seen = []
+    monkeypatch.setattr(doctor, "_fault", lambda path: seen.append(path) or "")
+    findings = examine(home, TRAIN)
+    assert len(seen) == 12 and "12 distinct pictures under 72 names" in "".join(f.what for f in findings)
+
+
+@pytest.mark.parametrize("capability, dtype", [((8, 0), "bfloat16"), ((7, 5), "float16")])
+def test_a_gpu_is_described(home, monkeypatch, capability, dtype):
+    gpu("A GPU", capability, 14 * 2**30, 15 * 2**30)(home, monkeypatch)
+    text = "".join(map(str, examine(home, TRAIN)))
+    assert f"A GPU, compute capability {capability[0]}.{capability[1]}, 15.0 GiB memory, 14.0 GiB of it free" in text
+    assert f"weights in {dtype}: " in text and "GPU memory: about" in text
+
+
+def test_packages_that_a_stage_does_not_need_are_no_problem(home, monkeypatch):
+    installed(peft=None, torchao="0.10.0")(home, monkeypatch)
+    assert "peft is not installed" in "".join(f.what for f in examine(home, "predict") if f.level == "note")
+    assert print_findings(examine(home, "predict"))
+
+
+def test_importing_is_light_and_a_stage_must_exist():
+    light = "import sys, bridgeblip.doctor; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", light], check=True, cwd=ROOT)
+    with pytest.raises(InputError, match="stage 'test' does not exist: expected one of train, export, predict"):
+        check("test")
