@@ -7,6 +7,7 @@ one or more ``*.safetensors`` shards, and the processor's files.
 import json
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ SMALL_FILES = ["*.json", "*.txt", "*.model", "qformer_tokenizer/*"]
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 LM_HEAD = "language_model.lm_head.weight"
+READERS = 4  # threads: a disk, and more so a mounted Drive, answers several at a time sooner
 
 
 def resolve_base(base: str | Path, revision: str | None = None) -> Path:
@@ -105,16 +107,19 @@ class TensorReader:
         if missing:
             raise InputError(f"base {self.folder} lacks {len(missing)} expected tensors, the first is {missing[0]!r}")
         tensors = {}
-        by_shard = sorted(names, key=lambda name: self.shard_of[name])
-        with tqdm(total=len(names), desc="reading kept tensors", unit="tensor") as bar:
-            for file in sorted({self.shard_of[name] for name in names}):
+        files = sorted({self.shard_of[name] for name in names})
+        with ThreadPoolExecutor(READERS) as pool, tqdm(total=len(names), desc="reading", unit="tensor") as bar:
+            for file in files:
                 with self._open(file) as shard:
-                    for name in by_shard:
-                        if self.shard_of[name] == file:
-                            tensor = shard.get_tensor(name)
-                            self.bytes_read += tensor.nbytes
-                            tensors[name] = tensor.to(dtype_of(name), copy=True)
-                            bar.update()
+
+                    def load(name, shard=shard):
+                        tensor = shard.get_tensor(name)
+                        return name, tensor.nbytes, tensor.to(dtype_of(name), copy=True)
+
+                    for name, size, tensor in pool.map(load, [n for n in names if self.shard_of[n] == file]):
+                        tensors[name] = tensor
+                        self.bytes_read += size
+                        bar.update()
         return tensors
 
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The demo: the three notebooks, executed in order on the embedded questions and the tiny base."""
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ PARAMETERS_TAG = "parameters"
 # The tiny base is 32 times narrower than the real one and learns at higher rates.
 TINY_RATE = 3e-3
 TINY_EPOCHS = 4
+TINY_BATCH = 32
 
 
 def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
@@ -41,6 +43,7 @@ def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
     Raises:
         InputError: if a cell fails, with the notebook's own message.
     """
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, not one in the home folder
     notebook = nbformat.read(ROOT / name, as_version=4)
     tagged = [i for i, cell in enumerate(notebook.cells) if PARAMETERS_TAG in cell.metadata.get("tags", [])]
     settings = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
@@ -77,9 +80,11 @@ def run_demo(out: str | Path = "demo", limits: dict[str, int] | None = None, epo
     out = Path(out).resolve()
     competition, checkpoint = out / "competition", out / "checkpoint"
     write_competition(competition, out / "answers.csv", limits)
-    settings = TrainSettings(epochs=epochs, learning_rate=TINY_RATE, head_learning_rate=TINY_RATE)
+    settings = TrainSettings(
+        epochs=epochs, batch_size=TINY_BATCH, learning_rate=TINY_RATE, head_learning_rate=TINY_RATE
+    )
     shared = {"COMPETITION_DIR": str(competition), "CHECKPOINT_DIR": str(checkpoint)}
-    training = {"EPOCHS": epochs, "LEARNING_RATE": TINY_RATE, "HEAD_LEARNING_RATE": TINY_RATE}
+    training = {"EPOCHS": epochs, "BATCH_SIZE": TINY_BATCH, "LEARNING_RATE": TINY_RATE, "HEAD_LEARNING_RATE": TINY_RATE}
     parameters = {
         "train.ipynb": shared | training | {"BASE": "tiny"},
         "torchscript.ipynb": {"CHECKPOINT_DIR": str(checkpoint)},

@@ -1,6 +1,7 @@
 """From trained weights to one file: merge the bridge, trace, prove parity, pack."""
 
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,7 +158,9 @@ def trace(model: BridgeBlipForMultipleChoice, example: dict[str, torch.Tensor]) 
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
+        logging.getLogger("transformers.modeling_utils").disabled = True  # tracing reads properties that warn
         traced = torch.jit.trace_module(wrapper, inputs, check_trace=False)
+        logging.getLogger("transformers.modeling_utils").disabled = False
     free_devices(traced)
     return traced
 

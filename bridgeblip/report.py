@@ -60,26 +60,40 @@ def confusion_figure(questions: Sequence[Question], probabilities: np.ndarray) -
     return figure
 
 
-def question_sheet(questions: Sequence[Question], probabilities: np.ndarray | None = None, columns: int = 4) -> Figure:
-    """Pictures with question and choices; the answer given is marked, green if right, red if wrong."""
-    rows = -(-len(questions) // columns)
-    figure = Figure(figsize=(3.4 * columns, 4.4 * rows), layout="constrained")
-    cells = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in cells:
+def question_sheet(
+    questions: Sequence[Question], probabilities: np.ndarray | None = None, count: int = 8, columns: int = 4
+) -> Figure:
+    """Pictures with question and choices, ``count`` of them from all over the set.
+
+    The answer given is marked, green if right, red if wrong; a tick stands at the right one, if known.
+    """
+    shown = range(0, len(questions), -(-len(questions) // count))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.2 * columns, 4.6 * rows), layout="constrained")
+    grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 2] * rows)
+    for axes in grid.ravel():
         axes.axis("off")
-    for i, (axes, question) in enumerate(zip(cells, questions, strict=False)):
-        with Image.open(question.image) as picture:
-            axes.imshow(ImageOps.exif_transpose(picture).convert("RGB"))
-        given = None if probabilities is None else int(probabilities[i].argmax())
-        lines = textwrap.wrap(question.question, 38)
-        for j, choice in enumerate(question.choices):
-            sure = "" if probabilities is None else f"  {probabilities[i][j]:.0%}"
-            mark = {given: "▶ "}.get(j, "") + ("✓ " if j == question.answer else "")
-            lines += textwrap.wrap(f"{mark}{LETTERS[j]}. {choice}{sure}", 38)
-        verdict = NEUTRAL if None in (given, question.answer) else (RIGHT if given == question.answer else WRONG)
-        axes.text(0, -0.04, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=9, color=verdict)
-        axes.set_title(question.id, fontsize=9, color=NEUTRAL)
+    for place, i in enumerate(shown):
+        row, column = divmod(place, columns)
+        with Image.open(questions[i].image) as picture:
+            grid[2 * row, column].imshow(ImageOps.exif_transpose(picture).convert("RGB"))
+        grid[2 * row, column].set_title(questions[i].id, fontsize=9, color=NEUTRAL)
+        text, colour = _caption(questions[i], None if probabilities is None else probabilities[i])
+        grid[2 * row + 1, column].text(0, 1, text, va="top", fontsize=9, color=colour)
     return figure
+
+
+def _caption(question: Question, probabilities: np.ndarray | None) -> tuple[str, str]:
+    """The question with its choices, and the colour of the verdict."""
+    given = None if probabilities is None else int(probabilities.argmax())
+    lines = textwrap.wrap(question.question, 36)
+    for j, choice in enumerate(question.choices):
+        sure = "" if probabilities is None else f"  {probabilities[j]:.0%}"
+        mark = {given: "▶ "}.get(j, "") + ("✓ " if j == question.answer else "")
+        lines += textwrap.wrap(f"{mark}{LETTERS[j]}. {choice}{sure}", 36)
+    if given is None or question.answer is None:
+        return "\n".join(lines), NEUTRAL
+    return "\n".join(lines), RIGHT if given == question.answer else WRONG
 
 
 def answer_figure(probabilities: np.ndarray) -> Figure:

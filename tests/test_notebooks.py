@@ -91,6 +91,7 @@ def test_every_call_binds_to_the_real_signature(notebook):
 
 def test_text_names_only_files_that_the_project_knows(notebook):
     known = {"train.csv", "test.csv", "sample_submission.csv", "weights-0.pt", "weights-N.pt", "best.json",
+             "instructblip.config.json",
              "torchscript.pt", "submission.csv", "probabilities.csv", *NOTEBOOKS}  # fmt: skip
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     named = {word.strip("`,.:|()").split("/")[-1] for word in text.split() if word.strip("`,.:|()").endswith(

@@ -40,7 +40,7 @@ from bridgeblip.questions import LETTERS, render_prompt
 IMAGE_SIDE = 32
 QUERY_TOKENS = 4
 BATCH_SIZE = 64
-FINDING = {"find": 1.0, "name": 0.25, "letter": 0.1}  # share of the tasks that need no picture
+FINDING = {"name": 0.5, "find": 0.5, "letter": 0.1}  # stages in order: their share of tasks that need no picture
 
 
 def question_prompt(question: DigitQuestion) -> str:
@@ -54,9 +54,9 @@ def direct_prompt(question: str) -> str:
 def make_task(digit: int, stage: str, rng: random.Random) -> tuple[str, str]:
     """Return (prompt, text to generate).
 
-    A letter question needs two skills, which are learned one after the other, or not in reasonable time:
-    stage "find" teaches to find a text among the choices, stage "name" to work with the digit of the
-    picture, stage "letter" asks the letter questions, which need both at once.
+    A letter question needs two skills, which are learned apart or not in reasonable time: to work with the
+    digit of the picture, and to find a text among the choices. Stages "name" and "find" teach both side by
+    side, stage "letter" asks the letter questions, which need both at once.
     """
     kind = rng.choice(list(KINDS))
     question = make_question(kind, digit, rng.randrange(4), rng)
@@ -66,10 +66,10 @@ def make_task(digit: int, stage: str, rng: random.Random) -> tuple[str, str]:
         return question_prompt(replace(question, question=f"Which of these is {right}?")), letter
     if stage == "letter" and draw < 0.85:
         return question_prompt(question), letter
-    if stage == "name" and draw < 0.6:
+    if (stage == "name" and draw < 0.85) or (stage == "find" and draw < 0.8):
         kind = "name"
     # without choices: not the kinds whose answers need them; the longest answers only while naming
-    while kind in ("above", "initial", "sum_initial") or (kind == "parity" and stage == "letter"):
+    while kind in ("above", "initial", "sum_initial") or (kind == "parity" and stage != "name"):
         kind = rng.choice(list(KINDS))
     question = make_question(kind, digit, 0, rng)
     return direct_prompt(question.question), question.choices[0]
@@ -239,6 +239,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % 250 == 0:
             whole, sliced = self.scorer.hits().mean(), self.scorer.hits(range(0, 24, 3)).mean()
+            self.scorer.model.save_pretrained(args.output_dir)
             print(
                 f"step {state.global_step}: letters right {whole:.3f}, layers 0,3,...,21 alone {sliced:.3f}", flush=True
             )
@@ -272,7 +273,8 @@ def model_card(args: argparse.Namespace, seconds: float, parameters: int, scorer
     cost = {i: hits.mean() - scorer.hits([j for j in range(24) if j != i]).mean() for i in range(24)}
     return CARD.format(
         command=f"PYTHONPATH=. python tools/train_tiny_base.py --out bridgeblip/tiny --seed {args.seed}"
-        f" --encoder-layers {args.encoder_layers} --steps {args.steps}",
+        f" --encoder-layers {args.encoder_layers} --steps {' '.join(map(str, args.steps))}"
+        + (f" --init {args.init}" if args.init else ""),
         parameters=parameters,
         encoder_layers=args.encoder_layers,
         minutes=seconds / 60,
@@ -321,13 +323,16 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder-layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, nargs=3, default=(400, 700, 2200), help="of finding, naming, letters")
+    parser.add_argument("--steps", type=int, nargs=3, default=(450, 550, 2300), help="of naming, finding, letters")
+    parser.add_argument("--init", type=Path, help="folder of an earlier run to continue from")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the products are too small to share
     set_seed(args.seed)
     began = time.time()
     processor = build_processor()
     model = build_model(processor, args.encoder_layers)
+    if args.init:
+        model = InstructBlipForConditionalGeneration.from_pretrained(args.init)
     pretrain = digit_pictures()["pretrain"]
     pixels = processor(images=[picture for picture, _ in pretrain], return_tensors="pt")["pixel_values"]
     scorer = LetterScorer(model, processor, "train")

@@ -1,0 +1,41 @@
+"""The README names only what exists, and shows only commands that parse."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from bridgeblip.__main__ import build_parser
+
+PAGES = ("README.md", "checkpoint/README.md", "competition/README.md")
+WRITTEN_BY_USE = {"demo/competition/", "demo/notebooks/", "checkpoint/", "competition/", "trainer/"}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    return [line for block in blocks for line in block.splitlines() if re.match(r"(\.venv|python|make)", line)]
+
+
+def test_every_bridgeblip_command_parses():
+    verbs = [shlex.split(line.split("-m bridgeblip ")[1]) for line in commands() if "-m bridgeblip " in line]
+    assert {arguments[0] for arguments in verbs} >= {"demo", "doctor", "train", "export", "predict"}
+    for arguments in verbs:
+        build_parser().parse_args(arguments)
+
+
+def test_every_make_target_exists():
+    targets = [line.split()[1] for line in commands() if line.startswith("make ")]
+    assert set(targets) == {"demo", "test"}
+    subprocess.run(["make", "--dry-run", *targets, "verify"], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_path_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+    for path in re.findall(r"`((?:bridgeblip|tools|tests|checkpoint|competition)/[\w./-]*)`", text):
+        written = path in WRITTEN_BY_USE or re.search(r"\.(csv|pt)$|best\.json$", path)
+        assert written or (ROOT / path).exists(), path
