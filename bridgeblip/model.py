@@ -25,7 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from bridgeblip import InputError
 from bridgeblip.base import LM_HEAD, TensorReader, source_name
 from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, slice_config
-from bridgeblip.precision import NonFiniteError, first_non_finite_module, stays_float32
+from bridgeblip.precision import NonFiniteError, first_non_finite_module, stored_dtype
 
 # With a single decoder token, self-attention is o(v(x)): its q and k get no gradient and do no work.
 BRIDGED_LINEARS = (
@@ -191,7 +191,7 @@ def load_sliced(
         if not name.startswith("head.") and "embed_tokens" not in name
     }
     source_of = {name: source_name(name, config.kept_decoder_layers) for name in shapes}
-    read = reader.read(list(source_of.values()), lambda name: torch.float32 if _stays_float32(name, dtype) else dtype)
+    read = reader.read(list(source_of.values()), lambda name: stored_dtype(name, dtype))
     state = {name: read.pop(source) for name, source in source_of.items()}
     for name, shape in shapes.items():
         if state[name].shape != shape:
@@ -208,10 +208,6 @@ def load_sliced(
     return model.to(device).eval()  # moves the few buffers; all weights are there
 
 
-def _stays_float32(name: str, dtype: torch.dtype) -> bool:
-    return dtype == torch.float16 and stays_float32(name)
-
-
 def _start_head(reader, config, letter_ids, head_init, dtype) -> dict[str, torch.Tensor]:
     width = config.text_config.d_model
     if len(letter_ids) != config.num_choices:
@@ -222,7 +218,7 @@ def _start_head(reader, config, letter_ids, head_init, dtype) -> dict[str, torch
         weight = reader.read_rows(LM_HEAD, letter_ids)
         if config.text_config.scale_decoder_outputs:  # T5 1.0, with a tied LM head, scales its last state
             weight = weight * width**-0.5
-    kept = torch.float32 if _stays_float32("head.weight", dtype) else dtype
+    kept = stored_dtype("head.weight", dtype)
     return {
         "head.weight": weight.to(kept),
         "head.bias": torch.zeros(config.num_choices, device=weight.device, dtype=kept),
@@ -301,6 +297,5 @@ def merge_bridge(model: nn.Module) -> BridgeBlipForMultipleChoice:
             weight.copy_(weight.float() + update)
     dtype = model.get_input_embeddings().weight.dtype
     merged = model.unload()
-    if dtype != torch.float16:  # there the head stays in fp32
-        merged.head.to(dtype)
+    merged.head.to(stored_dtype("head.weight", dtype))
     return merged

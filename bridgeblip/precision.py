@@ -41,9 +41,10 @@ def choose_precision(device: str | torch.device, parameters: int) -> Precision:
     return Precision(torch.float32, "what a CPU computes exactly")
 
 
-def stays_float32(name: str) -> bool:
-    """Whether a tensor keeps fp32 in an fp16 model: T5's second feed-forward product overflows in half precision."""
-    return name.endswith(("DenseReluDense.wo.weight", "head.weight", "head.bias"))
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The format of a tensor in a model of ``dtype``: in fp16, T5's overflowing ``wo`` and the head stay in fp32."""
+    overflows = name.endswith(("DenseReluDense.wo.weight", "head.weight", "head.bias"))
+    return torch.float32 if overflows and dtype == torch.float16 else dtype
 
 
 @torch.no_grad()

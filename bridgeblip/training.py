@@ -84,10 +84,11 @@ def train(
     layers = decoder_layers(layers)
     questions = read_questions(train_csv, need_answers=True)
     training, validation = split_by_picture(questions, settings.validation_fraction, settings.seed)
-    processor = QuestionProcessor.from_base(resolve_base(base, revision))
+    folder = resolve_base(base, revision)
+    processor = QuestionProcessor.from_base(folder)
     processor.encode_prompts([q.prompt for q in questions])  # refuses too long prompts now rather than in mid-epoch
     set_seed(settings.seed)
-    config = slice_config(InstructBlipConfig.from_pretrained(resolve_base(base, revision)), layers)
+    config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
     budget = certify_budget(config, budget_limit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision(device, budget["total"])
