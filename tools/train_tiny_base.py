@@ -1,15 +1,24 @@
 """Train the tiny InstructBLIP that the demo slices, and write it as a Hugging Face model folder.
 
-    PYTHONPATH=. python tools/train_tiny_base.py --out bridgeblip/tiny
+    PYTHONPATH=. python tools/train_tiny_base.py start --out /tmp/start
+    PYTHONPATH=. python tools/train_tiny_base.py deepen --init /tmp/start --out /tmp/deepen
+    PYTHONPATH=. python tools/train_tiny_base.py bind --init /tmp/deepen --out bridgeblip/tiny
 
 The model names the digit of a picture and answers questions about it as InstructBLIP does: by
 generating text. It sees only the "pretrain" pictures of ``bridgeblip.digits``; its scores are taken on
 the "train" pictures, which it has not seen.
+
+Three runs, because a decoder of 24 layers is far more than digits need, and one that is merely trained hardly
+notices when two thirds of it go. ``start`` learns to see and to read, with an encoder of two layers, which soon
+does all the work. ``deepen`` takes one encoder layer away and begins the decoder anew, so that finding the right
+choice becomes the decoder's. ``bind`` goes on with a penalty on parts of the decoder that answer alone, drawn
+anew in every step, so that the layers depend on one another as those of a fully used model do.
 """
 
 import argparse
 import itertools
 import random
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +35,7 @@ from transformers import (
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
+    T5ForConditionalGeneration,
     T5Tokenizer,
     Trainer,
     TrainerCallback,
@@ -40,6 +50,7 @@ from bridgeblip.questions import LETTERS, render_prompt
 IMAGE_SIDE = 32
 QUERY_TOKENS = 4
 BATCH_SIZE = 64
+PENALTY = 0.2  # weight, in "bind", of what a part of the decoder knows alone
 FINDING = {"name": 0.5, "find": 0.5, "letter": 0.1}  # stages in order: their share of tasks that need no picture
 
 
@@ -133,6 +144,16 @@ def build_model(processor: InstructBlipProcessor, encoder_layers: int) -> Instru
         bias.weight[1, 1] += 4.0
         bias.weight[2, 0] += 4.0
     return model
+
+
+def deepen(model: InstructBlipForConditionalGeneration) -> None:
+    """Leave one encoder layer, and begin the decoder anew as T5 does, its embeddings kept."""
+    language_model, config = model.language_model, model.config.text_config
+    language_model.encoder.block = language_model.encoder.block[:1]
+    config.num_layers = language_model.encoder.config.num_layers = 1
+    fresh = T5ForConditionalGeneration(config).decoder
+    language_model.decoder.block = fresh.block
+    language_model.decoder.final_layer_norm = fresh.final_layer_norm
 
 
 @torch.no_grad()
@@ -231,10 +252,10 @@ class LetterScorer:
 
 
 class Watch(TrainerCallback):
-    """Prints, now and then, how the letters come along, whole and sliced."""
+    """Prints, now and then, how the letters come along, whole and sliced; ends the run early if asked to."""
 
-    def __init__(self, scorer: LetterScorer):
-        self.scorer = scorer
+    def __init__(self, scorer: LetterScorer, stop: int | None):
+        self.scorer, self.stop = scorer, stop
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % 250 == 0:
@@ -243,6 +264,38 @@ class Watch(TrainerCallback):
             print(
                 f"step {state.global_step}: letters right {whole:.3f}, layers 0,3,...,21 alone {sliced:.3f}", flush=True
             )
+        control.should_training_stop |= state.global_step == self.stop
+
+
+class BindingTrainer(Trainer):
+    """Adds a penalty on what a part of the decoder, drawn anew in each step, can answer without the rest.
+
+    The part lacks 2 to 16 layers, at random or in a row; it should find all letters equally likely. No kept
+    selection is named: every kind of cut is meant to hurt.
+    """
+
+    def __init__(self, model, *args, letter_ids: list[int], **kwargs):
+        super().__init__(model, *args, **kwargs)
+        self.letter_ids, self.draw = torch.tensor(letter_ids), random.Random(self.args.seed)
+
+    def part(self, layers: int) -> list[int]:
+        count = self.draw.randint(2, 16)
+        first = self.draw.randint(0, layers - count)
+        in_a_row = self.draw.random() < 0.5
+        gone = range(first, first + count) if in_a_row else self.draw.sample(range(layers), count)
+        return [i for i in range(layers) if i not in set(gone)]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = model(**inputs).loss
+        asked = torch.isin(inputs["labels"][:, 0], self.letter_ids)
+        rows = {name: tensor[asked] for name, tensor in inputs.items() if name != "labels"}
+        decoder = model.language_model.decoder
+        blocks = decoder.block
+        decoder.block = nn.ModuleList(blocks[i] for i in self.part(len(blocks)))
+        start = torch.zeros(int(asked.sum()), 1, dtype=torch.long)
+        alone = model(**rows, decoder_input_ids=start).logits[:, 0, self.letter_ids].log_softmax(-1)
+        decoder.block = blocks
+        return loss - PENALTY * (alone.mean() + np.log(len(LETTERS)))  # the divergence from an even guess
 
 
 def generative_accuracy(folder: str | Path, split: str) -> tuple[float, int]:
@@ -252,12 +305,14 @@ def generative_accuracy(folder: str | Path, split: str) -> tuple[float, int]:
     scorer = LetterScorer(model, processor, split)
     texts = []
     for batch in tqdm(scorer.batches, desc="generating", unit="batch"):
-        texts += processor.batch_decode(model.generate(**batch, max_new_tokens=3), skip_special_tokens=True)
+        # without a cache: transformers would make it as deep as the encoder
+        made = model.generate(**batch, max_new_tokens=3, use_cache=False)
+        texts += processor.batch_decode(made, skip_special_tokens=True)
     right = [text.strip() == LETTERS[q.answer] for text, q in zip(texts, scorer.questions, strict=True)]
     return float(np.mean(right)), len(right)
 
 
-def model_card(args: argparse.Namespace, seconds: float, parameters: int, scorer: LetterScorer) -> str:
+def model_card(commands: str, parameters: int, encoder_layers: int, scorer: LetterScorer) -> str:
     """The card: how the model was made, and what each decoder layer is worth."""
     hits = scorer.hits()
     kinds = {kind: hits[[q.kind == kind for q in scorer.questions]].mean() for kind in KINDS}
@@ -272,12 +327,9 @@ def model_card(args: argparse.Namespace, seconds: float, parameters: int, scorer
     }
     cost = {i: hits.mean() - scorer.hits([j for j in range(24) if j != i]).mean() for i in range(24)}
     return CARD.format(
-        command=f"PYTHONPATH=. python tools/train_tiny_base.py --out bridgeblip/tiny --seed {args.seed}"
-        f" --encoder-layers {args.encoder_layers} --steps {' '.join(map(str, args.steps))}"
-        + (f" --init {args.init}" if args.init else ""),
+        commands=commands,
         parameters=parameters,
-        encoder_layers=args.encoder_layers,
-        minutes=seconds / 60,
+        encoder_layers=encoder_layers,
         count=len(hits),
         kinds="\n".join(f"| {kind} | {share:.3f} |" for kind, share in kinds.items()),
         slices="\n".join(f"| {name} | {scorer.hits(layers).mean():.3f} |" for name, layers in slices.items()),
@@ -294,12 +346,17 @@ pipeline_tag: visual-question-answering
 
 An `InstructBlipForConditionalGeneration` of {parameters:,} parameters with {encoder_layers} encoder and 24 decoder
 layers, 64 wide, its LM head untied like that of InstructBLIP-FlanT5-XL. It exists to be sliced: to try LoRA-Bridge
-on a laptop, on real pictures, with the real operation. It knows nothing but digits.
+on a laptop, on real pictures, with the real operation. It knows nothing but digits. Give `generate` the argument
+`use_cache=False`: transformers would make the cache as deep as the encoder.
 
-- Command: `{command}`
+- Commands, each with what it took on one core of a shared server CPU:
+
+```
+{commands}
+```
+
 - Data: 1,097 scans of scikit-learn's digits (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0) with
   generated questions; no picture of the demo's training or test questions was seen.
-- Time: {minutes:.0f} minutes on one core of a shared server CPU.
 
 Scores below are on {count} questions about pictures not seen in training: the share whose first generated token is
 the right letter.
@@ -318,40 +375,63 @@ the right letter.
 """
 
 
+# run -> its steps of naming, finding, letters; its peak rate; its Trainer
+RUNS = {
+    "start": ((450, 550, 5300), 1e-3, Trainer),
+    "deepen": ((0, 0, 3000), 1e-3, Trainer),
+    "bind": ((0, 0, 300), 4e-4, BindingTrainer),
+}
+COMMANDS_FILE = "commands.txt"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", choices=RUNS)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="folder of the run before; start goes on from it as it is")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--encoder-layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, nargs=3, default=(450, 550, 2300), help="of naming, finding, letters")
-    parser.add_argument("--init", type=Path, help="folder of an earlier run to continue from")
+    parser.add_argument("--steps", type=int, nargs=3, help="of naming, finding, letters")
+    parser.add_argument("--stop", type=int, help="step to end at, the schedule cut off")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the products are too small to share
     set_seed(args.seed)
     began = time.time()
+    steps, rate, trainer_class = RUNS[args.run]
+    steps = args.steps or steps
     processor = build_processor()
-    model = build_model(processor, args.encoder_layers)
     if args.init:
         model = InstructBlipForConditionalGeneration.from_pretrained(args.init)
+    else:
+        model = build_model(processor, encoder_layers=2)
+    if args.run == "deepen":
+        deepen(model)
     pretrain = digit_pictures()["pretrain"]
     pixels = processor(images=[picture for picture, _ in pretrain], return_tensors="pt")["pixel_values"]
     scorer = LetterScorer(model, processor, "train")
-    trainer = Trainer(
+    letter_ids = processor.tokenizer.convert_tokens_to_ids([f"▁{letter}" for letter in LETTERS])
+    trainer = trainer_class(
         model,
         TrainingArguments(
-            output_dir=str(args.out), max_steps=sum(args.steps), per_device_train_batch_size=BATCH_SIZE,
-            learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=200, weight_decay=0.01, adam_beta2=0.98,
+            output_dir=str(args.out), max_steps=sum(steps), per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=min(200, sum(steps) // 5),
+            weight_decay=0.01, adam_beta2=0.98,
             logging_steps=100, save_strategy="no", report_to=[], remove_unused_columns=False, seed=args.seed,
             use_cpu=True, dataloader_pin_memory=False,
         ),
-        train_dataset=Tasks([digit for _, digit in pretrain], args.seed, dict(zip(FINDING, args.steps, strict=True))),
+        train_dataset=Tasks([digit for _, digit in pretrain], args.seed, dict(zip(FINDING, steps, strict=True))),
         data_collator=Collator(processor, pixels),
-        callbacks=[Watch(scorer)],
+        callbacks=[Watch(scorer, args.stop)],
+        **({"letter_ids": letter_ids} if args.run == "bind" else {}),
     )  # fmt: skip
     trainer.train()
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
-    card = model_card(args, time.time() - began, sum(p.numel() for p in model.parameters()), scorer)
+    before = (args.init / COMMANDS_FILE).read_text() if args.init else ""
+    command = " ".join(["python tools/train_tiny_base.py", *sys.argv[1:]])
+    commands = f"{before}{command}  # {(time.time() - began) / 60:.0f} minutes\n"
+    (args.out / COMMANDS_FILE).write_text(commands)
+    parameters = sum(p.numel() for p in model.parameters())
+    card = model_card(commands.strip(), parameters, model.config.text_config.num_layers, scorer)
     (args.out / "README.md").write_text(card, encoding="utf-8")
     print(card)
 
