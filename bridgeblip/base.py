@@ -7,7 +7,6 @@ one or more ``*.safetensors`` shards, and the processor's files.
 import json
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,7 +26,6 @@ SMALL_FILES = ["*.json", "*.txt", "*.model", "qformer_tokenizer/*"]
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 LM_HEAD = "language_model.lm_head.weight"
-READERS = 4  # threads: a disk, and more so a mounted Drive, answers several at a time sooner
 
 
 def resolve_base(base: str | Path, revision: str | None = None) -> Path:
@@ -98,7 +96,7 @@ class TensorReader:
     def read(self, names: Sequence[str], dtype_of: Callable[[str], torch.dtype]) -> dict[str, torch.Tensor]:
         """Return the named tensors, each in the format that ``dtype_of`` gives for its name.
 
-        They are copies: unlike a mapped file they survive the file, as on a Drive that goes away.
+        On a CPU those that keep their format are mapped from the file, privately: they are read when first used.
 
         Raises:
             InputError: if the base lacks a tensor, naming it.
@@ -107,18 +105,13 @@ class TensorReader:
         if missing:
             raise InputError(f"base {self.folder} lacks {len(missing)} expected tensors, the first is {missing[0]!r}")
         tensors = {}
-        files = sorted({self.shard_of[name] for name in names})
-        with ThreadPoolExecutor(READERS) as pool, tqdm(total=len(names), desc="reading", unit="tensor") as bar:
-            for file in files:
+        with tqdm(total=len(names), desc="reading", unit="tensor") as bar:
+            for file in sorted({self.shard_of[name] for name in names}):
                 with self._open(file) as shard:
-
-                    def load(name, shard=shard):
+                    for name in [n for n in names if self.shard_of[n] == file]:
                         tensor = shard.get_tensor(name)
-                        return name, tensor.nbytes, tensor.to(dtype_of(name), copy=True)
-
-                    for name, size, tensor in pool.map(load, [n for n in names if self.shard_of[n] == file]):
-                        tensors[name] = tensor
-                        self.bytes_read += size
+                        self.bytes_read += tensor.nbytes
+                        tensors[name] = tensor.to(dtype_of(name))
                         bar.update()
         return tensors
 

@@ -2,12 +2,11 @@
 
 import re
 
-from accelerate import init_empty_weights
 from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.config import BridgeBlipConfig, BridgeSettings
-from bridgeblip.model import BRIDGED_LINEARS, BridgeBlipForMultipleChoice
+from bridgeblip.model import BRIDGED_LINEARS, empty_model
 
 BUDGET_LIMIT = 3_000_000_000
 """The usual rule: all parameters of all models loaded for inference, summed, stay under three billion."""
@@ -22,12 +21,6 @@ PARTS = {
     "language_model.decoder": "T5 decoder",
     "head": "head",
 }
-
-
-def empty_model(config: BridgeBlipConfig) -> BridgeBlipForMultipleChoice:
-    """Return the sliced model without any weight in memory: names and shapes only."""
-    with init_empty_weights(include_buffers=False):
-        return BridgeBlipForMultipleChoice(config)
 
 
 def count_parts(model: nn.Module) -> dict[str, int]:

@@ -1,12 +1,15 @@
 """Files that can be trusted: written to a temporary name, flushed, verified, then renamed.
 
 ``weights-N.pt`` holds what training changed (adapters and head) and all that is needed to rebuild the
-model around it; ``best.json`` names the best N.
+model around it; ``best.json`` names the best N; ``state/step-N/`` holds what a killed run goes on from.
 """
 
+import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +20,24 @@ from bridgeblip import InputError
 
 WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
+STATE_FOLDER = "state"
+STATE_FILE = "state.json"
+GENERATIONS = 2  # resumable states that are kept: should the newest be torn, there is one before it
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None], verify: Callable[[Path], None]) -> None:
+def write_atomically(
+    path: str | Path, write: Callable[[Path], None], verify: Callable[[Path], None], tag: str = ""
+) -> None:
     """Have ``write`` fill a temporary file beside ``path``, flush it, ``verify`` it by reading, and rename it.
 
     An interrupted or failed write leaves whatever was at ``path`` before.
+
+    Args:
+        tag: sets the temporary files of several writers of one path apart.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{tag}.partial")
     try:
         write(partial)
         with open(partial, "rb+") as file:
@@ -37,14 +48,24 @@ def write_atomically(path: str | Path, write: Callable[[Path], None], verify: Ca
         partial.unlink(missing_ok=True)
 
 
+def require_writable(folder: str | Path) -> None:
+    """Raise an InputError now if files can't be written into ``folder``, rather than after hours of work."""
+    probe = Path(folder) / ".writable"
+    try:
+        write_text(probe, "yes")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{folder} can't be written ({error}): choose another folder, or free some space") from error
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a small UTF-8 text file atomically."""
 
     def verify(partial: Path):
-        if partial.read_text(encoding="utf-8") != text:
+        if partial.read_bytes() != text.encode():
             raise OSError(f"{path} was not stored as written: is the disk full?")
 
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"), verify)
+    write_atomically(path, lambda partial: partial.write_bytes(text.encode()), verify)
 
 
 @dataclass(frozen=True)
@@ -105,8 +126,11 @@ def weights_path(checkpoint_dir: str | Path, epoch: int) -> Path:
 
 
 def save_best(checkpoint_dir: str | Path, accuracies: list[float]) -> None:
-    """Record the validation accuracy of each epoch so far, and which is best (the earliest of equals)."""
-    best = max(range(len(accuracies)), key=lambda epoch: accuracies[epoch])
+    """Record the validation accuracy of each epoch so far, and which is best (the earliest of equals).
+
+    An accuracy that is NaN is never best, unless all are.
+    """
+    best = max(range(len(accuracies)), key=lambda epoch: -1 if math.isnan(accuracies[epoch]) else accuracies[epoch])
     record = {"best": weights_path("", best).name, "validation_accuracy": accuracies}
     write_text(Path(checkpoint_dir) / BEST_FILE, json.dumps(record, indent=2) + "\n")
 
@@ -132,3 +156,95 @@ def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
     if not found:
         raise InputError(f"no weights-N.pt in {folder}: run train.ipynb first, or put a weights file there")
     raise InputError(f"{len(found)} weights files in {folder} and no {BEST_FILE} that names one of them: keep one")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read back from where it lies."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_verified(source: Path, target: Path) -> None:
+    """Copy a file to another place, such as a mounted Drive: temporary name, flush, size and SHA-256, rename.
+
+    Raises:
+        OSError: if the copy is not what was copied.
+    """
+    digest = file_digest(source)
+
+    def verify(partial: Path):
+        if partial.stat().st_size != source.stat().st_size or file_digest(partial) != digest:
+            raise OSError(f"the copy of {source} at {target} is not the same: is the disk full?")
+
+    write_atomically(target, lambda partial: shutil.copyfile(source, partial), verify)
+
+
+def publish_state(staged: Path, checkpoint_dir: str | Path, step: int, run: dict[str, Any]) -> Path:
+    """Make a complete folder of resumable state the newest generation, in one rename.
+
+    Args:
+        staged: the folder, on the same disk; it is gone afterwards.
+        run: what the state belongs to; stored with the digest of every file.
+    """
+    files = sorted(path for path in staged.iterdir() if path.is_file())
+    for path in files:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    digests = {path.name: file_digest(path) for path in files}
+    write_text(staged / STATE_FILE, json.dumps({"run": run, "files": digests}, indent=2))
+    folder = Path(checkpoint_dir) / STATE_FOLDER / f"step-{step}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # a run that was started anew passes the same step again
+    os.replace(staged, folder)
+    _drop_old_states(folder.parent, step)
+    return folder
+
+
+def copy_state(folder: Path, checkpoint_dir: str | Path) -> None:
+    """Copy a published state to a second checkpoint folder; every file verified, the folder renamed whole."""
+    target = Path(checkpoint_dir) / STATE_FOLDER / folder.name
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for path in sorted(folder.iterdir()):
+        copy_verified(path, partial / path.name)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    _drop_old_states(target.parent, int(folder.name.split("-")[1]))
+
+
+def _drop_old_states(folder: Path, newest: int) -> None:
+    """Keep the newest generations; states of later steps come from an earlier run and are foreign."""
+    steps = sorted((int(path.name.split("-")[1]) for path in folder.glob("step-*")), reverse=True)
+    kept = [step for step in steps if step <= newest][:GENERATIONS]
+    for step in set(steps) - set(kept):
+        shutil.rmtree(folder / f"step-{step}")
+
+
+def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> Path | None:
+    """Return the newest whole state of this ``run``, or None; each one passed over is named.
+
+    Args:
+        checkpoint_dirs: where states may lie; the first place wins between equals.
+        run: what must agree: base, settings, questions.
+    """
+    found = [path for place in checkpoint_dirs for path in (Path(place) / STATE_FOLDER).glob("step-*")]
+    for folder in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        fault = _fault_of_state(folder, run)
+        if fault is None:
+            return folder
+        print(f"passing over {folder}: {fault}")
+    return None
+
+
+def _fault_of_state(folder: Path, run: dict[str, Any]) -> str | None:
+    """Return what is wrong with a state, if anything."""
+    try:
+        record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        files, made_by = record["files"], record["run"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"it is torn ({type(error).__name__}: {error})"
+    for name, digest in files.items():
+        if not (folder / name).is_file() or file_digest(folder / name) != digest:
+            return f"it is torn ({name} is not as it was written)"
+    different = sorted(key for key in run.keys() | made_by.keys() if run.get(key) != made_by.get(key))
+    return f"it belongs to another run (other {', '.join(different)})" if different else None

@@ -231,52 +231,47 @@ def _bytes_each(found: Findings, chosen: str) -> int:
 
 
 def _check_questions(found: Findings, csv: Path, processor, need_answers: bool, least_pictures: int = 1):
-    """Look at rows, prompts and pictures of a question file; return the sound rows."""
-    rows = _read_rows(found, csv, need_answers)
+    """Look at rows, prompts and pictures of a question file; return the rows that can be used.
+
+    A prediction survives a bad row, so there it is a warning.
+    """
+    level = "problem" if need_answers else "warning"
+    rows = _read_rows(found, csv, need_answers, level)
     if rows and processor is not None:
-        _check_prompts(found, rows, processor)
+        _check_prompts(found, rows, processor, level)
     if rows:
-        _check_images(found, rows, least_pictures)
+        _check_images(found, rows, least_pictures, level)
     return rows
 
 
-def _read_rows(found: Findings, csv: Path, need_answers: bool) -> list[questions.Question]:
-    """Return the sound rows of a question file; every other one is a problem."""
-    rows = found.attempt(questions.read_questions, csv, need_answers)
-    if rows is not None:
-        found.add("ok", f"{csv}: {len(rows)} questions, such as {rows[0].id}: {rows[0].prompt[:120]!r}")
-        return rows
-    first = found[-1].what  # read_questions stops there; what follows goes on
-    try:
-        table = questions.read_table(csv).rename(columns=lambda name: name.strip().lower())
-    except InputError:
+def _read_rows(found: Findings, csv: Path, need_answers: bool, level: str) -> list[questions.Question]:
+    rows = found.attempt(lambda path: questions.read_rows(path, need_answers), csv)
+    if rows is None:
         return []
-    table = table.rename(columns={} if "img_path" in table else {"path": "img_path"})
-    if not set(questions.COLUMNS) <= set(table.columns):
-        return []
-    repeated = table["id"][table["id"].duplicated()].tolist()
-    if repeated and "repeated IDs" not in first:
-        found.add("problem", f"{csv} has {len(repeated)} repeated IDs: {_some(repeated)}", "make them unique")
-    rows, refused = [], []
-    for number, row in enumerate(table.to_dict("records"), start=2):
-        try:
-            rows.append(questions._read_row(csv, number, row, "answer" in table))
-        except InputError as error:
-            refused.append(str(error))
-    for message in refused[:SHOWN]:
-        found.add("problem", message)
+    found.attempt(lambda path: questions.check_ids(rows, path), csv)
+    refused = [question for question in rows if question.problem]
+    for question in refused[:SHOWN]:
+        found.add(level, questions.describe_problem(question, csv))
     if len(refused) > SHOWN:
-        found.add("problem", f"{csv}: {len(refused) - SHOWN} more rows like these", "mend them too")
-    found.attempt(lambda path: questions.check_pictures(rows, path), csv)
+        found.add(level, f"{csv}: {len(refused) - SHOWN} more rows like these", "mend them too")
+    if need_answers:
+        rows = [question for question in rows if not question.problem]
+    before = len(found)
+    try:
+        questions.check_pictures(rows, csv)
+    except InputError as error:
+        found.add(level, str(error))
+    if not refused and len(found) == before:
+        found.add("ok", f"{csv}: {len(rows)} questions, such as {rows[0].id}: {rows[0].prompt[:120]!r}")
     return rows
 
 
-def _check_prompts(found: Findings, rows: Sequence[questions.Question], processor) -> None:
+def _check_prompts(found: Findings, rows: Sequence[questions.Question], processor, level: str) -> None:
     prompts = [q.prompt for q in rows]
     lengths = [sum(row.attention_mask) for row in processor.qformer_tokenizer.encode_batch(prompts)]
     over = sum(length > processor.prompt_limit for length in lengths)
     what = f"longest prompt: {max(lengths)} tokens ({rows[lengths.index(max(lengths))].id}), {over} prompts are above "
-    found.judge(over > 0, f"{what}the {processor.prompt_limit} that the Q-Former reads", "shorten the questions")
+    found.judge(over > 0, f"{what}the {processor.prompt_limit} that the Q-Former reads", "shorten the questions", level)
     unknown = processor.tokenizer.token_to_id("<unk>")
     unread = {}
     for question, row in zip(rows, processor.tokenizer.encode_batch(prompts), strict=True):
@@ -288,9 +283,9 @@ def _check_prompts(found: Findings, rows: Sequence[questions.Question], processo
     found.judge(bool(unread), what + example, "translate these into English", "warning")
 
 
-def _check_images(found: Findings, rows: Sequence[questions.Question], least: int) -> None:
+def _check_images(found: Findings, rows: Sequence[questions.Question], least: int, level: str) -> None:
     """Decode every distinct picture once, whatever names it has."""
-    paths = list(dict.fromkeys(q.image for q in rows if q.image.is_file()))
+    paths = list(dict.fromkeys(q.image for q in rows if os.path.isfile(q.image)))
     if not paths:
         return
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -299,7 +294,7 @@ def _check_images(found: Findings, rows: Sequence[questions.Question], least: in
         faults = list(tqdm(pool.map(_fault, distinct), "decoding pictures", len(distinct), leave=False))
     bad = [f"{path} ({fault})" for path, fault in zip(distinct, faults, strict=True) if fault]
     what = f"{len(distinct)} distinct pictures under {len(paths)} names, {len(bad)} of them can't be read"
-    found.judge(bool(bad), f"{what}{': ' * bool(bad)}{_some(bad)}", "replace by whole JPEG or PNG files")
+    found.judge(bool(bad), f"{what}{': ' * bool(bad)}{_some(bad)}", "replace by whole JPEG or PNG files", level)
     if len(distinct) < least:
         what = f"{len(distinct)} distinct pictures; expected {least} or more, to set some apart for validation"
         found.add("problem", what, "give more pictures, or validate on a larger share")
@@ -345,8 +340,8 @@ def _open_bundle(path: Path):
         raise InputError(f"{path} was exported with another processor or prompt than it meets here: export it again")
     if not importlib.util.find_spec("transformers"):
         return processor, None
-    from bridgeblip.budget import empty_model
     from bridgeblip.config import BridgeBlipConfig
+    from bridgeblip.model import empty_model
 
     return processor, empty_model(BridgeBlipConfig.from_dict(manifest["config"]))
 
@@ -380,8 +375,8 @@ def _check_base(found: Findings, base, layers, revision):
 def _sliced_model(folder: Path, layers: str | Sequence[int] | None):
     from transformers import InstructBlipConfig
 
-    from bridgeblip.budget import empty_model
     from bridgeblip.config import DEFAULT_DECODER_LAYERS, decoder_layers, slice_config
+    from bridgeblip.model import empty_model
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind != "instructblip":

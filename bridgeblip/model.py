@@ -20,6 +20,7 @@ from transformers import (
     InstructBlipVisionModel,
     T5Model,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bridgeblip import InputError
@@ -50,6 +51,8 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         "language_model.encoder.embed_tokens.weight": "language_model.shared.weight",
         "language_model.decoder.embed_tokens.weight": "language_model.shared.weight",
     }
+    label_smoothing = 0.0
+    """Share of the target that training spreads evenly over the choices that exist."""
     accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer must divide by the accumulation steps
 
     def __init__(self, config: BridgeBlipConfig):
@@ -144,7 +147,8 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
             self._name_the_culprit(pixel_values, image_embeds, texts)
         if choice_mask is not None:
             logits = logits.masked_fill(~choice_mask, float("-inf"))
-        loss = F.cross_entropy(logits, labels) if labels is not None else None
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss = choice_loss(logits, labels, smoothing) if labels is not None else None
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def _name_the_culprit(self, pixel_values, image_embeds, texts):
@@ -159,8 +163,28 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         )
 
 
+def choice_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Mean cross-entropy of logits (B, choices) at ``labels`` (B,); minus infinity marks a choice that isn't there.
+
+    Label smoothing (Szegedy et al. 2016) spreads over the choices that are: torch's own would give infinity.
+    """
+    logs = logits.log_softmax(-1)
+    right = F.nll_loss(logs, labels)
+    if not smoothing:
+        return right
+    there = logits.isfinite()
+    even = (logs.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)).mean()
+    return (1 - smoothing) * right - smoothing * even
+
+
 AutoConfig.register("bridgeblip", BridgeBlipConfig)
 AutoModel.register(BridgeBlipConfig, BridgeBlipForMultipleChoice)
+
+
+def empty_model(config: BridgeBlipConfig) -> BridgeBlipForMultipleChoice:
+    """Return the sliced model without any weight in memory: names and shapes only."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return BridgeBlipForMultipleChoice(config)
 
 
 def load_sliced(
@@ -183,8 +207,7 @@ def load_sliced(
     """
     reader = TensorReader(base, revision, device)
     config = slice_config(InstructBlipConfig.from_pretrained(reader.folder), layers)
-    with init_empty_weights(include_buffers=False):
-        model = BridgeBlipForMultipleChoice(config)
+    model = empty_model(config)
     shapes = {
         name: parameter.shape
         for name, parameter in model.named_parameters()
@@ -281,6 +304,20 @@ def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
+def round_fairly(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Cast fp32 ``values`` to ``dtype``; to bfloat16 by stochastic rounding, up or down by the distance to each.
+
+    A LoRA update is often smaller than half a step of bfloat16. Rounding to the nearest would then give the old
+    weight back nearly everywhere, and the low-rank update, small in each weight but alike in all, would shrink.
+    Rounded stochastically it is there in the mean (Gupta et al. 2015).
+    """
+    if dtype != torch.bfloat16:
+        return values.to(dtype)
+    noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, generator=generator).to(values.device)
+    bits = values.contiguous().view(torch.int32) + noise  # bfloat16 is the upper half of fp32
+    return (bits & -(1 << 16)).view(torch.float32).to(dtype)
+
+
 @torch.no_grad()
 def merge_bridge(model: nn.Module) -> BridgeBlipForMultipleChoice:
     """Return the plain model with the adapters merged into its linears and the trained head in place.
@@ -290,11 +327,12 @@ def merge_bridge(model: nn.Module) -> BridgeBlipForMultipleChoice:
     """
     if not isinstance(model, PeftModel):
         return model
+    generator = torch.Generator().manual_seed(0)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             weight = layer.get_base_layer().weight
             update = layer.get_delta_weight("default")  # fp32, as the adapters are
-            weight.copy_(weight.float() + update)
+            weight.copy_(round_fairly(weight.float() + update, weight.dtype, generator))
     dtype = model.get_input_embeddings().weight.dtype
     merged = model.unload()
     merged.head.to(stored_dtype("head.weight", dtype))

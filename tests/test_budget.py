@@ -5,9 +5,9 @@ from conftest import LAYERS, ROOT
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.budget import certify_budget, count_parts, count_trained, empty_model
+from bridgeblip.budget import certify_budget, count_parts, count_trained
 from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, slice_config
-from bridgeblip.model import attach_bridge, load_sliced, trained_tensors
+from bridgeblip.model import attach_bridge, empty_model, load_sliced, trained_tensors
 from tools.make_full_size_base import FULL_SIZE_CONFIG
 
 

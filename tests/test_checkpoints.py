@@ -6,7 +6,10 @@ import torch
 from bridgeblip import InputError
 from bridgeblip.checkpoints import (
     choose_weights,
+    copy_state,
     load_weights,
+    newest_state,
+    publish_state,
     save_best,
     save_weights,
     weights_path,
@@ -76,3 +79,48 @@ def test_choice_of_weights(tmp_path):
     assert json.loads((tmp_path / "best.json").read_text())["best"] == "weights-1.pt"
     path, why = choose_weights(tmp_path)
     assert path.name == "weights-1.pt" and "best of 3 epochs" in why and "0.750" in why
+
+
+def stage(folder, step: int, run: dict):
+    staged = folder / ".staging"
+    staged.mkdir(parents=True)
+    (staged / "optimizer.pt").write_bytes(b"%d" % step)
+    return publish_state(staged, folder, step, run)
+
+
+def test_two_generations_of_state(tmp_path, capsys):
+    run = {"base": "tiny", "settings": {"seed": 0}}
+    assert newest_state([tmp_path], run) is None
+    for step in (3, 6, 9):
+        stage(tmp_path, step, run)
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["step-6", "step-9"]
+    newest = newest_state([tmp_path], run)
+    assert newest.name == "step-9"
+    (newest / "optimizer.pt").write_bytes(b"")
+    assert newest_state([tmp_path], run).name == "step-6"
+    assert "step-9: it is torn (optimizer.pt" in capsys.readouterr().out
+    (newest / "state.json").unlink()
+    assert newest_state([tmp_path], run).name == "step-6"
+    assert newest_state([tmp_path], run | {"base": "other"}) is None
+    assert "belongs to another run (other base)" in capsys.readouterr().out
+
+
+def test_states_of_a_later_step_are_an_earlier_runs(tmp_path):
+    for step in (6, 9):
+        stage(tmp_path, step, {"seed": 0})
+    stage(tmp_path, 3, {"seed": 1})
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-3"]
+
+
+def test_the_copy_at_a_second_place_is_found(tmp_path):
+    first, second, run = tmp_path / "first", tmp_path / "second", {"seed": 0}
+    copy_state(stage(first, 3, run), second)
+    assert newest_state([tmp_path / "gone", second], run) == second / "state" / "step-3"
+    assert [path.name for path in (second / "state").iterdir()] == ["step-3"]
+
+
+def test_nan_is_never_best(tmp_path):
+    save_best(tmp_path, [0.5, float("nan"), 0.4])
+    assert json.loads((tmp_path / "best.json").read_text())["best"] == "weights-0.pt"
+    save_best(tmp_path, [float("nan"), 0.1])
+    assert json.loads((tmp_path / "best.json").read_text())["best"] == "weights-1.pt"

@@ -1,3 +1,4 @@
+import hashlib
 import random
 import shutil
 
@@ -96,7 +97,7 @@ def test_parity_table_covers_each_form(exported):
 
 
 @pytest.mark.parametrize("fault", ["head", "lora_B"])
-def test_a_planted_fault_stops_the_export(weights, tmp_path, monkeypatch, fault):
+def test_a_fault_planted_in_merging_stops_the_export(weights, tmp_path, monkeypatch, fault):
     merge = export.merge_bridge
 
     def damage(model):
@@ -110,6 +111,39 @@ def test_a_planted_fault_stops_the_export(weights, tmp_path, monkeypatch, fault)
     with pytest.raises(ParityError, match="merged"):
         export_bundle(weights, tmp_path / "torchscript.pt")
     assert not list(tmp_path.iterdir())
+
+
+def swap_layers(wrapper, *inputs):
+    blocks = wrapper.model.language_model.decoder.block
+    wrapper.model.language_model.decoder.block = nn.ModuleList([blocks[1], blocks[0], *blocks[2:]])
+    logits = wrapper.model.score(*inputs).float()
+    wrapper.model.language_model.decoder.block = blocks
+    return logits
+
+
+FAULTS = {
+    "head dropped": lambda wrapper, *inputs: wrapper.model.score(*inputs).float() * 0,
+    "mask ignored": lambda wrapper, *inputs: wrapper.model.score(*inputs[:4], torch.ones_like(inputs[4])).float(),
+    "one layer swapped": swap_layers,
+    "prompt not given to the Q-Former": lambda wrapper, embeds, ids, mask, *text: wrapper.model.score(
+        embeds, ids, torch.zeros_like(mask), *text
+    ).float(),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_planted_in_tracing_stops_the_export(weights, tmp_path, monkeypatch, fault, dtype):
+    monkeypatch.setattr(export.TraceableModel, "score", FAULTS[fault])
+    with pytest.raises(ParityError, match="reloaded"):
+        export_bundle(weights, tmp_path / "torchscript.pt", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_digest_beside_the_file_is_as_sha256sum_writes_it(exported):
+    path = exported[0]
+    digest, name = path.with_name("torchscript.pt.sha256").read_text().split()
+    assert name == path.name and digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_weights_on_another_base_of_the_same_shape_are_caught(result_of_training, base, tmp_path):

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from conftest import DECODER_LAYERS, LAYERS, row, without
+from peft.tuners.lora import LoraLayer
 
 from bridgeblip import InputError
 from bridgeblip.base import source_name
@@ -13,6 +14,7 @@ from bridgeblip.model import (
     load_sliced,
     load_trained,
     merge_bridge,
+    round_fairly,
     trained_tensors,
 )
 
@@ -150,3 +152,27 @@ def test_picture_and_prompt_both_matter(sliced, batch):
     assert (sliced(**swapped).logits - logits).abs().max() > 1e-3
     unseen = batch | {"qformer_attention_mask": torch.zeros_like(batch["qformer_attention_mask"])}
     assert (sliced(**unseen).logits - logits).abs().max() > 1e-3  # the Q-Former reads the prompt
+
+
+def test_small_updates_survive_merging_in_half_precision(base, processor):
+    """Updates far below a step of bfloat16 are there in the mean; rounding to the nearest would lose most of them."""
+    torch.manual_seed(0)
+    sliced = load_sliced(base, processor.letter_ids, LAYERS, dtype=torch.bfloat16)
+    model = attach_bridge(sliced, BridgeSettings(rank=192))
+    before, updates = {}, {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=3e-4)
+            before[name] = layer.get_base_layer().weight.float().clone()
+            updates[name] = layer.get_delta_weight("default").detach()
+    merged = {name.replace(".base_layer", ""): w.float() for name, w in merge_bridge(model).named_parameters()}
+    after = {name: merged[f"{name.removeprefix('base_model.model.')}.weight"] for name in before}
+    wanted = torch.cat([update.flatten() for update in updates.values()])
+    got = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    nearest = torch.cat([((before[n] + u).bfloat16().float() - before[n]).flatten() for n, u in updates.items()])
+    share = [float((moved * wanted).sum() / wanted.square().sum()) for moved in (got, nearest)]
+    assert share[0] == pytest.approx(1, abs=0.2) and share[1] < 0.6
+    values = torch.randn(1000)
+    steps = (round_fairly(values, torch.bfloat16, torch.Generator()).float() - values).abs() / values.abs()
+    assert steps.max() < 2**-7
+    assert torch.equal(round_fairly(values, torch.float16, torch.Generator()), values.half())

@@ -4,8 +4,8 @@
 
 Steps, each meant for a process of its own because peak memory is a process's: "ours" loads the slice and
 runs a forward, "theirs" does so with Hugging Face's class and cuts it, "parity-ours" and "parity-theirs"
-write the letter logits of all 24 layers, "road" trains two steps, exports and predicts. Each prints one
-line of JSON. ``make_full_size_base.py`` writes the folder.
+write the letter logits of all 24 layers, "train" trains two steps, "export" and "predict" go on from there. Each
+prints one line of JSON. ``make_full_size_base.py`` writes the folder.
 """
 
 import argparse
@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bridgeblip.base import TensorReader
 from bridgeblip.config import DEFAULT_DECODER_LAYERS
 from bridgeblip.export import export_bundle
-from bridgeblip.inference import load_bundle, predict, write_submission
+from bridgeblip.inference import load_bundle, predict
 from bridgeblip.model import load_sliced
 from bridgeblip.processing import QuestionProcessor
 from bridgeblip.questions import LETTERS, read_questions
+from bridgeblip.submission import write_submission
 from bridgeblip.training import TrainSettings, train
 
 INPUTS = ("pixel_values", "qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
@@ -140,34 +141,39 @@ def parity_theirs(base: Path, work: Path) -> dict:
     return {"difference": (ours - logits).abs().max().item(), "spread": (logits.max() - logits.min()).item()}
 
 
-def road(base: Path, work: Path) -> dict:
-    """Two training steps, export with its parity gate, and prediction on the photos."""
-    photos, seconds = write_photo_questions(work / "photos"), {}
+def train_two_steps(base: Path, work: Path) -> dict:
+    photos = write_photo_questions(work / "photos")
+    began = time.monotonic()
     settings = TrainSettings(batch_size=8, validation_fraction=0.2)
     with PeakMemory() as peak:
-        began = time.monotonic()
-        train(photos / "train.csv", base, work / "checkpoint", settings)
-        seconds["train"] = time.monotonic() - began
-        began = time.monotonic()
-        bundle_path, parity = export_bundle(
-            work / "checkpoint" / "weights-0.pt", work / "checkpoint" / "torchscript.pt"
-        )
-        seconds["export"] = time.monotonic() - began
-        began = time.monotonic()
-        bundle, questions = load_bundle(bundle_path), read_questions(photos / "test.csv")
-        submission = write_submission(
-            questions, predict(bundle, questions, 4), photos / "sample_submission.csv", work / "submission.csv"
-        )
-        seconds["predict"] = time.monotonic() - began
+        result = train(photos / "train.csv", base, work / "checkpoint", settings, features=work / "features")
+    steps = int(result.history["step"].max())
+    megabytes = result.weights[0].stat().st_size / 1e6
+    return {"seconds": time.monotonic() - began, "peak_gb": peak.bytes / 1e9, "steps": steps, "weights_mb": megabytes}
+
+
+def export(base: Path, work: Path) -> dict:
+    began = time.monotonic()
+    with PeakMemory() as peak:
+        out, parity = export_bundle(work / "checkpoint" / "weights-0.pt", work / "checkpoint" / "torchscript.pt")
+    live = sum(p.nbytes for p in torch.jit.load(str(out)).parameters())
+    shares = (parity["difference"] / parity["bound"]).groupby(parity["form"]).max()
     return {
-        "seconds": {stage: round(value) for stage, value in seconds.items()},
-        "peak_gb": peak.bytes / 1e9,
-        "weights_mb": (work / "checkpoint" / "weights-0.pt").stat().st_size / 1e6,
-        "bundle_gb": bundle_path.stat().st_size / 1e9,
-        "parity": parity["difference"].max(),
-        "bound": parity["bound"].max(),
-        "answers": len(submission),
+        "seconds": time.monotonic() - began,
+        "peak_over_live": peak.bytes / live,
+        "file_over_live": out.stat().st_size / live,
+        "difference_over_bound": shares.to_dict(),
     }
+
+
+def answer(base: Path, work: Path) -> dict:
+    photos = work / "photos"
+    began = time.monotonic()
+    with PeakMemory() as peak:
+        bundle, questions = load_bundle(work / "checkpoint" / "torchscript.pt"), read_questions(photos / "test.csv")
+        answers = predict(bundle, questions, batch_size=4)
+        submission = write_submission(questions, answers, photos / "sample_submission.csv", work / "submission.csv")
+    return {"seconds": time.monotonic() - began, "peak_gb": peak.bytes / 1e9, "answers": len(submission)}
 
 
 STEPS = {
@@ -175,7 +181,9 @@ STEPS = {
     "theirs": load_theirs,
     "parity-ours": parity_ours,
     "parity-theirs": parity_theirs,
-    "road": road,
+    "train": train_two_steps,
+    "export": export,
+    "predict": answer,
 }
 
 if __name__ == "__main__":
