@@ -1,25 +1,35 @@
-"""Answer questions with an exported bundle, and write the submission.
+"""Answer questions with an exported bundle.
 
 Needs torch, tokenizers, Pillow and pandas; neither transformers nor peft is ever imported here.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
-from bridgeblip.checkpoints import write_text
+from bridgeblip.checkpoints import file_digest, write_text
 from bridgeblip.processing import PROCESSOR_FILES, QuestionProcessor
-from bridgeblip.questions import LETTERS, PROMPT_TEMPLATE, Question, picture_keys, read_table
+from bridgeblip.questions import LETTERS, PROMPT_TEMPLATE, Question, cyclic_orders, picture_key
 
 BUNDLE_FORMAT = 1
-PICTURES_A_WINDOW = 64  # encoded pictures held at a time: bounds the memory whatever the number of rows
+PICTURES_A_WINDOW = 32  # encoded pictures held at a time: bounds the memory whatever the number of rows
+TOKENS_A_BATCH = 8192  # of the language model, padding included: long prompts come in smaller batches
+LOADERS = 4  # threads that decode pictures
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # TorchScript turns torch's errors into plain ones
+BLANK = "blank"  # key of the picture that stands for a missing one
+FLAGS = ("blank", "shortened", "permuted", "order")
 
 
 @dataclass(frozen=True)
@@ -31,123 +41,340 @@ class Bundle:
     processor: QuestionProcessor
     manifest: dict
     device: torch.device
+    fingerprint: str = ""
+    """Tells the content of one file from another's."""
+
+
+def find_bundle(path: str | Path) -> Path:
+    """Return the path; raise InputError, naming the notebook that comes first, if no file is there."""
+    path = Path(path)
+    if not path.is_file():
+        hint = "run torchscript.ipynb first" if list(path.parent.glob("weights-*.pt")) else "run train.ipynb first"
+        raise InputError(f"{path} not found: {hint}, or put a ready torchscript.pt there")
+    return path
 
 
 def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     """Load ``torchscript.pt`` and check that it is whole, and of a format that this version reads.
 
-    Trust a bundle like a program: TorchScript can hold arbitrary operations.
+    The file is held against ``torchscript.pt.sha256`` where that lies beside it, else against the checksums
+    inside. Trust a bundle like a program: TorchScript can hold arbitrary operations.
 
     Raises:
         InputError: if the file is missing, damaged, foreign, of a newer format, or made for another prompt.
     """
-    path = Path(path)
-    if not path.is_file():
-        hint = "run torchscript.ipynb first" if list(path.parent.glob("weights-*.pt")) else "run train.ipynb first"
-        raise InputError(f"{path} not found: {hint}, or put a ready torchscript.pt there")
+    path = find_bundle(path)
+    fingerprint = _check_whole(path)
     files = dict.fromkeys([*PROCESSOR_FILES, "manifest.json"], "")
     try:
         model = torch.jit.load(str(path), map_location=device, _extra_files=files)
     except (RuntimeError, ValueError) as error:
+        raise InputError(f"{path} is no TorchScript file ({str(error)[:200]}): export or copy it again") from error
+    lacking = [name for name, text in files.items() if not text]
+    if lacking:
+        raise InputError(f"{path} is TorchScript but no bridgeblip bundle, it lacks {', '.join(lacking)}: export it")
+    try:
+        files = {name: text if isinstance(text, str) else text.decode("utf-8") for name, text in files.items()}
+        manifest = json.loads(files.pop("manifest.json"))
+        made_for = {key: manifest[key] for key in ("format", "processor", "letters", "letter_ids", "prompt")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} has no readable manifest ({error!r}): export or copy it again") from error
+    if made_for["format"] > BUNDLE_FORMAT:
         raise InputError(
-            f"{path} is no whole TorchScript file ({str(error)[:200]}): export or copy it again"
-        ) from error
-    if not all(files.values()):
-        raise InputError(
-            f"{path} is TorchScript but no bridgeblip bundle: it lacks {[k for k, v in files.items() if not v]}"
-        )
-    files = {name: text if isinstance(text, str) else text.decode("utf-8") for name, text in files.items()}
-    manifest = json.loads(files.pop("manifest.json"))
-    if manifest["format"] > BUNDLE_FORMAT:
-        raise InputError(
-            f"{path} has format {manifest['format']}, this version reads {BUNDLE_FORMAT}: update bridgeblip"
+            f"{path} has format {made_for['format']}, this version reads {BUNDLE_FORMAT}: update bridgeblip"
         )
     processor = QuestionProcessor(files)
-    if processor.fingerprint != manifest["processor"] or processor.letter_ids != manifest["letter_ids"]:
+    here = {"processor": processor.fingerprint, "letters": list(LETTERS), "letter_ids": processor.letter_ids}
+    if any(made_for[key] != value for key, value in here.items()):
         raise InputError(f"{path}: the processor inside is not the one that it was exported with: export it again")
-    if manifest["prompt"] != PROMPT_TEMPLATE:
-        raise InputError(f"{path} was trained with the prompt {manifest['prompt']!r}, this version has another")
-    return Bundle(model.eval(), processor, manifest, torch.device(device))
+    if made_for["prompt"] != PROMPT_TEMPLATE:
+        raise InputError(f"{path} was trained with the prompt {made_for['prompt']!r}, this version has another")
+    return Bundle(model.eval(), processor, manifest, torch.device(device), fingerprint)
+
+
+def _check_whole(path: Path) -> str:
+    """Refuse a file that is not as it was written; return a fingerprint of its content."""
+    digests = path.with_name(f"{path.name}.sha256")
+    if digests.is_file() and digests.read_bytes().split()[:1] != [file_digest(path).encode()]:
+        raise InputError(f"{path} has not the SHA-256 that {digests} names: copy both again, or export again")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = [(part.filename, part.file_size, part.CRC) for part in archive.infolist()]
+            torn = None if digests.is_file() else archive.testzip()
+    except Exception as error:  # zip and its decompressors each raise their own
+        raise InputError(f"{path} is no whole TorchScript file ({error}): export or copy it again") from error
+    if torn:
+        raise InputError(f"{path} is no whole TorchScript file ({torn} is damaged): export or copy it again")
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def best_device() -> str:
-    """ "cuda" where there is a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """ "cuda:N" where there is a GPU, with N this process's own of several; else "cpu"."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def process_rank() -> tuple[int, int]:
+    """Which of how many processes this is, as ``accelerate launch`` and ``torchrun`` tell; (0, 1) without them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a bundle makes of questions, row by row in their order."""
+
+    probabilities: np.ndarray
+    """(rows, choices), fp32; a missing choice has 0."""
+    flags: list[list[str]]
+    """Words about a row: "blank": answered without its picture; "shortened": its prompt was cut; "permuted":
+    averaged over the orders of its choices; "order": which choice wins depends on that order."""
+    problems: list[str]
+    """Why a row could not be answered as it stands; empty where it could."""
+
+
+def predict(
+    bundle: Bundle,
+    questions: Sequence[Question],
+    batch_size: int = 32,
+    blank_images: bool = False,
+    permute_below: float | None = None,
+    out: str | Path | None = None,
+) -> Answers:
+    """Answer questions; a row that can't be answered as it stands gets an answer and a problem.
+
+    Each distinct picture is encoded once, however many questions, orders and file names it has. Pictures come
+    in windows, always the same ones, so that a run that was interrupted goes on where it stopped. Several
+    processes share the windows, and all of them return the answers to all questions.
+
+    Args:
+        batch_size: most rows at a time; halved wherever the memory does not suffice.
+        blank_images: answer without looking: every picture is replaced by the mean grey.
+        permute_below: rows whose two best probabilities are closer than this are asked again in the other cyclic
+            orders of their choices, and averaged. By default what the bundle says; 0 is none, 2 all.
+        out: submission to be, beside which finished windows are kept until ``write_submission`` has written it.
+
+    Raises:
+        InputError: if the model gives no finite number for a row.
+    """
+    if permute_below is None:
+        permute_below = bundle.manifest.get("trained", {}).get("permute_below") or 0
+    if blank_images:
+        questions = [replace(question, image=None) for question in questions]
+    rank, world = process_rank()
+    keys = _picture_keys(questions, quiet=rank > 0)
+    rows_of: dict[str, list[int]] = {}
+    for row, key in enumerate(keys):
+        rows_of.setdefault(key, []).append(row)
+    pictures = list(rows_of.values())  # the rows of each
+    windows = [pictures[i : i + PICTURES_A_WINDOW] for i in range(0, len(pictures), PICTURES_A_WINDOW)]
+
+    settings = [bundle.fingerprint, batch_size, permute_below, PICTURES_A_WINDOW, TOKENS_A_BATCH]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for key, question in zip(keys, questions, strict=True):
+        digest.update(json.dumps([key, question.question, question.choices]).encode())
+    fingerprint = digest.hexdigest()
+    mine = range(rank, len(windows), world)
+    done = _read_kept(kept_folder(out), fingerprint, mine) if out else {}
+    to_do = [index for index in mine if index not in done]
+    rows_to_do = sum(len(rows) for index in to_do for rows in windows[index])
+    with tqdm(total=rows_to_do, desc="answering", unit="row", disable=rank > 0) as bar:
+        for index in to_do:
+            groups = [[questions[row] for row in rows] for rows in windows[index]]
+            done[index] = _answer_window(bundle, groups, batch_size, permute_below, bar)
+            if out:
+                content = {"fingerprint": fingerprint, "answers": done[index]}
+                write_text(kept_folder(out) / f"{index}.json", json.dumps(content))
+
+    found = {}
+    for index, answers in _gather(done, world).items():
+        found |= zip([row for rows in windows[index] for row in rows], answers, strict=True)
+    probabilities, flags, problems = zip(*(found[row] for row in range(len(questions))), strict=True)
+    problems = ["; ".join(filter(None, pair)) for pair in zip([q.problem for q in questions], problems, strict=True)]
+    return Answers(np.array(probabilities, dtype=np.float32), list(flags), problems)
+
+
+def _picture_keys(questions: Sequence[Question], quiet: bool) -> list[str]:
+    """The key of each question's picture: by content, or by name for a file that can't be read."""
+    keys = {None: BLANK}
+    paths = dict.fromkeys(question.image for question in questions if question.image)
+    for path in tqdm(paths, "comparing pictures", leave=False, disable=quiet):
+        try:
+            keys[path] = picture_key(path)
+        except OSError:  # decoding it will say why
+            keys[path] = str(path)
+    return [keys[question.image] for question in questions]
+
+
+def kept_folder(out: str | Path) -> Path:
+    """Where the finished windows of a submission that is not written yet lie."""
+    return Path(out).with_name(f".{Path(out).name}.windows")
+
+
+def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[int, list]:
+    """Return the answers to windows that an interrupted run has finished."""
+    kept, strangers = {}, 0
+    for index, path in [(index, folder / f"{index}.json") for index in indices]:
+        if path.is_file():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                content = {}  # torn
+            if content.get("fingerprint") == fingerprint:
+                kept[index] = content["answers"]
+            else:
+                strangers += 1
+    if strangers:
+        print(f"passing over {strangers} windows in {folder}: torn, or of another bundle, question file or setting")
+    if kept:
+        print(f"going on after an interruption: {len(kept)} of {len(indices)} windows are answered")
+    return kept
+
+
+def _gather(done: dict[int, list], world: int) -> dict[int, list]:
+    """Return the windows that all processes have answered."""
+    if world == 1:
+        return done
+    alone = not torch.distributed.is_initialized()
+    if alone:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))  # the others may be slower
+    parts: list = [None] * world
+    torch.distributed.all_gather_object(parts, done)
+    if alone:
+        torch.distributed.destroy_process_group()
+    return {index: answers for part in parts for index, answers in part.items()}
 
 
 @torch.inference_mode()
-def predict(
-    bundle: Bundle, questions: Sequence[Question], batch_size: int = 32, blank_images: bool = False
+@torch.jit.optimized_execution(False)  # else the first calls, after an interruption too, would run another graph
+def _answer_window(
+    bundle: Bundle, groups: list[list[Question]], batch_size: int, permute_below: float, bar: tqdm
+) -> list[tuple[list[float], list[str], str]]:
+    """Answer questions grouped by picture: probabilities, flags and problem of each, in order."""
+    embeds, faults = _encode_pictures(bundle, [group[0].image for group in groups], batch_size)
+    asked = [question for group in groups for question in group]
+    places = [place for place, group in enumerate(groups) for _ in group]  # in embeds
+    fitted = [bundle.processor.fit(question) for question in asked]
+    single = _score(bundle, embeds, places, fitted, batch_size, bar)
+    unsure = np.flatnonzero(margins(single) < permute_below)
+    turns = [(row, turn) for row in unsure for turn in cyclic_orders(asked[row].choices)[1:]]
+    turned = [bundle.processor.fit(asked[row].reordered(turn)) for row, turn in turns]
+    views = [[probabilities] for probabilities in single]
+    scores = _score(bundle, embeds, [places[row] for row, _ in turns], turned, batch_size)
+    for (row, turn), seen in zip(turns, scores, strict=True):
+        view = seen.copy()
+        view[list(turn.values())] = seen[list(turn.keys())]  # back to the choices as written
+        views[row].append(view)
+    answers = []
+    for question, fit, place, seen in zip(asked, fitted, places, views, strict=True):
+        changed = len({int(view.argmax()) for view in seen}) > 1
+        true = (bool(faults[place]) or not question.image, fit is not question, len(seen) > 1, changed)
+        flags = [flag for flag, is_true in zip(FLAGS, true, strict=True) if is_true]
+        problems = [f"picture {question.image} can't be read ({faults[place]})"] if faults[place] else []
+        if fit is not question:
+            what = "question" if fit.choices == question.choices else "question and the choices"
+            limit = bundle.processor.prompt_limit
+            problems.append(f"the prompt is longer than the {limit} tokens that the model reads: cut the {what}")
+        answers.append((np.mean(seen, axis=0).tolist(), flags, "; ".join(problems)))
+    return answers
+
+
+def _encode_pictures(
+    bundle: Bundle, paths: Sequence[Path | None], batch_size: int
+) -> tuple[torch.Tensor, Sequence[str]]:
+    """Return (pictures, patches + 1, vision width), and what is wrong with each; such a one is left blank."""
+
+    def load(path: Path | None) -> tuple[torch.Tensor, str]:
+        try:
+            return bundle.processor.load_pixels(path) if path else bundle.processor.blank_pixels, ""
+        except InputError as error:
+            return bundle.processor.blank_pixels, f"{type(error.__cause__).__name__}: {error.__cause__}"
+
+    with ThreadPoolExecutor(LOADERS) as pool:
+        pixels, faults = zip(*pool.map(load, paths), strict=True)
+
+    def encode(rows: Sequence[int]) -> torch.Tensor:
+        return bundle.model.encode_image(torch.stack([pixels[row] for row in rows]).to(bundle.device))
+
+    rows = range(len(paths))
+    parts = [_in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]]
+    return torch.cat(parts), faults
+
+
+def _score(
+    bundle: Bundle,
+    embeds: torch.Tensor,
+    places: Sequence[int],
+    shown: Sequence[Question],
+    batch_size: int,
+    bar: tqdm | None = None,
 ) -> np.ndarray:
-    """Return the probabilities (rows, choices) of the questions, in their order; missing choices get 0.
+    """Return the probabilities (rows, choices) of questions whose pictures stand at ``places`` of ``embeds``."""
 
-    Each distinct picture is encoded once, however many questions and file names it has.
+    def score(rows: Sequence[int]) -> torch.Tensor:
+        texts = bundle.processor.encode_prompts([shown[row].prompt for row in rows])
+        texts = {name: tensor.to(bundle.device) for name, tensor in texts.items()}
+        return bundle.model.score(embeds[[places[row] for row in rows]], **texts).float().cpu()
 
-    Args:
-        blank_images: answer without looking: every picture is replaced by the mean grey.
-    """
-    keys = picture_keys(q.image for q in questions)
-    rows_of: dict[str, list[int]] = {}
-    for row, question in enumerate(questions):
-        rows_of.setdefault(keys[question.image], []).append(row)
-    pictures = list(rows_of)
-    logits = torch.empty(len(questions), len(LETTERS))
-    with tqdm(total=len(questions), desc="answering", unit="question") as bar:
-        for start in range(0, len(pictures), PICTURES_A_WINDOW):
-            window = pictures[start : start + PICTURES_A_WINDOW]
-            embeds = _encode_window(bundle, [questions[rows_of[key][0]] for key in window], batch_size, blank_images)
-            place = {row: i for i, key in enumerate(window) for row in rows_of[key]}
-            rows = sorted(place, key=lambda row: len(questions[row].prompt))  # like lengths together: little padding
-            for first in range(0, len(rows), batch_size):
-                part = rows[first : first + batch_size]
-                texts = bundle.processor.encode_prompts([questions[row].prompt for row in part])
-                texts = {name: tensor.to(bundle.device) for name, tensor in texts.items()}
-                logits[part] = bundle.model.score(embeds[[place[row] for row in part]], **texts).float().cpu()
-                bar.update(len(part))
-    masks = torch.tensor([q.choice_mask for q in questions])
+    logits = torch.empty(len(shown), len(LETTERS))
+    for rows in _batches(bundle.processor.count_tokens([question.prompt for question in shown]), batch_size):
+        logits[rows] = _in_halves(score, rows)
+        if bar is not None:
+            bar.update(len(rows))
+    wrong = (~logits.isfinite()).any(-1).nonzero().flatten().tolist()
+    if wrong:
+        raise InputError(f"the model gives {shown[wrong[0]].id} no finite number: export it as bfloat16 or float32")
+    masks = torch.tensor([question.choice_mask for question in shown], dtype=torch.bool).reshape(logits.shape)
     return logits.masked_fill(~masks, float("-inf")).softmax(-1).numpy()
 
 
-def _encode_window(bundle: Bundle, shown: list[Question], batch_size: int, blank: bool) -> torch.Tensor:
-    """Encode one question's picture each: (len(shown), patches + 1, vision width)."""
-    parts = []
-    for start in range(0, len(shown), batch_size):
-        part = shown[start : start + batch_size]
-        if blank:
-            pixels = torch.zeros(len(part), 3, *bundle.processor.image_size)
-        else:
-            pixels = torch.stack([bundle.processor.load_pixels(q.image) for q in part])
-        parts.append(bundle.model.encode_image(pixels.to(bundle.device)))
-    return torch.cat(parts)
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield the rows, like lengths together, so that there is little padding; the longest first."""
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    while rows:
+        size = min(batch_size, max(1, TOKENS_A_BATCH // lengths[rows[0]]))
+        yield rows[:size]
+        rows = rows[size:]
+
+
+def _in_halves(run: Callable[[Sequence[int]], torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
+    """Return ``run(rows)``, put together from halves where the memory does not suffice for all at once."""
+    try:
+        return run(rows)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if len(rows) == 1 or not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+    warnings.warn(f"no memory for {len(rows)} rows at a time, halving; set a smaller batch size", stacklevel=2)
+    torch.cuda.empty_cache()
+    half = len(rows) // 2
+    return torch.cat([_in_halves(run, rows[:half]), _in_halves(run, rows[half:])])
+
+
+def margins(probabilities: np.ndarray) -> np.ndarray:
+    """How far the two best of each row are apart, 0 to 1."""
+    best = np.sort(probabilities.astype(np.float64), axis=-1)
+    return best[:, -1] - best[:, -2]
+
+
+def choose_permutation_margin(single: np.ndarray, averaged: np.ndarray, answers: Sequence[int]) -> float | None:
+    """Return the margin below which averaging over the orders of the choices pays, or None where it does not.
+
+    Args:
+        single: probabilities (rows, choices) of validation questions, asked once: ``permute_below=0``.
+        averaged: the same, all averaged over the orders: ``permute_below=2``.
+        answers: indices of the right choices.
+
+    A gain counts if it is at least twice its standard error, were each changed row a coin's toss.
+    """
+    distance = margins(single)
+    order = distance.argsort(kind="stable")
+    right = [(probabilities.argmax(-1) == answers)[order].astype(int) for probabilities in (single, averaged)]
+    gains = right[1] - right[0]
+    best = int(gains.cumsum().argmax())  # the first of equals: as few rows as possible are asked again
+    gain, changed = gains[: best + 1].sum(), np.abs(gains[: best + 1]).sum()
+    if gain <= 0 or gain < 2 * changed**0.5:
+        return None
+    return float(np.nextafter(distance[order][best], 2))
 
 
 def letters_of(probabilities: np.ndarray) -> list[str]:
     """The letter of the largest probability of each row."""
     return [LETTERS[i] for i in probabilities.argmax(-1)]
-
-
-def write_submission(
-    questions: Sequence[Question], probabilities: np.ndarray, sample_csv: str | Path, out: str | Path
-) -> pd.DataFrame:
-    """Write the answers with exactly the sample's columns, IDs and order, and ``probabilities.csv`` beside it.
-
-    Raises:
-        InputError: if the sample's IDs are not those of the questions.
-    """
-    sample = read_table(sample_csv)
-    if len(sample.columns) != 2:
-        raise InputError(f"{sample_csv} has columns {', '.join(sample.columns)}; expected two: ID and answer")
-    id_column, answer_column = sample.columns
-    answers = dict(zip([q.id for q in questions], letters_of(probabilities), strict=True))
-    strangers = set(sample[id_column]) ^ set(answers)
-    if strangers:
-        raise InputError(
-            f"{sample_csv} and the questions differ in {len(strangers)} IDs, one is {sorted(strangers)[0]!r}: "
-            "take both files from the same download"
-        )
-    submission = sample.assign(**{answer_column: sample[id_column].map(answers)})
-    write_text(out, submission.to_csv(index=False, lineterminator="\n"))
-    table = pd.DataFrame(probabilities, columns=list(LETTERS)).round(6)
-    table.insert(0, id_column, [q.id for q in questions])
-    write_text(Path(out).with_name("probabilities.csv"), table.to_csv(index=False, lineterminator="\n"))
-    return submission

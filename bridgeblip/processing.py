@@ -6,7 +6,9 @@ so that the exported file's reader stays small and pixels do not depend on torch
 
 import hashlib
 import json
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +102,13 @@ class QuestionProcessor:
         return [letter[0] for letter in ids]
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """Return a picture as (3, height, width), normalised, fp32; transparency is laid on white."""
+        """Return a picture as (3, height, width), normalised, fp32.
+
+        Transparency is laid on white, 16 bits are scaled to 8, of an animation the first frame is taken.
+        """
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = _eight_bits(image)
         if image.mode != "RGB":
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -120,8 +127,43 @@ class QuestionProcessor:
         try:
             with Image.open(path) as image:
                 return self.pixels(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # each of Pillow's decoders raises its own
             raise InputError(f"picture {path} can't be read ({error}): replace it by a whole one") from error
+
+    @property
+    def blank_pixels(self) -> torch.Tensor:
+        """What stands for no picture: the mean grey, (3, height, width)."""
+        return torch.zeros(3, *self.image_size)
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """How long each prompt is for the language model, placeholders of the image included."""
+        return [self.num_query_tokens + len(self.tokenizer.encode(prompt)) for prompt in prompts]
+
+    def fit(self, question: Question) -> Question:
+        """Return the question, its text cut at the front, visibly, until its prompt has no more tokens than the
+        Q-Former can read, for the language model neither: its memory grows with the square of the length.
+
+        The choices stay whole, unless they alone are too long: then the question goes, and all are cut alike.
+        """
+        longest = max(map(len, question.choices))
+
+        def cut(question_length: int, choice_length: int) -> Question:
+            choices = tuple(_last(choice, choice_length) for choice in question.choices)
+            return replace(question, question=_last(question.question, question_length), choices=choices)
+
+        def tokens(shortened: Question) -> int:
+            return max(len(reader.encode(shortened.prompt)) for reader in (self.tokenizer, self.qformer_tokenizer))
+
+        def most(shorten: Callable[[int], Question], length: int) -> int:
+            """The most characters, below ``length``, that fit; -1 if not even none do."""
+            return bisect_right(range(length), self.prompt_limit, key=lambda n: tokens(shorten(n))) - 1
+
+        if tokens(question) <= self.prompt_limit:
+            return question
+        kept = most(lambda n: cut(n, longest), len(question.question))
+        if kept >= 0:
+            return cut(kept, longest)
+        return cut(0, max(0, most(lambda n: cut(0, n), longest)))
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return the four text inputs of ``score``, (B, L) int64, padded on the right to the longest.
@@ -147,10 +189,21 @@ class QuestionProcessor:
             "attention_mask": torch.cat([torch.ones_like(placeholders), mask], dim=1),
         }
 
-    def collate(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        """Return a training batch: ``pixel_values``, the text inputs, ``choice_mask`` and ``labels``."""
-        batch = self.encode_prompts([q.prompt for q in questions])
-        batch["pixel_values"] = torch.stack([self.load_pixels(q.image) for q in questions])
+    def load_pictures(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        """Return ``pixel_values`` (B, 3, height, width) of the questions' pictures."""
+        return {"pixel_values": torch.stack([self.load_pixels(q.image) for q in questions])}
+
+    def collate(
+        self,
+        questions: Sequence[Question],
+        pictures: Callable[[Sequence[Question]], dict[str, torch.Tensor]] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return a training batch: the pictures, the text inputs, ``choice_mask`` and ``labels``.
+
+        Args:
+            pictures: gives the pictures of questions in another form, such as cached ``image_embeds``.
+        """
+        batch = self.encode_prompts([q.prompt for q in questions]) | (pictures or self.load_pictures)(questions)
         batch["choice_mask"] = torch.tensor([q.choice_mask for q in questions])
         if all(q.answer is not None for q in questions):
             batch["labels"] = torch.tensor([q.answer for q in questions])
@@ -168,6 +221,18 @@ def _tokenizer(text: str, pad_token: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad_token), pad_token=pad_token)
     return tokenizer
+
+
+def _last(text: str, length: int) -> str:
+    """The end of a text, with dots where its beginning is cut off."""
+    return text if len(text) <= length else "..." + text[len(text) - length :]
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16 bits of grey to 8, where ``convert`` would make white of all but the darkest."""
+    grey = np.asarray(image)
+    sixteen = image.mode.startswith("I;16") or grey.max() > 255  # mode "I" holds 32 bits, whatever the file had
+    return Image.fromarray((grey / 257 if sixteen else grey).clip(0, 255).round().astype(np.uint8))
 
 
 def _stack(encodings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,10 @@
 """Question files: reading, checking, the prompt, and splits by picture content."""
 
 import hashlib
+import os
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,21 +21,35 @@ class Question:
     """One row of a question file."""
 
     id: str
-    image: Path
-    """The picture's file; the CSV's path, seen from the CSV's folder."""
+    image: Path | None
+    """The picture's file; the CSV's path, seen from the CSV's folder. None: to be answered without a picture."""
     question: str
     choices: tuple[str, str, str, str]
     """The four texts, as written; an empty one is no choice."""
     answer: int | None = None
     """Index of the right choice, or None in a file without answers."""
+    letters: tuple[str, str, str, str] = LETTERS
+    """The letters as the file's header writes them."""
+    line: int = 0
+    """Where the row begins in its file; the header is line 1."""
+    problem: str = ""
+    """What keeps the row from being used as it stands; empty if nothing does."""
 
     @property
     def choice_mask(self) -> list[bool]:
-        return [bool(choice) for choice in self.choices]
+        """Which letters can be the answer; all of them where no choice is filled in."""
+        filled = [bool(choice) for choice in self.choices]
+        return filled if any(filled) else [True] * len(filled)
 
     @property
     def prompt(self) -> str:
         return render_prompt(self.question, self.choices)
+
+    def reordered(self, source: dict[int, int]) -> "Question":
+        """Return the question with the choice of ``source[i]`` at place ``i``; the answer follows its choice."""
+        places = [source.get(i, i) for i in range(len(self.choices))]
+        choices = tuple(self.choices[i] for i in places)
+        return replace(self, choices=choices, answer=None if self.answer is None else places.index(self.answer))
 
 
 def render_prompt(question: str, choices: Sequence[str]) -> str:
@@ -47,41 +63,72 @@ def render_prompt(question: str, choices: Sequence[str]) -> str:
     return PROMPT_TEMPLATE.format(question=question, options=options)
 
 
+def cyclic_orders(choices: Sequence[str]) -> list[dict[int, int]]:
+    """Return every cyclic order of the filled choices, the one as written first, as ``reordered`` takes it."""
+    filled = [i for i, choice in enumerate(choices) if choice]
+    return [dict(zip(filled, filled[shift:] + filled[:shift], strict=True)) for shift in range(max(1, len(filled)))]
+
+
 def read_table(path: str | Path) -> pd.DataFrame:
     """Read a CSV as text, every cell as written; UTF-8 with or without BOM, else cp949 (Korean Windows).
 
     Raises:
-        InputError: if the file is missing, empty, or in neither encoding.
+        InputError: if the file is missing, empty, in neither encoding, or a row has more cells than the header.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} not found: put the organiser's file there, or set the path to yours")
     for encoding in ("utf-8-sig", "cp949"):
         try:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding=encoding)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # cells left over: a comma without quotes
+                table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding=encoding, index_col=False)
         except UnicodeDecodeError:
             continue
-        except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
-            raise InputError(f"{path} is no CSV table ({error}): expected a header line and rows") from error
+        except (pd.errors.EmptyDataError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path} is no CSV table ({reason}): expected a header line and rows") from error
         if table.empty:
             raise InputError(f"{path} has no rows: expected one question a line below the header")
-        return table
+        return table.fillna("")  # a row that ends early
     raise InputError(f"{path} is neither UTF-8 nor cp949 text: save it as UTF-8")
 
 
-def read_questions(path: str | Path, need_answers: bool = False) -> list[Question]:
+def read_questions(path: str | Path, need_answers: bool = False, strict: bool = True) -> list[Question]:
     """Read a question file: columns ID, img_path, Question, A, B, C, D and perhaps answer.
 
     Column names are matched in any letter case and order; ``path`` serves for ``img_path``; other
     columns are ignored.
 
+    Args:
+        strict: refuse the file for a single bad row. Otherwise such a row says so in ``problem``, and has no
+            ``image`` where its picture is missing or lies outside the CSV's folder.
+
     Raises:
-        InputError: naming the file, and the row where it is one: a missing column, a repeated ID, fewer than
-            two choices, an answer that is no letter of a choice, a picture that is not there.
+        InputError: naming the file, and the row where it is one: a missing column, a repeated ID; and if ``strict``
+            fewer than two choices, an answer that is no letter of a choice, a picture that is not there.
     """
     path = Path(path)
+    questions = read_rows(path, need_answers)
+    check_ids(questions, path)
+    if not strict:
+        return [_check_place(question, path.parent) for question in questions]
+    for question in questions:
+        if question.problem:
+            raise InputError(describe_problem(question, path))
+    check_pictures(questions, path)
+    return questions
+
+
+def read_rows(path: Path, need_answers: bool) -> list[Question]:
+    """Return every row of a question file, its ``problem`` filled in; IDs and pictures are not looked at.
+
+    Raises:
+        InputError: if the file is no table, or lacks a column.
+    """
     table = read_table(path)
-    table.columns = [name.strip().lower() for name in table.columns]
+    written = [name.strip() for name in table.columns]
+    table.columns = [name.lower() for name in written]
     table = table.rename(columns={} if "img_path" in table.columns else {"path": "img_path"})
     wanted = [*COLUMNS, "answer"] if need_answers else COLUMNS
     missing = [name for name in wanted if name not in table.columns]
@@ -91,34 +138,62 @@ def read_questions(path: str | Path, need_answers: bool = False) -> list[Questio
             f"{', '.join(table.columns)}; expected ID, img_path, Question, A, B, C, D"
             + (", answer" if need_answers else "")
         )
-    repeated = table["id"][table["id"].duplicated()]
+    twice = [name for name in wanted if list(table.columns).count(name) > 1]
+    if twice:
+        raise InputError(f"{path} has the column {twice[0]} twice, letter case aside: take one of them out")
+    small = tuple(letter.lower() for letter in LETTERS)
+    letters = small if set(small) <= set(written) else LETTERS
+    questions, line = [], 2
+    for row in table.to_dict("records"):
+        questions.append(_read_row(path.parent, line, row, letters, need_answers))
+        line += 1 + sum(cell.count("\n") for cell in row.values())
+    return questions
+
+
+def _read_row(folder: Path, line: int, row: dict[str, str], letters: tuple, need_answer: bool) -> Question:
+    choices = tuple(row[letter.lower()].strip() for letter in LETTERS)
+    problem = ""
+    if sum(map(bool, choices)) < 2:
+        problem = "fewer than two choices are filled in; expected texts in A, B, C, D"
+    letter, answer = row.get("answer", "").strip().upper(), None
+    if letter in LETTERS and choices[LETTERS.index(letter)]:
+        answer = LETTERS.index(letter)
+    elif need_answer and not problem:
+        problem = f"answer {row['answer']!r} is not the letter of a choice; expected A, B, C or D"
+    question = row["question"].strip()
+    return Question(row["id"], folder / row["img_path"], question, choices, answer, letters, line, problem)
+
+
+def describe_problem(question: Question, path: Path) -> str:
+    """The problem of a row in one line, with where to find it."""
+    return f"{path}, line {question.line} (ID {question.id}): {question.problem}"
+
+
+def check_ids(questions: Sequence[Question], path: Path) -> None:
+    """Refuse a file in which an ID comes twice."""
+    ids = pd.Series([question.id for question in questions])
+    repeated = ids[ids.duplicated()]
     if len(repeated):
         raise InputError(
             f"{path} has {len(repeated)} repeated IDs, the first is {repeated.iloc[0]!r}: make them unique"
         )
-    rows = table.to_dict("records")
-    questions = [_read_row(path, number, row, "answer" in table.columns) for number, row in enumerate(rows, start=2)]
-    check_pictures(questions, path)
-    return questions
 
 
-def _read_row(path: Path, number: int, row: dict[str, str], has_answer: bool) -> Question:
-    choices = tuple(row[letter.lower()].strip() for letter in LETTERS)
-    where = f"{path}, line {number} (ID {row['id']})"
-    if sum(map(bool, choices)) < 2:
-        raise InputError(f"{where}: fewer than two choices are filled in; expected texts in A, B, C, D")
-    answer = None
-    if has_answer:
-        letter = row["answer"].strip().upper()
-        if letter not in LETTERS or not choices[LETTERS.index(letter)]:
-            raise InputError(f"{where}: answer {row['answer']!r} is not the letter of a choice; expected A, B, C or D")
-        answer = LETTERS.index(letter)
-    return Question(row["id"], path.parent / row["img_path"], row["question"].strip(), choices, answer)
+def _check_place(question: Question, folder: Path) -> Question:
+    """Take away a picture that is not there, or not below ``folder``; links are followed."""
+    written = os.path.relpath(question.image, folder)
+    if written.split(os.sep)[0] == os.pardir:
+        problem = f"picture {written} lies outside the folder of the CSV"
+    elif not os.path.isfile(question.image):
+        problem = f"picture {written} not found"
+    else:
+        return question
+    return replace(question, image=None, problem="; ".join(filter(None, [question.problem, problem])))
 
 
 def check_pictures(questions: Sequence[Question], path: Path) -> None:
     """Refuse a file whose pictures are not there, before any long work starts."""
-    missing = [q for q in questions if not q.image.is_file()]
+    missing = [q for q in questions if not os.path.isfile(q.image)]  # False, too, for names that no disk can hold
     if missing:
         raise InputError(
             f"{path}: {len(missing)} of {len(questions)} pictures not found, the first is {missing[0].image} "

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,10 +37,21 @@ def test_equals_instructblip_processor_to_the_bit(processor, theirs):
         assert torch.equal(got[name], expected[name]), name
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "RGBA", "LA"])
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "RGBA", "LA", "F"])
 def test_every_mode_becomes_rgb(processor, mode):
     picture = Image.new("RGB", (40, 30), (200, 30, 90)).convert(mode)
     assert processor.pixels(picture).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_not_clipped(processor, tmp_path, suffix):
+    grey = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    expected = processor.pixels(Image.fromarray(grey))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    deep.save(tmp_path / f"deep.{suffix}")
+    assert torch.equal(processor.load_pixels(tmp_path / f"deep.{suffix}"), expected)
+    assert torch.equal(processor.pixels(Image.fromarray(np.asarray(deep).astype(np.int32))), expected)
+    assert torch.equal(processor.pixels(Image.fromarray(grey.astype(np.int32))), expected)  # eight bits in thirty-two
 
 
 def test_transparency_is_white_and_exif_rotation_is_applied(processor, tmp_path):
@@ -70,6 +82,30 @@ def test_letters_are_single_tokens(processor, theirs):
 def test_too_long_prompts_are_refused_not_cut(processor):
     with pytest.raises(InputError, match="at most 128"):
         processor.encode_prompts(["short", "digit " * 200])
+
+
+@pytest.mark.parametrize("text", ["Is it? " * 300, "가 나다 " * 300, "x" * 3000])
+def test_a_long_question_is_cut_at_its_front_and_no_more_than_needed(processor, questions, text):
+    long = replace(questions[0], question=text + "Which digit is it?")
+    fitted = processor.fit(long)
+    assert fitted.question.startswith("...") and long.question.endswith(fitted.question[3:])
+    assert (fitted.choices, fitted.id) == (long.choices, long.id)
+    more = replace(long, question="..." + long.question[-len(fitted.question) + 2 :])  # one character more
+    lengths = [
+        max(len(tokenizer.encode(q.prompt)) for tokenizer in (processor.tokenizer, processor.qformer_tokenizer))
+        for q in (fitted, more)
+    ]
+    assert lengths[0] <= processor.prompt_limit < lengths[1]
+    processor.encode_prompts([fitted.prompt])
+    assert processor.fit(questions[0]) is questions[0]
+
+
+def test_choices_that_are_too_long_by_themselves_are_cut_alike(processor, questions):
+    choices = ("one " * 100, "two", "", "four " * 50 + "end")
+    fitted = processor.fit(replace(questions[0], choices=choices))
+    assert fitted.question == "..." and fitted.choices[1:3] == ("two", "") and fitted.choices[3].endswith("end")
+    assert len(fitted.choices[0]) == len(fitted.choices[3]) > 50
+    processor.encode_prompts([fitted.prompt])
 
 
 def test_collate(processor, questions):

@@ -1,10 +1,19 @@
+import re
 import shutil
 
 import pandas as pd
 import pytest
 
 from bridgeblip import InputError
-from bridgeblip.questions import picture_key, picture_keys, read_questions, render_prompt, split_by_picture
+from bridgeblip.questions import (
+    Question,
+    cyclic_orders,
+    picture_key,
+    picture_keys,
+    read_questions,
+    render_prompt,
+    split_by_picture,
+)
 
 
 def rewrite(competition, tmp_path, change=lambda table: table, **to_csv):
@@ -94,6 +103,68 @@ def test_files_that_are_no_table(tmp_path, content):
         read_questions(tmp_path / "x.csv")
     with pytest.raises(InputError, match="not found"):
         read_questions(tmp_path / "y.csv")
+
+
+def test_lines_are_those_of_the_file(competition, tmp_path):
+    change = put(["Question", "B"], ["two\nlines", "one\nmore"], row=1)
+    questions = read_questions(rewrite(competition, tmp_path, change))
+    assert [q.line for q in questions[:4]] == [2, 3, 6, 7]
+
+
+def test_letters_are_those_of_the_header(competition, tmp_path):
+    assert read_questions(competition / "train.csv")[0].letters == ("A", "B", "C", "D")
+    lower = read_questions(rewrite(competition, tmp_path, lambda table: table.rename(columns=str.lower)))
+    assert lower[0].letters == ("a", "b", "c", "d")
+
+
+def test_a_comma_without_quotes_is_no_shifted_column(tmp_path):
+    (tmp_path / "x.csv").write_text("ID,img_path,Question,A,B,C,D\n1,a.png,Well, what is it?,a,b,c,d\n")
+    with pytest.raises(InputError, match=r"x\.csv is no CSV table .*length of data"):
+        read_questions(tmp_path / "x.csv", strict=False)
+    (tmp_path / "x.csv").write_text("ID,img_path,Question,A,B,C,D\n1,a.png,What?,a,b\n")
+    (short,) = read_questions(tmp_path / "x.csv", strict=False)
+    assert short.choices == ("a", "b", "", "")
+
+
+def test_a_prediction_survives_bad_rows(competition, tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"")
+
+    def change(table):
+        table.loc[[0, 1], ["A", "B", "C"]] = ""
+        table.loc[[1, 2, 3, 4, 5, 6], "img_path"] = [
+            "no.png", "../secret.png", "a/../../secret.png", str(tmp_path / "secret.png"), "", f"{'x' * 300}.png"
+        ]  # fmt: skip
+        table.loc[7, ["answer", "img_path"]] = ["-", f"train_input_images/../{table['img_path'][7]}"]
+        return table
+
+    path = rewrite(competition, tmp_path, change)
+    questions = read_questions(path, strict=False)
+    assert len(questions) == 72 and not any(q.problem for q in questions[7:])
+    assert [q.image is None for q in questions[:8]] == [False, *[True] * 6, False]
+    reasons = ["fewer than two", "fewer than two.*; picture no.png not found", *["outside the folder"] * 3,
+               "not found", "xxx.png not found"]  # fmt: skip
+    for question, reason in zip(questions, reasons, strict=False):
+        assert re.search(reason, question.problem), question.problem
+    assert questions[0].choice_mask == [False, False, False, True] and questions[7].answer is None
+
+
+@pytest.mark.parametrize("change", [lambda t: t.drop(columns="A"), put("ID", "TRAIN_0000"), lambda t: t.head(0)])
+def test_a_prediction_refuses_whole_files_too(competition, tmp_path, change):
+    with pytest.raises(InputError, match=r"train\.csv .*(column a|repeated|no rows)"):
+        read_questions(rewrite(competition, tmp_path, change), strict=False)
+
+
+def test_two_columns_of_one_name_are_refused(competition, tmp_path):
+    with pytest.raises(InputError, match=r"train\.csv has the column a twice"):
+        read_questions(rewrite(competition, tmp_path, lambda table: table.assign(a="x")))
+
+
+def test_cyclic_orders_turn_the_filled_choices_only():
+    question = Question("1", None, "?", ("w", "", "y", "z"), answer=2)
+    turned = [question.reordered(order) for order in cyclic_orders(question.choices)]
+    assert [q.choices for q in turned] == [("w", "", "y", "z"), ("y", "", "z", "w"), ("z", "", "w", "y")]
+    assert [q.choices[q.answer] for q in turned] == ["y"] * 3
+    assert cyclic_orders(("", "x", "", "")) == [{1: 1}] and cyclic_orders(("",) * 4) == [{}]
 
 
 def test_split_keeps_every_picture_on_one_side(questions):
