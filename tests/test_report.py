@@ -1,10 +1,35 @@
+import hashlib
 import io
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
+from test_inference import make_bundle
 
-from bridgeblip.report import accuracy_of, answer_figure, confusion_figure, question_sheet, training_figure
+from bridgeblip import InputError, metrics
+from bridgeblip.__main__ import main
+from bridgeblip.digits import write_competition
+from bridgeblip.inference import Answers
+from bridgeblip.metrics import Bin, Estimate
+from bridgeblip.questions import LETTERS, read_questions
+from bridgeblip.report import (
+    accuracy_of,
+    answer_figure,
+    confusion_figure,
+    judge,
+    question_sheet,
+    read_probabilities,
+    read_weights,
+    reliability_figure,
+    training_figure,
+    with_answers,
+    write_comparison,
+    write_report,
+)
+from bridgeblip.submission import write_submission
 
 
 @pytest.fixture
@@ -40,3 +65,342 @@ def test_training_figure_starts_before_training():
     history = pd.DataFrame([*rows, {"step": 10, "epoch": 1.0, "accuracy": 0.9}])
     drawn = texts(training_figure(history))
     assert "0.30" in drawn and "0.90" in drawn
+
+
+def test_reliability_figure_shows_every_bin():
+    bins = [Bin(0.5, 0.6, 10, 0.55, Estimate(0.4, 0.2, 0.7)), Bin(0.9, 1.0, 90, 0.97, Estimate(0.95, 0.9, 0.99))]
+    figure = reliability_figure(bins)
+    texts(figure)
+    upper, lower = figure.axes
+    assert list(upper.lines[1].get_xdata()) == [0.55, 0.97] and list(upper.lines[1].get_ydata()) == [0.4, 0.95]
+    assert [bar.get_height() for bar in lower.patches] == [10, 90]
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """160 test questions with answers, and a prediction of them that is written as predict writes it."""
+    folder = tmp_path_factory.mktemp("judged")
+    write_competition(folder, folder / "answers.csv", {"train": 1, "test": 40})
+    asked = with_answers(read_questions(folder / "test.csv"), folder / "answers.csv")
+    generator = np.random.default_rng(8)
+    truth = np.array([q.answer for q in asked])
+    scores = generator.normal(size=(len(asked), 4))
+    scores[np.arange(len(asked)), truth] += generator.normal(2.5, 1.5, len(asked))
+    probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    unsure = (probabilities.max(1) < 0.6).tolist()
+    flags = [["permuted"] * u + ["order"] * (u and i % 3 == 0) + ["blank"] * (i == 7) for i, u in enumerate(unsure)]
+    answers = Answers(probabilities.astype(np.float32), flags, [""] * len(asked))
+    write_submission(asked, answers, None, folder / "submission.csv")
+    table = pd.read_csv(folder / "test.csv").assign(answer=[LETTERS[i] for i in truth], worth=np.arange(len(asked)))
+    table.to_csv(folder / "answered.csv", index=False)
+    return folder, asked
+
+
+class Page(HTMLParser):
+    """What a page shows: text by section, the rows of its tables, its cards."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.sections, self.rows, self.cards, self.open = {"": ""}, {"": []}, [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.open.append(tag)
+        if tag == "section":
+            self.sections["new"], self.rows["new"] = "", []
+        elif tag == "tr":
+            self.rows[list(self.rows)[-1]].append([])
+        elif tag in ("td", "th"):
+            self.rows[list(self.rows)[-1]][-1].append("")
+        elif tag == "article":
+            self.cards.append("")
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "h2" in self.open:
+            self.sections[data], self.rows[data] = self.sections.pop("new"), self.rows.pop("new")
+        elif "style" not in self.open:
+            self.sections[list(self.sections)[-1]] += data
+            if "td" in self.open or "th" in self.open:
+                self.rows[list(self.rows)[-1]][-1][-1] += data
+            if "article" in self.open:
+                self.cards[-1] += f" {data}"
+
+    def bars(self, section):
+        """Name with note, value with interval of each row of bars."""
+        return [cells[:2] for cells in self.rows[section][1:]]
+
+
+def shown(estimate):
+    return f"{estimate['value']:.1%}{100 * estimate['low']:.1f}–{estimate['high']:.1%}"
+
+
+def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path):
+    """The page shows what the JSON holds, and the JSON what anyone computes from the CSV files."""
+    folder, asked = judged
+    table = pd.read_csv(folder / "probabilities.csv").merge(pd.read_csv(folder / "answered.csv"), on="ID")
+    values = table[["A_x", "B_x", "C_x", "D_x"]].to_numpy()
+    table["given"] = [LETTERS[i] for i in values.argmax(1)]
+    table["right"] = table["given"] == table["answer"]
+    table["sure"] = values.max(1)
+    table["picture"] = [hashlib.md5((folder / path).read_bytes()).hexdigest() for path in table["img_path"]]
+    probabilities, flags = read_probabilities(folder, asked)
+    assert (probabilities == values).all()
+    blank = np.roll(values, 1, axis=0)
+    write_report(
+        tmp_path / "report.html", asked, probabilities, flags=flags, blank_probabilities=blank,
+        references={"head only": 0.5}, weights=table["worth"], cost={"seconds": 3.25, "rows": 1160}, manifest={"a": 1},
+        problems=pd.DataFrame({"ID": ["TEST_0007"], "reason": ["too dark"]}),
+    )  # fmt: skip
+    facts = json.loads((tmp_path / "report.json").read_text())
+    page = Page((tmp_path / "report.html").read_text())
+    found = facts["measures"]
+
+    assert (found["questions"], found["pictures"]) == (160, table["picture"].nunique()) == (160, 40)
+    assert found["right"] == table["right"].sum()
+    assert found["accuracy"]["value"] == pytest.approx(table["right"].mean())
+    by_picture = table.groupby("picture")["right"].sum().to_numpy()
+    again = np.random.default_rng(77).choice(by_picture, (4000, 40)).sum(1) / 160
+    assert [found["accuracy"]["low"], found["accuracy"]["high"]] == pytest.approx(
+        np.quantile(again, [0.025, 0.975]), abs=0.02
+    )
+    head = page.sections[""]
+    assert f"{table['right'].mean():.1%}" in head and f"{table['right'].sum()} of 160 questions on 40" in head
+    assert f"{found['accuracy']['low']:.1%} to {found['accuracy']['high']:.1%}" in head
+    assert facts["verdict"]["sentence"] in head
+
+    right_blank = np.array([LETTERS[i] for i in blank.argmax(1)]) == table["answer"]
+    assert facts["blank"]["first"]["value"] == pytest.approx(right_blank.mean())
+    assert facts["blank"]["difference"]["value"] == pytest.approx((table["right"] * 1 - right_blank * 1).mean())
+    assert found["weighted"]["value"] == pytest.approx(np.average(table["right"], weights=table["worth"]))
+    against = page.bars("Against simpler ways to answer")
+    assert [cells[1] for cells in against] == [
+        shown(found["accuracy"]), shown(found["weighted"]), "25.0%",
+        f"{table['answer'].value_counts(normalize=True).max():.1%}", "50.0%", shown(facts["blank"]["first"]),
+    ]  # fmt: skip
+    points = {name: f"{100 * value:+.1f}" for name, value in facts["blank"]["difference"].items()}
+    sentence = f"worth {points['value']} points (95% interval {points['low']} to {points['high']})"
+    assert sentence in page.sections["Against simpler ways to answer"]
+
+    assert found["confusion"] == pd.crosstab(table["answer"], table["given"]).to_numpy().tolist()
+    given = table["given"].value_counts()
+    recall = table.groupby("answer")["right"].agg(["mean", "size"])
+    assert [part["accuracy"]["value"] for part in found["recall"]] == pytest.approx(list(recall["mean"]))
+    assert page.bars("By right letter") == [
+        [f"{part['name']}right {recall['size'][part['name']]} times, given {given[part['name']]} times",
+         shown(part["accuracy"])]
+        for part in found["recall"]
+    ]  # fmt: skip
+
+    words = table["flags"].fillna("")
+    asked_again, depends = words.str.contains("permuted"), words.str.contains("order")
+    orders = facts["orders"]
+    assert orders["asked_again"] == asked_again.sum()
+    assert orders["consistent"]["value"] == pytest.approx(1 - depends.sum() / asked_again.sum())
+    kind = np.where(~asked_again, "asked in one", np.where(depends, "the answer dep", "the same answ"))
+    expected = table.groupby(kind)["right"].agg(["mean", "size"])
+    assert [part["accuracy"]["value"] for part in orders["accuracy"]] == pytest.approx(list(expected["mean"]))
+    assert [part["rows"] for part in orders["accuracy"]] == list(expected["size"])
+    text = page.sections["Does the order of the choices matter?"]
+    assert f"{asked_again.sum()} questions" in text and f"{orders['consistent']['value']:.1%} (95%" in text
+
+    bins = table.groupby(np.ceil(table["sure"] * 10).astype(int)).agg({"right": "mean", "sure": "mean", "ID": "size"})
+    assert [b["accuracy"]["value"] for b in found["reliability"]] == pytest.approx(list(bins["right"]))
+    assert [b["confidence"] for b in found["reliability"]] == pytest.approx(list(bins["sure"]))
+    error = (bins["ID"] * (bins["right"] - bins["sure"]).abs()).sum() / 160
+    assert found["calibration_error"] == pytest.approx(error)
+    text = page.sections["Is it as often right as it is sure?"]
+    assert f"probability of {table['sure'].mean():.1%}" in text and f"error: {error:.3f} (" in text
+
+    opener = table["Question"].str.lower().str.split().str[:2].str.join(" ")
+    common = opener.value_counts()
+    opener = opener.where(opener.map(common) >= 10, "other openers")
+    length = table[["A_y", "B_y", "C_y", "D_y"]].map(lambda text: len(text.split())).max(axis=1)
+    length = pd.cut(length, [0, 1, 3, 6, 99], labels=["1 word", "2 to 3 words", "4 to 6 words", "7 words or more"])
+    for name, kinds, heading in [
+        ("openers", opener, "By how the question begins"),
+        ("choice_lengths", length.astype(str), "By length of the longest choice"),
+    ]:
+        expected = table.groupby(kinds)["right"].agg(["mean", "size"])
+        assert {part["name"]: part["rows"] for part in facts[name]} == dict(expected["size"])
+        for part in facts[name]:
+            assert part["accuracy"]["value"] == pytest.approx(expected["mean"][part["name"]])
+            note = f"{part['rows']} question{'s' * (part['rows'] != 1)}"
+            assert [part["name"] + note, shown(part["accuracy"])] in page.bars(heading)
+
+    wrong = table[~table["right"]].sort_values("sure", ascending=False, kind="stable")
+    table["margin again"] = np.sort(values)[:, -1] - np.sort(values)[:, -2]
+    unsure = table.sort_values("margin again", kind="stable")
+    assert facts["mistakes"] == list(wrong["ID"][:12]) and facts["least_certain"] == list(unsure["ID"][:12])
+    assert len(page.cards) == 24
+    rows = [*wrong[:12].index, *unsure[:12].index]
+    for i, card in zip(rows, page.cards, strict=True):
+        for letter, value in zip(LETTERS, values[i], strict=True):
+            mark = " ".join(
+                [", ".join(w for w in ("right", "given") if letter == table.loc[i, w.replace("right", "answer")])]
+            )
+            expected = f"{letter}. {table.loc[i, letter + '_y']} {mark} {value:.0%}".replace("  ", " ")
+            assert expected in card and table.loc[i, "ID"] in card and table.loc[i, "Question"] in card
+    assert all(f"sure to {sure:.1%}" in card for sure, card in zip(wrong["sure"], page.cards[:12], strict=False))
+    for margin, card in zip(unsure["margin again"], page.cards[12:], strict=False):
+        assert f"{100 * margin:.1f} points apart" in card
+
+    data = dict(page.rows["Data"][1:11])
+    assert data["questions"] == "160" and data["distinct pictures"] == "40" and facts["data"]["questions"] == 160
+    assert data["questions answered without looking"] == "1" and data["questions with the same choice twice"] == "0"
+    assert page.rows["Data"][-1] == ["TEST_0007", "too dark"]
+    assert page.rows["Cost"][1:] == [["seconds", "3.25"], ["rows", "1,160"]]
+
+
+def test_data_notes_count_what_is_odd(judged, tmp_path):
+    _, asked = judged
+    first = asked[0]
+    other = (first.answer + 1) % 4
+    odd = [
+        first,
+        replace(first, id="again"),
+        replace(first, id="contradicts", answer=other),
+        replace(first, id="short", choices=("x", "x", "", "y"), answer=0),
+        replace(first, id="lost", image=None),
+    ]
+    notes = write_report(tmp_path / "report.html", odd, np.eye(4)[[q.answer for q in odd]])["data"]
+    assert list(notes.values()) == [5, 2, 1, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "given, blank, pictures, other, kind, expected",
+    [
+        ("good", "chance", 40, 0.5, "good", "Believe it, for questions and pictures like these: between"),
+        ("good", None, 40, 0.5, "doubt", "whether it looks at the pictures was not measured."),
+        ("good", "chance", 40, 0.9, "doubt", "it is not shown to beat 'head only', 90.0%."),
+        ("good", None, 20, 0.9, "doubt", "20 pictures are few, whether it looks at the pictures was not measured and"),
+        ("B", None, 40, 0.5, "bad", "100% of all answers are B."),
+        ("chance", None, 40, 0.5, "bad", "its interval reaches down to guessing, 25.0%."),
+        ("good", "good", 40, 0.5, "bad", "without them it scores 90.0%."),
+    ],
+)
+def test_verdict(given, blank, pictures, other, kind, expected):
+    at, truth, groups = np.arange(160), np.arange(160) % 4, np.arange(160) % pictures
+    runs = {"good": truth + (at % 10 == 0), "chance": truth + at // 40, "B": 1 + 0 * at}
+    runs = {name: np.eye(4)[letters % 4] for name, letters in runs.items()}
+    facts = {
+        "measures": metrics.measure(truth, runs[given], groups),
+        "blank": blank and metrics.compare(truth, runs[blank], runs[given], groups),
+        "chance": {"guessing": 0.25, "always A": 0.25},
+        "references": {"head only": other},
+    }
+    verdict = judge(facts)
+    assert verdict["kind"] == kind and expected in verdict["sentence"]
+
+
+def test_comparison_says_whether_a_gain_is_noise(judged, tmp_path):
+    folder, asked = judged
+    probabilities, _ = read_probabilities(folder / "probabilities.csv", asked)
+    truth = np.array([q.answer for q in asked])
+    right = probabilities.argmax(1) == truth
+    mended, spoiled = probabilities.copy(), np.flatnonzero(right)[:1]
+    mended[~right] = np.eye(4)[truth[~right]]
+    mended[spoiled] = np.eye(4)[(truth[spoiled] + 1) % 4]
+    out = tmp_path / "comparison.html"
+
+    facts = write_comparison(out, asked, probabilities, mended, names=("runs/<a>", "runs/b"))
+    assert facts["verdict"]["kind"] == "good" and "better, and that is more than noise" in facts["verdict"]["sentence"]
+    assert json.loads((tmp_path / "comparison.json").read_text())["changed"] == facts["changed"]
+    page = Page(out.read_text())
+    assert len(facts["changed"]) == (~right).sum() + 1 and "runs/<a>" in page.sections[""]
+    expected = {
+        asked[i].id: [LETTERS[truth[i]], LETTERS[probabilities[i].argmax()], LETTERS[mended[i].argmax()]]
+        for i in np.flatnonzero(probabilities.argmax(1) != mended.argmax(1))
+    }
+    assert {row[0]: row[1:4] for row in page.rows["All answers that changed"][1:]} == expected
+    change = facts["comparison"].difference
+    assert change.value == pytest.approx(((~right).sum() - 1) / 160)
+    assert f"{100 * change.value:+.1f} points" in page.sections[""]
+    assert len(page.cards) == 12 + 1
+
+    def verdict(*runs, **settings):
+        return write_comparison(out, asked, *runs, **settings)["verdict"]
+
+    assert "worse, and that is more than noise" in verdict(mended, probabilities)["sentence"]
+    assert "same letter to all 160" in verdict(probabilities, probabilities)["sentence"]
+    noise = probabilities.copy()
+    noise[spoiled] = mended[spoiled]
+    assert "may be noise" in verdict(probabilities, noise)["sentence"]
+    assert "0 answers mended, 1 spoiled" in verdict(probabilities, noise)["sentence"]
+    weights = np.where(np.isin(np.arange(160), spoiled), 1.0, 0.0)
+    weighted = write_comparison(out, asked, probabilities, noise, weights=weights)
+    assert weighted["comparison"].difference.value == -1 and "weighted" in Page(out.read_text()).sections[""]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("ID,A,B,C\nTEST_0000,1,0,0\n", "lacks the column d: it has id, a, b, c"),
+        ("ID,A,B,C,D\nTEST_0000,1,0,0,0\n", "lacks 159 of 160 questions, the first is 'TEST_0001'"),
+        ("ID,A,B,C,D\nTEST_0000,1,0,0,0\nTEST_0000,1,0,0,0\n", "has the ID 'TEST_0000' twice"),
+        ("one", "1 rows are no probabilities, the first has ID TEST_0003"),
+        ("sum", "1 rows are no probabilities, the first has ID TEST_0003"),
+    ],
+)
+def test_unusable_probabilities_are_one_clear_error(judged, tmp_path, text, expected):
+    folder, asked = judged
+    if text in ("one", "sum"):
+        table = pd.read_csv(folder / "probabilities.csv", dtype=str)
+        table.loc[3, "A"] = {"one": "?", "sum": "2.0"}[text]
+        text = table.to_csv(index=False)
+    (tmp_path / "probabilities.csv").write_text(text)
+    with pytest.raises(InputError, match=f"probabilities.csv.*{expected}"):
+        read_probabilities(tmp_path, asked)
+
+
+def test_probabilities_of_more_questions_in_another_order_will_do(judged, tmp_path):
+    folder, asked = judged
+    expected, _ = read_probabilities(folder, asked)
+    table = pd.read_csv(folder / "probabilities.csv").iloc[::-1].drop(columns=["flags", "margin"])
+    table.columns = ["id", *"abcd"]
+    table.to_csv(tmp_path / "mine.csv", index=False)
+    found, flags = read_probabilities(tmp_path / "mine.csv", asked[5:50])
+    assert (found == expected[5:50]).all() and flags is None
+
+
+def test_answers_and_weights_are_checked(judged, tmp_path):
+    folder, asked = judged
+    assert read_weights(folder / "answered.csv", "Worth", asked).tolist() == list(range(160))
+    for column in ("Question", "answer"):
+        with pytest.raises(InputError, match="holds no weights"):
+            read_weights(folder / "answered.csv", column, asked)
+    with pytest.raises(InputError, match="lacks the column price"):
+        read_weights(folder / "answered.csv", "price", asked)
+    (tmp_path / "answers.csv").write_text((folder / "answers.csv").read_text().replace("TEST_0002,", "TEST_0002,x"))
+    with pytest.raises(InputError, match="of ID TEST_0002 is not the letter of a choice"):
+        with_answers(asked, tmp_path / "answers.csv")
+
+
+def test_evaluate_a_bundle_then_its_results(judged, base, processor, tmp_path, capsys):
+    folder, _ = judged
+    bundle, out = make_bundle(base, processor, tmp_path), tmp_path / "report.html"
+    few = pd.read_csv(folder / "test.csv").head(40)
+    few["img_path"] = [str(folder / path) for path in few["img_path"]]
+    few.to_csv(tmp_path / "few.csv", index=False)
+    csv = ["--csv", str(tmp_path / "few.csv"), "--answers", str(folder / "answers.csv")]
+    assert main(["evaluate", "--model", str(bundle), *csv, "--out", str(out)]) == 0
+    printed, facts = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
+    assert facts["verdict"]["sentence"] in printed and f"wrote {out}" in printed
+    assert facts["blank"] and facts["cost"]["seconds to answer"] > 0 and facts["manifest"]["format"] == 1
+    assert facts["problems"] == [] and facts["measures"]["questions"] == 40
+
+    answered = ["--csv", str(folder / "answered.csv")]
+    assert main(["evaluate", str(folder), *answered, "--weights-column", "worth", "--out", str(out)]) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["measures"]["questions"] == 160 and facts["measures"]["weighted"] and facts["blank"] is None
+    both = [str(folder), str(folder / "probabilities.csv")]
+    assert main(["evaluate", *both, *answered, "--out", str(tmp_path / "both.html")]) == 0
+    assert "same letter to all 160 questions" in capsys.readouterr().out and (tmp_path / "both.json").is_file()
+    for wrong in ([*both, "third"], ["--out", "report.json"]):
+        assert main(["evaluate", *wrong, *answered]) == 2
+        assert "expected at most two, and a name in .html" in capsys.readouterr().err
+    assert main(["evaluate", "--model", str(bundle), "--csv", str(folder / "test.csv")]) == 2
+    assert "lacks the column answer" in capsys.readouterr().err
