@@ -4,6 +4,9 @@
 class InputError(ValueError):
     """Input that the user can mend. The message gives the fact, what was expected and the remedy."""
 
+    exit_code = 2
+    """What the command line ends with."""
+
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows: the message alone, for no line of code is at fault."""
         return [f"InputError: {self}"]

@@ -20,20 +20,39 @@ def doctor(args):
     return 0 if print_findings(findings) else 1
 
 
+def prepare(args):
+    from bridgeblip.datasets import join, prepare
+
+    if args.source == "csv":
+        print(join(args.files, args.out))
+    else:
+        print(prepare(args.source, args.files, args.images, args.out, args.split, args.seed))
+
+
 def train(args):
     from bridgeblip.config import BridgeSettings
     from bridgeblip.training import TrainSettings, train
 
-    settings = TrainSettings(
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        head_learning_rate=args.learning_rate,
-        seed=args.seed,
-    )
+    names = ("epochs", "batch_size", "accumulation", "learning_rate", "patience", "seed", "workers", "save_minutes")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.learning_rate is not None:
+        given["head_learning_rate"] = args.learning_rate
+    settings = (TrainSettings.for_few if args.few else TrainSettings)(**given)
     bridge = BridgeSettings(rank=args.rank)
-    result = train(args.train_csv, args.base, args.checkpoint_dir, settings, bridge, args.layers)
+    features = None if args.no_cache else "default"
+    result = train(
+        args.train_csv, args.base, args.checkpoint_dir, settings, bridge, args.layers,
+        features=features, copy_to=args.copy_to,
+    )  # fmt: skip
     print(f"wrote {', '.join(map(str, result.weights))}")
+
+
+def features(args):
+    from bridgeblip.features import clear, default_folder
+
+    count, size = clear(dry_run=not args.clear)
+    verb = "removed" if args.clear else "holds"
+    print(f"{default_folder()} {verb} the features of {count} pictures, {size / 1e9:.2f} GB")
 
 
 def export(args):
@@ -44,14 +63,74 @@ def export(args):
 
 
 def predict(args):
-    from bridgeblip.inference import best_device, load_bundle, predict, write_submission
+    from bridgeblip.inference import best_device, find_bundle, load_bundle, predict, process_rank
     from bridgeblip.questions import read_questions
+    from bridgeblip.submission import describe, find_sample, read_sample, write_submission
 
-    sample = args.sample or args.csv.with_name("sample_submission.csv")
+    find_bundle(args.model)
+    questions = read_questions(args.csv, strict=False)
+    sample = args.sample or find_sample(args.csv)
+    read_sample([question.id for question in questions], sample)  # other IDs are refused before the long work
     bundle = load_bundle(args.model, best_device())
-    questions = read_questions(args.csv)
-    submission = write_submission(questions, predict(bundle, questions), sample, args.out)
-    print(f"wrote {args.out} and {args.out.with_name('probabilities.csv')}: {len(submission)} answers")
+    answers = predict(bundle, questions, args.batch_size, permute_below=args.permute_below, out=args.out)
+    if process_rank()[0] > 0:
+        return 0  # the first process writes for all
+    write_submission(questions, answers, sample, args.out)
+    print(describe(questions, answers, args.out))
+    return 3 if any(answers.problems) and not args.allow_problems else 0
+
+
+def blend(args):
+    from bridgeblip.submission import blend
+
+    print(f"wrote {args.out}: {len(blend(args.files, args.sample, args.out))} answers from {len(args.files)} files")
+
+
+def evaluate(args):
+    from bridgeblip.questions import read_questions
+    from bridgeblip.report import read_probabilities, read_weights, with_answers, write_comparison, write_report
+
+    out = args.out or Path("comparison.html" if len(args.results) == 2 else "report.html")
+    if len(args.results) > 2 or out.suffix != ".html":
+        raise InputError(f"got {len(args.results)} results and --out {out}: expected at most two, and a name in .html")
+    questions = read_questions(args.csv, need_answers=not args.answers)
+    questions = with_answers(questions, args.answers) if args.answers else questions
+    weights = read_weights(args.csv, args.weights_column, questions) if args.weights_column else None
+    runs = [read_probabilities(path, questions) for path in args.results]
+    if len(runs) == 2:
+        names = tuple(map(str, args.results))
+        facts = write_comparison(out, questions, runs[0][0], runs[1][0], names=names, weights=weights)
+    elif runs:
+        facts = write_report(out, questions, runs[0][0], flags=runs[0][1], weights=weights)
+    else:
+        from bridgeblip.inference import process_rank
+
+        given = _answer(args.model, questions)
+        if process_rank()[0] > 0:
+            return 0  # the first process writes for all
+        facts = write_report(out, questions, **given, weights=weights)
+    print(f"{facts['verdict']['sentence']}\nwrote {out} and {out.with_suffix('.json')}")
+    return 0
+
+
+def _answer(model, questions):
+    """What ``write_report`` wants to know of a bundle's answers."""
+    import time
+
+    from bridgeblip.inference import best_device, find_bundle, load_bundle, predict
+    from bridgeblip.submission import problem_table
+
+    bundle, began = load_bundle(find_bundle(model), best_device()), time.perf_counter()
+    answers = predict(bundle, questions)
+    cost = {"seconds to answer": time.perf_counter() - began, "bundle, MB": model.stat().st_size / 1e6}
+    return {
+        "probabilities": answers.probabilities,
+        "flags": answers.flags,
+        "blank_probabilities": predict(bundle, questions, blank_images=True).probabilities,
+        "problems": problem_table(questions, answers),
+        "cost": cost,
+        "manifest": bundle.manifest,
+    }
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,16 +153,44 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoint"), help="of weights-N.pt, torchscript.pt")
     sub.add_argument("--layers", help="decoder layers that stay: a name, or indices like 0,3,6")
 
+    sub = verb(prepare, "turn published annotation files, or several question CSVs, into one question CSV")
+    sub.set_defaults(seed=0)
+    sources = sub.add_subparsers(required=True, dest="source", metavar="SOURCE")
+    for name, files, images in (
+        ("aokvqa", "aokvqa_v1p0_train.json, aokvqa_v1p0_val.json", "COCO 2017: train2017/, val2017/"),
+        ("visual7w", "dataset_v7w_telling.json", "v7w_1.jpg and so on"),
+        ("scienceqa", "problems.json", "train/, val/, test/"),
+        ("csv", "question CSVs with answers, to be joined", None),
+    ):
+        sub = sources.add_parser(name, help=files, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help=files)
+        if images:
+            sub.add_argument("--images", type=Path, required=True, help=f"folder that holds {images}")
+            sub.add_argument("--split", nargs="+", default=["train"], help="the set's own names: train, val, test")
+        if name == "visual7w":
+            sub.add_argument("--seed", type=int, default=0, help="of the place of the right answer, which comes apart")
+        sub.add_argument("--out", type=Path, required=True, help="the question CSV to write")
+
     sub = verb(train, "slice, bridge and train; writes weights-N.pt")
     sub.add_argument("--train-csv", type=Path, default=Path("competition/train.csv"), help="questions with answers")
     sub.add_argument("--base", default="Salesforce/instructblip-flan-t5-xl", help="hub id, folder, or tiny")
     sub.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoint"), help="gets weights-N.pt, best.json")
-    sub.add_argument("--epochs", type=int, default=1, help="passes over the questions")
-    sub.add_argument("--batch-size", type=int, default=16, help="questions a step")
-    sub.add_argument("--learning-rate", type=float, default=2e-4, help="peak rate")
+    sub.add_argument("--few", action="store_true", help="start from the profile for some sixty questions")
+    sub.add_argument("--epochs", type=int, help="passes over the questions (1)")
+    sub.add_argument("--batch-size", type=int, help="questions a step on one device (16)")
+    sub.add_argument("--accumulation", type=int, help="steps whose gradients are added (1)")
+    sub.add_argument("--learning-rate", type=float, help="peak rate (2e-4)")
+    sub.add_argument("--patience", type=int, help="epochs without gain after which to stop (0: never)")
     sub.add_argument("--layers", default="every-third", help="decoder layers that stay: a name, or indices like 0,3,6")
     sub.add_argument("--rank", type=int, default=96, help="LoRA rank on a 2048-wide decoder; 0 trains the head only")
-    sub.add_argument("--seed", type=int, default=0, help="of the split, the order and the adapters")
+    sub.add_argument("--seed", type=int, help="of the split, the order and the adapters (0)")
+    sub.add_argument("--workers", type=int, help="processes that load pictures (0)")
+    sub.add_argument("--save-minutes", type=float, help="time between two saved states (5)")
+    sub.add_argument("--copy-to", type=Path, help="second checkpoint folder, such as one on Drive")
+    sub.add_argument("--no-cache", action="store_true", help="keep no image features on disk")
+
+    sub = verb(features, "show what the cache of image features holds; writes nothing")
+    sub.add_argument("--clear", action="store_true", help="remove it")
 
     sub = verb(export, "turn weights into the one-file bundle; writes torchscript.pt")
     sub.add_argument("--weights", type=Path, default=Path("checkpoint/weights-0.pt"), help="what train wrote")
@@ -96,17 +203,39 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--csv", type=Path, default=Path("competition/test.csv"), help="questions")
     sub.add_argument("--out", type=Path, default=Path("submission.csv"), help="the submission to write")
     sub.add_argument("--sample", type=Path, default=None, help="sample submission; by default beside the CSV")
+    sub.add_argument("--batch-size", type=int, default=32, help="most rows at a time; halved where memory is short")
+    sub.add_argument("--permute-below", type=float, metavar="MARGIN", help="ask rows whose two best are closer than "
+                     "this in every order; by default what the bundle says, 0 is none, 2 all")  # fmt: skip
+    sub.add_argument("--allow-problems", action="store_true", help="exit with 0 although rows have problems, not 3")
+
+    sub = verb(blend, "average several probabilities.csv; writes submission.csv and probabilities.csv")
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help="probabilities.csv of the same questions")
+    sub.add_argument("--out", type=Path, required=True, help="the submission to write, in a folder of its own")
+    sub.add_argument("--sample", type=Path, help="sample or earlier submission that has the wanted form")
+
+    sub = verb(evaluate, "judge answers to a CSV that has the right ones, or two results; writes report.html")
+    sub.add_argument("results", type=Path, nargs="*", metavar="RESULT", help="probabilities.csv, or a folder that "
+                     "holds it: one to judge, two to compare; none lets --model answer")  # fmt: skip
+    sub.add_argument("--model", type=Path, default=Path("checkpoint/torchscript.pt"), help="the bundle")
+    sub.add_argument("--csv", type=Path, required=True, help="questions with answers")
+    sub.add_argument("--answers", type=Path, help="the right answers, if the CSV has none: columns ID and answer")
+    sub.add_argument("--weights-column", metavar="NAME", help="column of the CSV: what a question counts in the score")
+    sub.add_argument("--out", type=Path, help="the page; by default report.html, or comparison.html for two results")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a verb; 0 on success, 1 if ``doctor`` found a problem, 2 with one line on stderr for unusable input."""
+    """Run a verb and return its exit code.
+
+    0 on success, 1 if ``doctor`` found a problem, 2 with one line on stderr for unusable input, 3 if ``predict``
+    has answered rows that have problems.
+    """
     args = build_parser().parse_args(arguments)
     try:
         return args.run(args) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from bridgeblip.inference import Bundle, letters_of, load_bundle, predict
 from bridgeblip.model import load_sliced
 from bridgeblip.processing import QuestionProcessor
 from bridgeblip.questions import LETTERS, Question, read_questions, read_table
-from bridgeblip.report import accuracy_of
+from bridgeblip.report import accuracy_of, read_probabilities, write_report
 from bridgeblip.training import TrainSettings, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,25 +90,26 @@ def run_demo(out: str | Path = "demo", limits: dict[str, int] | None = None, epo
         "torchscript.ipynb": {"CHECKPOINT_DIR": str(checkpoint)},
         "torchscript_inference.ipynb": shared | {"SUBMISSION": str(out / "submission.csv")},
     }
-    stages = []
+    stages: list[dict] = []
     for name in NOTEBOOKS:
         began = time.perf_counter()
         run_notebook(name, parameters[name], out / "notebooks" / name)
         stages.append({"stage": name, "seconds": round(time.perf_counter() - began)})
-    scores = score_demo(out, settings)
+    scores = score_demo(out, settings, stages)
     write_text(out / "scores.csv", scores.to_csv(index=False))
     print(f"\n{scores.to_string(index=False)}\n")
     print(_stage_table(stages, checkpoint, out).to_string(index=False))
     print(
-        f"\nThe answers lie in {out / 'submission.csv'}, the executed notebooks in {out / 'notebooks'}.\n"
+        f"\nThe answers lie in {out / 'submission.csv'}, the executed notebooks in {out / 'notebooks'}, and what to "
+        f"think of\nthe score in {out / 'report.html'}: open it in a browser.\n"
         "For real data put the organiser's files into competition/ and run train.ipynb, torchscript.ipynb and\n"
         "torchscript_inference.ipynb in this order on a GPU; competition/README.md names the columns."
     )
     return scores
 
 
-def score_demo(out: Path, settings: TrainSettings) -> pd.DataFrame:
-    """Compare every way to answer the test questions; the only reader of the true answers."""
+def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.DataFrame:
+    """Compare every way to answer the test questions, and write the report; the only reader of the true answers."""
     answers = read_table(out / "answers.csv").set_index("ID")["answer"]
     questions = [
         replace(q, answer=LETTERS.index(answers[q.id])) for q in read_questions(out / "competition" / "test.csv")
@@ -118,21 +119,32 @@ def score_demo(out: Path, settings: TrainSettings) -> pd.DataFrame:
     weights = out / "checkpoint" / bundle.manifest["trained"]["file"]
     train(out / "competition" / "train.csv", "tiny", out / "head_only", settings, BridgeSettings(rank=0))
     head_only = out / "head_only" / f"weights-{settings.epochs - 1}.pt"
-    bridged = _predict_eager(restore(weights).model, questions)
+    bridged = _predict_eager(restore(weights).model, questions, bundle.manifest)
     same = sum(a == submitted[q.id] for a, q in zip(letters_of(bridged), questions, strict=True))
+    blank = predict(bundle, questions, blank_images=True).probabilities
+    sliced = accuracy_of(questions, _predict_sliced(DEFAULT_DECODER_LAYERS, questions))
+    head = accuracy_of(questions, _predict_eager(restore(head_only).model, questions))
     rows = [
         ("guessing", 1 / len(LETTERS)),
         ("unsliced base, all 24 layers", accuracy_of(questions, _predict_sliced(range(24), questions))),
-        ("sliced, not bridged", accuracy_of(questions, _predict_sliced(DEFAULT_DECODER_LAYERS, questions))),
-        ("sliced, only the head trained", accuracy_of(questions, _predict_eager(restore(head_only).model, questions))),
+        ("sliced, not bridged", sliced),
+        ("sliced, only the head trained", head),
         ("bridged", accuracy_of(questions, bridged)),
         ("bridged, through TorchScript: submission.csv", _share_right(submitted, questions)),
-        (
-            "the same without looking: blank images",
-            accuracy_of(questions, predict(bundle, questions, blank_images=True)),
-        ),
+        ("the same without looking: blank images", accuracy_of(questions, blank)),
     ]
     print(f"\n{len(questions)} held-out questions; TorchScript gives the trained model's letter on {same} of them.")
+    probabilities, flags = read_probabilities(out, questions)
+    write_report(
+        out / "report.html",
+        questions,
+        probabilities,
+        flags=flags,
+        blank_probabilities=blank,
+        references={"sliced, not bridged": sliced, "sliced, only the head trained": head},
+        cost={f"{stage['stage']}, seconds": stage["seconds"] for stage in stages},
+        manifest=bundle.manifest,
+    )
     return pd.DataFrame(rows, columns=["answers by", "accuracy"]).round(4)
 
 
@@ -145,9 +157,9 @@ def _predict_sliced(layers, questions: list[Question]):
     return _predict_eager(load_sliced(TINY_BASE, processor.letter_ids, layers), questions)
 
 
-def _predict_eager(model, questions: list[Question]):
-    eager = Bundle(model, QuestionProcessor.from_base(TINY_BASE), {}, torch.device("cpu"))
-    return predict(eager, questions, batch_size=64)
+def _predict_eager(model, questions: list[Question], manifest: dict | None = None):
+    eager = Bundle(model, QuestionProcessor.from_base(TINY_BASE), manifest or {}, torch.device("cpu"))
+    return predict(eager, questions, batch_size=64).probabilities
 
 
 def _stage_table(stages: list[dict], checkpoint: Path, out: Path) -> pd.DataFrame:

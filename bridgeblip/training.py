@@ -1,32 +1,74 @@
-"""Training the bridge and the head with Hugging Face's ``Trainer``."""
+"""Training the bridge and the head with Hugging Face's ``Trainer``, so that it survives the night."""
 
+import hashlib
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score
 from torch import nn
-from transformers import EvalPrediction, InstructBlipConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.data import Dataset
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    InstructBlipConfig,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import TensorBoardCallback
 
+from bridgeblip import InputError
 from bridgeblip.base import resolve_base
 from bridgeblip.budget import BUDGET_LIMIT, certify_budget
-from bridgeblip.checkpoints import save_best, save_weights, weights_path
+from bridgeblip.callbacks import (
+    Averages,
+    Progress,
+    SelfCheck,
+    StateKeeper,
+    Stopper,
+    WeightsKeeper,
+    history_table,
+    in_notebook,
+)
+from bridgeblip.checkpoints import STATE_FOLDER, newest_state, require_writable, weights_path
 from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeSettings, decoder_layers, slice_config
-from bridgeblip.model import attach_bridge, load_sliced, trained_tensors
+from bridgeblip.features import CachedPictures, FeatureCache, default_folder, encoder_key, fill
+from bridgeblip.model import attach_bridge, load_sliced, load_trained, trained_tensors
 from bridgeblip.precision import choose_precision
 from bridgeblip.processing import QuestionProcessor
-from bridgeblip.questions import LETTERS, PROMPT_TEMPLATE, Question, read_questions, split_by_picture
+from bridgeblip.questions import LETTERS, PROMPT_TEMPLATE, Question, picture_keys, read_questions, split_by_picture
+from bridgeblip.report import write_report
 
 PROBE_SIZE = 3  # questions whose logits travel with the weights
+TRAINED_FILE = "trained.safetensors"
+STAGING_FOLDER = ".staging"
+REPORT_FILE = "report.html"
+HANG_SECONDS = 600  # several processes: how long one waits for the others before it gives up
+
+
+class TrainingStopped(InputError):
+    """Training ended because it was asked to; its state is saved."""
+
+    exit_code = 130
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and how fast to train."""
+    """How long and how fast to train. The defaults suit a few thousand questions; ``for_few`` suits sixty."""
 
     epochs: int = 1
     """Passes over the training questions; each writes a weights file."""
@@ -41,11 +83,34 @@ class TrainSettings:
     weight_decay: float = 0.01
     warmup: float = 0.05
     """Share of all steps in which the rate rises to its peak; then it falls along a cosine."""
+    clip: float = 1.0
+    """Longest gradient that moves the weights; longer ones are scaled down."""
+    shuffle_choices: bool = True
+    """Show the choices in a fresh order in every epoch, so that no letter is learned by heart."""
+    label_smoothing: float = 0.05
+    """Share of the target spread over all choices: keeps the probabilities honest on few questions."""
+    average: float = 0.05
+    """Share of all steps that the moving average of the weights looks back; 0 takes the last weights as they are."""
+    patience: int = 0
+    """Epochs without a better validation accuracy after which training stops; 0 never stops early."""
     validation_fraction: float = 0.1
     """Share of the distinct pictures whose questions are only for measuring."""
     seed: int = 0
+    deterministic: bool = False
+    """Use only operations that give the same bits each time, even where a GPU has quicker ones."""
     workers: int = 0
     """Processes that load pictures beside the training one."""
+    save_minutes: float = 5.0
+    """Time between two saved states, the most that a disconnect costs."""
+
+    @classmethod
+    def for_few(cls, **changes) -> "TrainSettings":
+        """The profile for some sixty questions: more passes, a gentler rate, more pictures to measure on."""
+        few = {"epochs": 8, "batch_size": 8, "warmup": 0.1, "label_smoothing": 0.1, "validation_fraction": 0.2}
+        return cls(**few | changes)
+
+
+NOT_THE_RESULT = ("workers", "save_minutes")  # settings that a resumed run may change
 
 
 @dataclass(frozen=True)
@@ -57,6 +122,8 @@ class TrainResult:
     validation: list[Question]
     probabilities: np.ndarray
     """(validation questions, choices), after the last epoch."""
+    blank_probabilities: np.ndarray
+    """The same without the pictures: what the questions alone give away."""
     weights: list[Path]
     """The files written, one an epoch."""
 
@@ -70,30 +137,48 @@ def train(
     layers: str | Sequence[int] = DEFAULT_DECODER_LAYERS,
     revision: str | None = None,
     budget_limit: int = BUDGET_LIMIT,
+    features: str | Path | None = "default",
+    copy_to: str | Path | None = None,
 ) -> TrainResult:
     """Slice ``base``, bridge it, train adapters and head, and write ``weights-N.pt`` after each epoch.
+
+    Called again after any interruption, with the same settings, it goes on in the middle of the epoch and
+    ends with the same tensors; called again after the end, it trains nothing and returns the same result.
 
     Args:
         base: "tiny", a folder, or a hub id, of which ``revision`` is taken.
         layers: which decoder layers stay: a name of ``config.LAYER_SELECTIONS``, or indices.
         budget_limit: most parameters that the merged model may have.
+        features: folder of the cache of image features; None encodes the pictures anew in every epoch.
+        copy_to: a second checkpoint folder, such as one on Drive, that gets a verified copy of every file.
 
     Raises:
         InputError: if the questions, pictures or the base can't be used; before anything long starts.
+        TrainingStopped: after the stop button, Ctrl-C or SIGTERM.
     """
     layers = decoder_layers(layers)
+    checkpoint_dir, copy_to = Path(checkpoint_dir), Path(copy_to) if copy_to else None
+    places = [place for place in (checkpoint_dir, copy_to) if place]
+    process = PartialState(cpu=not torch.cuda.is_available())
+    for place in places if process.is_main_process else ():
+        require_writable(place)
     questions = read_questions(train_csv, need_answers=True)
     training, validation = split_by_picture(questions, settings.validation_fraction, settings.seed)
     folder = resolve_base(base, revision)
     processor = QuestionProcessor.from_base(folder)
     processor.encode_prompts([q.prompt for q in questions])  # refuses too long prompts now rather than in mid-epoch
-    set_seed(settings.seed)
+    set_seed(settings.seed, deterministic=settings.deterministic)
     config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
     budget = certify_budget(config, budget_limit)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = process.device if process.device.type == "cuda" else torch.device("cpu")  # it may say cpu:0
     precision = choose_precision(device, budget["total"])
-    print(f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}")
+    process.print(f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}")
     sliced = load_sliced(base, processor.letter_ids, layers, bridge.head_init, precision.dtype, device, revision)
+    sliced.label_smoothing = settings.label_smoothing
+    keys = picture_keys(q.image for q in questions)
+    pictures = _cached_pictures(features, sliced, processor, keys, settings.batch_size, process)
+    blank = BlankPictures(sliced.encode_image(torch.zeros(1, 3, *processor.image_size, device=device)).detach().cpu())
+    model = attach_bridge(sliced, bridge)
     manifest = {
         "base": str(base),
         "revision": revision,
@@ -104,27 +189,182 @@ def train(
         "budget": budget | {"limit": budget_limit},
         "config": config.to_json_string(),
     } | _contract(processor)
-    model = attach_bridge(sliced, bridge)
-    trainer = Trainer(
+    run = _identity(manifest, questions, keys, process.num_processes)
+    resumed = newest_state(places, run)
+    trainer = BridgeTrainer(
         model,
-        training_arguments(checkpoint_dir, settings, bf16=device == "cuda" and precision.dtype == torch.bfloat16),
-        train_dataset=training,
+        training_arguments(checkpoint_dir, settings, precision.dtype),
+        train_dataset=TrainingQuestions(training, settings.seed, settings.shuffle_choices),
         eval_dataset=validation,
-        data_collator=processor.collate,
+        data_collator=partial(processor.collate, pictures=pictures),
         compute_metrics=accuracy,
         optimizers=(optimizer(model, settings), None),
+        average=settings.average,
     )
-    keeper = WeightsKeeper(Path(checkpoint_dir), manifest, processor.collate(validation[:PROBE_SIZE]))
+    stopper = Stopper()
+    keeper = StateKeeper(places, run, trainer.averages, stopper, settings.save_minutes)
+    trainer.add_callback(SelfCheck(model))
+    trainer.add_callback(Progress(live=in_notebook()))
+    trainer.add_callback(WeightsKeeper(places, manifest, processor.collate(validation[:PROBE_SIZE])))
     trainer.add_callback(keeper)
-    before = trainer.evaluate(metric_key_prefix="before")["before_accuracy"]
-    trainer.train()
-    logits = trainer.predict(validation).predictions
-    return TrainResult(
-        history=history_table(trainer.state.log_history, before),
+    if settings.patience:
+        trainer.add_callback(EarlyStoppingCallback(settings.patience))
+    if process.is_main_process:
+        trainer.add_callback(_tensorboard(checkpoint_dir))
+    trainer.go(resumed, stopper)
+    if keeper.leaving:
+        raise TrainingStopped(
+            f"stopped on request after step {trainer.state.global_step} of {trainer.state.max_steps}; all is saved in "
+            f"{checkpoint_dir / STATE_FOLDER}: run the same again to go on"
+        )
+    history = history_table(trainer.state.log_history)
+    epochs = int(history["accuracy"].notna().sum()) - 1  # the first was before training
+    result = TrainResult(
+        history=history,
         validation=validation,
-        probabilities=torch.from_numpy(logits).softmax(-1).numpy(),
-        weights=keeper.written,
+        probabilities=trainer.answer(validation),
+        blank_probabilities=trainer.answer(validation, partial(processor.collate, pictures=blank)),
+        weights=[weights_path(checkpoint_dir, epoch) for epoch in range(epochs)],
     )
+    if process.is_main_process:
+        facts = write_report(
+            checkpoint_dir / REPORT_FILE,
+            validation,
+            result.probabilities,
+            blank_probabilities=result.blank_probabilities,
+            references={"sliced, not yet bridged": float(history["accuracy"].iloc[0])},
+            manifest={key: manifest[key] for key in ("base", "revision", "layers", "bridge", "train", "dtype")},
+        )
+        print(f"{facts['verdict']['sentence']} More in {checkpoint_dir / REPORT_FILE}")
+    return result
+
+
+class TrainingQuestions(Dataset):
+    """The training questions; their choices in an order of their own in every epoch, the answer following.
+
+    The order depends on seed, epoch and row alone: neither a resumed run nor more loaders change it.
+    """
+
+    def __init__(self, questions: Sequence[Question], seed: int, shuffle_choices: bool):
+        self.questions, self.seed, self.shuffle_choices, self.epoch = questions, seed, shuffle_choices, 0
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, row: int) -> Question:
+        question = self.questions[row]
+        if not self.shuffle_choices:
+            return question
+        filled = [i for i, choice in enumerate(question.choices) if choice]
+        order = np.random.default_rng([self.seed, self.epoch, row]).permutation(filled)
+        return question.reordered(dict(zip(filled, order.tolist(), strict=True)))
+
+
+class Opening(TrainerCallback):
+    """Measures before the first step, and tells the training questions which epoch it is before their loader starts."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Not before ``train``: a model that was evaluated first counts as prepared, and several processes would then
+        # train it without ever adding up their gradients.
+        if state.global_step == 0:
+            self.trainer.evaluate(metric_key_prefix="before")
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.epoch = int(state.epoch)
+
+
+class BridgeTrainer(Trainer):
+    """``Trainer`` that validates with averaged weights, and whose checkpoints hold the trained tensors alone."""
+
+    def __init__(self, model, args, average: float = 0.0, **kwargs):
+        super().__init__(model, args, **kwargs)
+        self.averages = Averages(model, average)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(self.averages)
+        self.add_callback(Opening(self))
+
+    def evaluate(self, *args, **kwargs):
+        with self.averages.applied():
+            return super().evaluate(*args, **kwargs)
+
+    def answer(self, questions: Sequence[Question], collate=None) -> np.ndarray:
+        """Return probabilities (questions, choices) by the averaged weights."""
+        usual, self.data_collator = self.data_collator, collate or self.data_collator
+        with self.averages.applied():
+            logits = self.predict(questions).predictions
+        self.data_collator = usual
+        return torch.from_numpy(logits).softmax(-1).numpy()
+
+    def go(self, resumed: Path | None, stopper: Stopper) -> None:
+        """Train, from a saved state if there is one.
+
+        Raises:
+            InputError: if the state can't be saved; that of before is still there.
+        """
+        if resumed:
+            self.averages.load(resumed)
+        if self.args.should_save:  # in one process of several
+            print(f"going on from {resumed}" if resumed else "starting from step 0")
+            shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a killed save has left
+        try:
+            with stopper.listening():
+                self.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"training stopped at step {self.state.global_step}, a file could not be written ({error}): free some "
+                "space and run the same again; it goes on from the last whole state"
+            ) from error
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(trained_tensors(self.model), Path(output_dir) / TRAINED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_trained(self.model, load_file(Path(resume_from_checkpoint) / TRAINED_FILE))
+
+
+class BlankPictures:
+    """Gives every question the mean grey picture, encoded once."""
+
+    def __init__(self, embeds: torch.Tensor):
+        self.embeds = embeds
+
+    def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        return {"image_embeds": self.embeds.expand(len(questions), -1, -1)}
+
+
+def _cached_pictures(features, sliced, processor, keys: dict[Path, str], batch_size: int, process: PartialState):
+    """Fill the cache of image features and return its reader, or None where there is to be no cache."""
+    if features is None:
+        return None
+    cache = FeatureCache(default_folder() if features == "default" else features, encoder_key(sliced, processor))
+    pictures = {key: path for path, key in reversed(keys.items())}
+    share = (process.process_index, process.num_processes)
+    fits = fill(cache, sliced, processor, pictures, batch_size, share=share)
+    process.wait_for_everyone()
+    if not fits:
+        process.print(f"the features of {len(pictures)} pictures don't fit in {cache.root}: encoding in every epoch")
+        return None
+    return CachedPictures(cache, keys)
+
+
+def _identity(manifest: dict, questions: Sequence[Question], keys: dict[Path, str], processes: int) -> dict[str, Any]:
+    """What must be the same for a run to go on: its weights' manifest, its questions, its processes."""
+    rows = json.dumps([[q.id, keys[q.image], q.question, q.choices, q.answer] for q in questions])
+    kept = {key: value for key, value in manifest.items() if key not in ("versions", "config", "budget", "train")}
+    settings = {key: value for key, value in manifest["train"].items() if key not in NOT_THE_RESULT}
+    run = kept | {"settings": settings, "questions": hashlib.sha256(rows.encode()).hexdigest(), "processes": processes}
+    return json.loads(json.dumps(run))
+
+
+def _tensorboard(checkpoint_dir: Path) -> TensorBoardCallback:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    return TensorBoardCallback(SummaryWriter(str(checkpoint_dir / "tensorboard")))
 
 
 def _contract(processor: QuestionProcessor) -> dict:
@@ -138,27 +378,43 @@ def _contract(processor: QuestionProcessor) -> dict:
     }
 
 
-def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings, bf16: bool = False) -> TrainingArguments:
-    """The ``Trainer``'s arguments that follow from the settings."""
-    return TrainingArguments(
-        output_dir=str(Path(checkpoint_dir) / "trainer"),
+def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings, dtype=torch.float32) -> TrainingArguments:
+    """The ``Trainer``'s arguments that follow from the settings.
+
+    No gradient checkpointing: gradients flow through the kept decoder layers alone, for a single token, so
+    that there are hardly any activations to recompute.
+    """
+    gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(Path(checkpoint_dir) / STATE_FOLDER / STAGING_FOLDER),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=2 * settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup,  # below 1 it is a share of all steps
-        bf16=bf16,
+        max_grad_norm=settings.clip,
+        bf16=gpu and dtype == torch.bfloat16,
+        fp16=gpu and dtype == torch.float16,
+        use_cpu=not gpu,
         eval_strategy="epoch",
-        save_strategy="no",
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+        save_strategy="no",  # StateKeeper says when
         logging_steps=1,
+        disable_tqdm=True,  # Progress has the bars
         dataloader_num_workers=settings.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=gpu,
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=[],
         seed=settings.seed,
+        full_determinism=settings.deterministic,
+        ddp_timeout=HANG_SECONDS,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs are for several processes, never for the threads of DataParallel
+    return arguments
 
 
 def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
@@ -173,36 +429,3 @@ def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(accuracy_score(prediction.label_ids, prediction.predictions.argmax(-1)))}
-
-
-def history_table(log: list[dict], accuracy_before: float) -> pd.DataFrame:
-    """``Trainer``'s log as a table; row 0 is the slice before any training."""
-    rows = [{"step": 0, "epoch": 0.0, "accuracy": accuracy_before}]
-    for entry in log:
-        if "loss" in entry or "eval_accuracy" in entry:
-            values = {"loss": entry.get("loss"), "accuracy": entry.get("eval_accuracy")}
-            rows.append({"step": entry["step"], "epoch": entry["epoch"]} | values)
-    return pd.DataFrame(rows).astype({"loss": float, "accuracy": float})
-
-
-class WeightsKeeper(TrainerCallback):
-    """Writes ``weights-N.pt`` after the validation of epoch N, and ``best.json``."""
-
-    def __init__(self, folder: Path, manifest: dict, probe: dict[str, torch.Tensor]):
-        self.folder, self.manifest, self.probe = folder, manifest, probe
-        self.accuracies: list[float] = []
-        self.written: list[Path] = []
-
-    def on_evaluate(self, args, state, control, metrics, model, **kwargs):
-        if "eval_accuracy" not in metrics or not state.is_world_process_zero:
-            return
-        self.accuracies.append(metrics["eval_accuracy"])
-        path = weights_path(self.folder, len(self.written))
-        manifest = self.manifest | {"validation": {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"]}}
-        with torch.no_grad():
-            inputs = {name: tensor.to(model.device) for name, tensor in self.probe.items() if name != "labels"}
-            logits = model(**inputs).logits.cpu()
-        manifest["probe"] = {"inputs": self.probe, "logits": logits}
-        save_weights(path, trained_tensors(model), manifest)
-        self.written.append(path)
-        save_best(self.folder, self.accuracies)

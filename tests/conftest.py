@@ -1,7 +1,9 @@
 """A base model and a question set small enough for every test: random weights, real layout, real pictures."""
 
+import os
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from bridgeblip.digits import write_competition
 from bridgeblip.processing import QuestionProcessor
 from bridgeblip.questions import read_questions
 
+os.environ["BRIDGEBLIP_CACHE"] = tempfile.mkdtemp(prefix="bridgeblip-features-")  # not the user's own
 ROOT = Path(__file__).resolve().parent.parent
 DECODER_LAYERS = 6
 LAYERS = (0, 2, 5)  # what tests keep

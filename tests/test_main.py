@@ -6,7 +6,7 @@ from conftest import ROOT
 
 from bridgeblip.__main__ import build_parser, main
 
-VERBS = ("demo", "train", "export", "predict")
+VERBS = ("demo", "doctor", "prepare", "train", "features", "export", "predict", "blend", "evaluate")
 
 
 def test_help_names_every_verb_and_loads_nothing_heavy():

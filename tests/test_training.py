@@ -1,6 +1,14 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
-from conftest import LAYERS
+from conftest import LAYERS, ROOT
 from transformers import Trainer
 
 from bridgeblip import InputError
@@ -85,3 +93,59 @@ def test_bad_input_stops_before_the_model_is_loaded(competition, tmp_path, monke
         train(competition / "test.csv", "tiny", tmp_path)
     with pytest.raises(InputError, match="base model"):
         train(competition / "train.csv", "nowhere", tmp_path, SETTINGS)
+
+
+KILLED = """
+import sys
+from bridgeblip.config import BridgeSettings
+from bridgeblip.training import TrainSettings, train
+csv, base, folder, features = sys.argv[1:]
+settings = TrainSettings(epochs=3, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0)
+train(csv, base, folder, settings, BridgeSettings(rank=192), (0, 2, 5), features=features)
+"""
+
+
+def run_until_done(arguments: list[str], kills: int, rng: random.Random, spoil=None) -> int:
+    """Run KILLED to its end, killing it ``kills`` times at random moments of its work; return the kills that hit."""
+    hit = 0
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, bufsize=1
+        )
+        if hit < kills:
+            text = "."
+            while text and "training" not in text:  # its bar is there: the steps have begun
+                text = process.stderr.read(40)
+            time.sleep(rng.uniform(0, 2.5))
+            process.send_signal(signal.SIGKILL)
+        process.stderr.read()
+        if process.wait() == 0:
+            return hit
+        assert process.returncode == -signal.SIGKILL
+        hit += 1
+        if spoil:
+            spoil()
+
+
+def test_killed_and_resumed_ends_with_the_same_tensors(base, competition, tmp_path):
+    """Shuffling, averaging, dropout and the moments of saving included; torn states are passed over."""
+    kills = int(os.environ.get("BRIDGEBLIP_KILLS", 3))
+    arguments = [str(competition / "train.csv"), str(base)]
+    run_until_done([*arguments, str(tmp_path / "whole"), str(tmp_path / "features")], 0, random.Random(0))
+    killed = tmp_path / "killed"
+    spoiled = []
+
+    def spoil():  # every second time the newest state is torn or emptied
+        states = sorted((killed / "state").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+        if states and len(spoiled) % 2:
+            victim = states[-1] / "optimizer.pt"
+            victim.write_bytes(victim.read_bytes()[: 100 * (len(spoiled) % 4 == 1)])
+        spoiled.append(states)
+
+    hit = run_until_done([*arguments, str(killed), str(tmp_path / "features2")], kills, random.Random(1), spoil)
+    assert hit == kills and any(spoiled)
+    for epoch in range(3):
+        one, two = (load_weights(tmp_path / run / f"weights-{epoch}.pt") for run in ("whole", "killed"))
+        assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors), epoch
+        assert torch.equal(one.manifest["probe"]["logits"], two.manifest["probe"]["logits"])
+    assert json.loads((tmp_path / "whole/best.json").read_text()) == json.loads((killed / "best.json").read_text())

@@ -1,0 +1,268 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import LAYERS, ROOT
+
+from bridgeblip import InputError
+from bridgeblip.callbacks import Averages, SelfCheck, TrainingError
+from bridgeblip.checkpoints import load_weights
+from bridgeblip.config import BridgeSettings
+from bridgeblip.model import attach_bridge, load_sliced
+from bridgeblip.training import TrainingQuestions, TrainSettings, train
+
+SETTINGS = TrainSettings(epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0)
+BRIDGE = BridgeSettings(rank=192)
+
+
+@pytest.fixture
+def model(base, processor):
+    return attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BRIDGE)
+
+
+def steps(model, batch, check, count, rate=0.01, before=lambda: None):
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for _ in range(count):
+        model(**batch).loss.backward()
+        before()
+        check.on_pre_optimizer_step(None, None, None, optimizer=sgd)
+        sgd.step()
+        sgd.zero_grad()
+
+
+def test_self_check_passes_what_learns(model, batch):
+    check = SelfCheck(model)
+    steps(model, batch, check, 1, rate=0.0)  # a warm-up step moves nothing and proves nothing
+    assert len(check.stages) == 2
+    steps(model, batch, check, 4)
+    assert check.stages == []
+
+
+def test_self_check_names_what_does_not_learn(model, batch):
+    check = SelfCheck(model)
+    adapter = next(p for name, p in model.named_parameters() if "lora_B" in name)
+    with pytest.raises(TrainingError, match=r"1 tensors that should learn had no gradient.*lora_B"):
+        steps(model, batch, check, 3, before=lambda: adapter.grad.zero_())
+
+
+def test_self_check_names_a_frozen_tensor_that_moves(model, batch):
+    check = SelfCheck(model)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "qformer.encoder.layer.0.attention" in name)[0] += 1e-6
+    with pytest.raises(TrainingError, match=r"1 frozen tensors have changed.*qformer\.encoder\.layer\.0"):
+        steps(model, batch, check, 4)
+
+
+def test_averages_are_applied_and_taken_back(model, tmp_path):
+    averages = Averages(model, share=0.5)
+    averages.on_train_begin(None, SimpleNamespace(max_steps=8), None)
+    head = dict(model.named_parameters())["base_model.model.head.modules_to_save.default.bias"]
+    for step, value in enumerate((1.0, 2.0, 3.0), start=1):
+        head.data.fill_(value)
+        averages.on_step_end(None, SimpleNamespace(global_step=step), None)
+    with averages.applied():
+        assert head.mean().item() == pytest.approx(2)  # a plain mean at first
+    assert head.mean().item() == 3
+    averages.save(tmp_path)
+    again = Averages(model, share=0.5)
+    again.load(tmp_path)
+    assert all(torch.equal(again.mean[name], tensor) for name, tensor in averages.mean.items())
+
+
+def test_choices_are_in_a_fresh_order_every_epoch(questions):
+    shown = TrainingQuestions(questions, seed=3, shuffle_choices=True)
+    orders = []
+    for shown.epoch in (0, 1, 0):
+        orders.append([q.choices for q in (shown[row] for row in range(len(shown)))])
+        for row, question in enumerate(questions):
+            assert shown[row].choices[shown[row].answer] == question.choices[question.answer]
+            assert sorted(shown[row].choices) == sorted(question.choices)
+    assert orders[0] == orders[2] != orders[1] and orders[0] != [q.choices for q in questions]
+    three = questions[0].__class__("x", questions[0].image, "Which?", ("a", "b", "", "d"), 3)
+    moved = TrainingQuestions([three] * 40, seed=0, shuffle_choices=True)
+    assert {moved[row].choices[2] for row in range(40)} == {""}
+    assert {moved[row].answer for row in range(40)} == {0, 1, 3}
+
+
+RUN = """
+import sys
+import bridgeblip.training as training
+from bridgeblip import InputError
+from bridgeblip.config import BridgeSettings
+{plan}
+settings = training.TrainSettings(
+    epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0, workers={workers}
+)
+try:
+    training.train(sys.argv[1], sys.argv[2], sys.argv[3], settings, BridgeSettings(rank=192), (0, 2, 5), features=None)
+except InputError as error:
+    sys.exit(str(error))
+"""
+
+
+def run(competition, base, folder, plan="", workers=0, **options):
+    command = [sys.executable, "-c", RUN.format(plan=plan, workers=workers)]
+    return subprocess.Popen(
+        [*command, str(competition / "train.csv"), str(base), str(folder)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(base, competition, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train(competition / "train.csv", base, folder, SETTINGS, BRIDGE, LAYERS, features=None)
+    return [load_weights(folder / f"weights-{epoch}.pt").tensors for epoch in range(2)]
+
+
+def assert_same_end(folder, whole):
+    for epoch in range(2):
+        tensors = load_weights(folder / f"weights-{epoch}.pt").tensors
+        assert all(torch.equal(tensors[name], whole[epoch][name]) for name in whole[epoch])
+
+
+def wait_for(path, process, timeout=90):
+    until = time.monotonic() + timeout
+    while not path():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_goes_on_later(number, base, competition, tmp_path, whole):
+    process = run(competition, base, tmp_path)
+    wait_for(lambda: list(tmp_path.glob("state/step-*")), process)
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == 1 and "stopped on request after step" in output, output
+    assert not (tmp_path / "weights-1.pt").exists()
+    output = run(competition, base, tmp_path, workers=1).communicate()[0]  # with a loader process, too
+    assert "going on from" in output
+    assert_same_end(tmp_path, whole)
+
+
+FULL_DISK = """
+import resource, bridgeblip.callbacks as callbacks
+publish, count = callbacks.publish_state, []
+def fill_up(*args):
+    count.append(publish(*args))
+    if len(count) == 3:  # from now on no file may grow: what a full disk does to every write
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    return count[-1]
+callbacks.publish_state = fill_up
+"""
+BROKEN_PICTURE = """
+load, seen = training.QuestionProcessor.load_pixels, []
+def load_until(self, path):
+    seen.append(path)
+    if len(seen) == 130:  # in the middle of an epoch
+        open(path, "wb").close()
+    return load(self, path)
+training.QuestionProcessor.load_pixels = load_until
+"""
+NAN = """
+import torch
+forward, calls = training.BridgeTrainer.training_step, []
+def step(self, model, *args):
+    calls.append(1)
+    if len(calls) == 5:
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(float("nan"))
+    return forward(self, model, *args)
+training.BridgeTrainer.training_step = step
+"""
+
+
+@pytest.mark.parametrize(
+    "plan, expected",
+    [
+        (FULL_DISK, "File too large"),
+        (BROKEN_PICTURE, "can't be read"),
+        (NAN, "the logits are not finite; the first module with a NaN or infinite output is"),
+    ],
+)
+def test_what_breaks_in_the_middle_loses_nothing(plan, expected, base, competition, tmp_path, whole):
+    data = tmp_path / "competition"
+    subprocess.run(["cp", "-r", str(competition), str(data)], check=True)
+    folder = tmp_path / "checkpoint"
+    process = run(data, base, folder, plan)
+    output = process.communicate()[0]
+    assert process.returncode != 0 and expected in output, output
+    assert list(folder.glob("state/step-*")), output
+    subprocess.run(["cp", "-r", f"{competition}/.", str(data)], check=True)  # the remedy
+    output = run(data, base, folder).communicate()[0]
+    assert "going on from" in output
+    assert_same_end(folder, whole)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(base, competition, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(InputError, match="can't be written"):
+        train(competition / "train.csv", base, blocked / "checkpoint", SETTINGS, BRIDGE, LAYERS)
+
+
+TWO = """
+import json, os, signal, sys
+from bridgeblip.config import BridgeSettings
+from bridgeblip.training import TrainSettings, train
+size, kill = int(sys.argv[4]), sys.argv[5]
+if kill == "kill":
+    import bridgeblip.callbacks as callbacks
+    old = callbacks.Averages.on_step_end
+    def on_step_end(self, args, state, control, **kwargs):
+        old(self, args, state, control, **kwargs)
+        if state.global_step == 4 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    callbacks.Averages.on_step_end = on_step_end
+settings = TrainSettings(
+    epochs=2, batch_size=size, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0
+)
+result = train(sys.argv[1], sys.argv[2], sys.argv[3], settings, BridgeSettings(192, dropout=0.0), (0, 2, 5))
+if os.environ.get("RANK", "0") == "0":
+    table = result.history
+    print("HISTORY", json.dumps([table["loss"].dropna().tolist(), table["accuracy"].dropna().tolist()]))
+"""
+
+
+def launch(processes, size, competition, base, folder, kill="no"):
+    script = folder / "two.py"
+    folder.mkdir()
+    script.write_text(TWO)
+    command = [sys.executable, str(script)]
+    if processes > 1:
+        # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would want MPI
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
+                   str(script)]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = [str(competition / "train.csv"), str(base), str(folder / "checkpoint"), str(size), kill]
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_two_processes_train_as_one(base, competition, tmp_path):
+    histories = []
+    for processes, size in ((1, 6), (2, 3)):
+        done = launch(processes, size, competition, base, tmp_path / f"{processes}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        line = next(line for line in done.stdout.splitlines() if line.startswith("HISTORY"))
+        histories.append(json.loads(line.removeprefix("HISTORY ")))
+    (one, one_accuracy), (two, two_accuracy) = histories
+    assert len(one) == len(two) > 10
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
+    assert one_accuracy == two_accuracy
+    assert sorted(p.name for p in (tmp_path / "2/checkpoint").glob("weights-*")) == ["weights-0.pt", "weights-1.pt"]
+
+
+def test_a_killed_process_ends_the_other(base, competition, tmp_path):
+    began = time.monotonic()
+    done = launch(2, 3, competition, base, tmp_path / "killed", "kill")
+    assert done.returncode != 0 and "SIGKILL" in done.stderr + done.stdout
+    assert time.monotonic() - began < 120
