@@ -15,6 +15,8 @@ from bridgeblip.digits import write_competition
 from bridgeblip.processing import QuestionProcessor
 from bridgeblip.questions import read_questions
 
+os.environ["OMP_NUM_THREADS"] = "1"  # the products are too small to share; for the processes that tests start, too
+torch.set_num_threads(1)
 os.environ["BRIDGEBLIP_CACHE"] = tempfile.mkdtemp(prefix="bridgeblip-features-")  # not the user's own
 ROOT = Path(__file__).resolve().parent.parent
 DECODER_LAYERS = 6

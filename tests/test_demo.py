@@ -23,8 +23,10 @@ def test_every_promised_file_is_there(demo):
         "train.csv", "test.csv", "sample_submission.csv", "train_input_images", "test_input_images"
     }  # fmt: skip
     assert {p.name for p in (out / "checkpoint").glob("*.*")} == {
-        "weights-0.pt", "weights-1.pt", "best.json", "torchscript.pt"
+        "weights-0.pt", "weights-1.pt", "best.json", "torchscript.pt", "torchscript.pt.sha256", "report.html",
+        "report.json"
     }  # fmt: skip
+    assert (out / "report.html").is_file()
     assert list(pd.read_csv(out / "answers.csv").columns) == ["ID", "answer"]
 
 
@@ -52,7 +54,7 @@ def test_notebooks_show_figures_and_warn_of_nothing(demo):
         notebook = nbformat.read(out / "notebooks" / name, as_version=4)
         outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
         images = [o for o in outputs if "image/png" in o.get("data", {})]
-        assert len(images) == {"train.ipynb": 4, "torchscript.ipynb": 0, "torchscript_inference.ipynb": 3}[name]
+        assert len(images) == {"train.ipynb": 5, "torchscript.ipynb": 0, "torchscript_inference.ipynb": 3}[name]
         assert "Warning" not in json.dumps([o.get("text", "") for o in outputs])
 
 

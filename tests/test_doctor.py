@@ -218,7 +218,7 @@ BROKEN = [  # name, stage, what breaks it, what must be found
     ("other tokenizer", EXPORT, append("base/tokenizer.json", "\n"), "trained with another tokenizer.*give the base"),
     ("disk full", EXPORT, small_disk, "disk: about .* to be written to .*checkpoint"),
     ("no bundle", PREDICT, remove("checkpoint/torchscript.pt"), "run torchscript.ipynb first"),
-    ("cut bundle", PREDICT, cut("checkpoint/torchscript.pt"), "is no whole TorchScript file"),
+    ("cut bundle", PREDICT, cut("checkpoint/torchscript.pt"), "has not the SHA-256 that"),
     ("foreign bundle", PREDICT, foreign_archive, "no bridgeblip bundle.*run torchscript.ipynb"),
     ("other prompt", PREDICT, other_prompt, "exported with another processor or prompt .*export it again"),
     ("no sample", PREDICT, remove("competition/sample*"), "sample_submission.csv not found"),

@@ -10,7 +10,7 @@ from conftest import ROOT
 from bridgeblip.__main__ import build_parser
 
 PAGES = ("README.md", "checkpoint/README.md", "competition/README.md")
-WRITTEN_BY_USE = {"demo/competition/", "demo/notebooks/", "checkpoint/", "competition/"}
+WRITTEN_BY_USE = {"demo/competition/", "demo/notebooks/", "checkpoint/", "checkpoint/state/", "competition/"}
 
 
 def commands() -> list[str]:

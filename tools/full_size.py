@@ -4,8 +4,9 @@
 
 Steps, each meant for a process of its own because peak memory is a process's: "ours" loads the slice and
 runs a forward, "theirs" does so with Hugging Face's class and cuts it, "parity-ours" and "parity-theirs"
-write the letter logits of all 24 layers, "train" trains two steps, "export" and "predict" go on from there. Each
-prints one line of JSON. ``make_full_size_base.py`` writes the folder.
+write the letter logits of all 24 layers, "train" trains two steps, "export" and "predict" go on from there; "epochs"
+times an epoch with and without cached image features. Each prints one line of JSON. ``make_full_size_base.py`` writes
+the folder.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import random
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -21,19 +23,28 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
-from transformers import InstructBlipForConditionalGeneration
+from transformers import InstructBlipForConditionalGeneration, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip.base import TensorReader
-from bridgeblip.config import DEFAULT_DECODER_LAYERS
+from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.export import export_bundle
+from bridgeblip.features import CachedPictures, FeatureCache, encoder_key, fill
 from bridgeblip.inference import load_bundle, predict
-from bridgeblip.model import load_sliced
+from bridgeblip.model import attach_bridge, load_sliced
 from bridgeblip.processing import QuestionProcessor
-from bridgeblip.questions import LETTERS, read_questions
+from bridgeblip.questions import LETTERS, picture_keys, read_questions
 from bridgeblip.submission import write_submission
-from bridgeblip.training import TrainSettings, train
+from bridgeblip.training import (
+    BridgeTrainer,
+    TrainingQuestions,
+    TrainSettings,
+    accuracy,
+    optimizer,
+    train,
+    training_arguments,
+)
 
 INPUTS = ("pixel_values", "qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
 
@@ -176,7 +187,51 @@ def answer(base: Path, work: Path) -> dict:
     return {"seconds": time.monotonic() - began, "peak_gb": peak.bytes / 1e9, "answers": len(submission)}
 
 
+class EpochTimer(TrainerCallback):
+    def __init__(self):
+        self.seconds = []
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.last = time.monotonic() - self.began
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.seconds.append(self.last)
+
+
+def epochs(base: Path, work: Path) -> dict:
+    """Two epochs over 12 distinct pictures without and with the cache of image features; the later ones count."""
+    questions = read_questions(write_photo_questions(work / "photos") / "train.csv", need_answers=True)[:12]
+    processor = QuestionProcessor.from_base(base)
+    sliced = load_sliced(base, processor.letter_ids, dtype=torch.bfloat16)
+    keys = picture_keys(q.image for q in questions)
+    cache = FeatureCache(work / "features", encoder_key(sliced, processor))
+    fill(cache, sliced, processor, {key: path for path, key in keys.items()}, 4)
+    model, seconds = attach_bridge(sliced, BridgeSettings()), {}
+    settings = TrainSettings(batch_size=4, epochs=2)
+    for name, pictures in (("uncached", None), ("cached", CachedPictures(cache, keys))):
+        timer = EpochTimer()
+        arguments = training_arguments(work / "epochs", settings, torch.bfloat16)
+        arguments.eval_strategy = "no"
+        trainer = BridgeTrainer(
+            model,
+            arguments,
+            train_dataset=TrainingQuestions(questions, 0, True),
+            eval_dataset=questions[:1],
+            data_collator=partial(processor.collate, pictures=pictures),
+            compute_metrics=accuracy,
+            optimizers=(optimizer(model, settings), None),
+            callbacks=[timer],
+        )
+        trainer.train()
+        seconds[name] = timer.seconds[-1]
+    return seconds | {"ratio": seconds["cached"] / seconds["uncached"]}
+
+
 STEPS = {
+    "epochs": epochs,
     "ours": load_ours,
     "theirs": load_theirs,
     "parity-ours": parity_ours,

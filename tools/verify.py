@@ -74,6 +74,7 @@ def check_full_size() -> list[tuple[str, str, str, bool]]:
     theirs, ours = step("theirs"), step("ours")
     step("parity-ours")
     parity, trained, exported, answered = step("parity-theirs"), step("train"), step("export"), step("predict")
+    epochs = step("epochs")
     shutil.rmtree(work)
     ratio = ours["seconds"] / theirs["seconds"]
     return [
@@ -85,6 +86,8 @@ def check_full_size() -> list[tuple[str, str, str, bool]]:
          0.9999 <= ours["asked_over_kept"] <= 1.01),
         ("letter logits, 24 layers: from Hugging Face's", "at most 1e-4", f"{parity['difference']:.1e}",
          parity["difference"] <= 1e-4),
+        ("an epoch with cached image features over one without", "at most 0.55", f"{epochs['ratio']:.2f}",
+         epochs["ratio"] <= 0.55),
         ("training steps", "2", f"{trained['steps']} in {trained['seconds']:.0f} s", trained["steps"] == 2),
         ("training, GB of memory", "under 24", f"{trained['peak_gb']:.1f}", trained["peak_gb"] < 24),
         ("export with its gate: peak memory over live bytes", "at most 1.25", f"{exported['peak_over_live']:.2f}",
@@ -95,7 +98,21 @@ def check_full_size() -> list[tuple[str, str, str, bool]]:
     ]  # fmt: skip
 
 
-CHECKS = {"tiny_base": check_tiny_base, "demo": check_demo, "full_size": check_full_size}
+def check_kills() -> list[tuple[str, str, str, bool]]:
+    """Training killed at 20 random moments and prediction at 10, each resumed: the same bits in the end."""
+    rows = []
+    for what, kills, test in (
+        ("training", 20, "tests/test_training.py::test_killed_and_resumed_ends_with_the_same_tensors"),
+        ("prediction", 10, "tests/test_inference.py::test_killed_at_any_moment_and_run_again_gives_the_same_files"),
+    ):
+        environment = os.environ | {"BRIDGEBLIP_KILLS": str(kills)}
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", test], cwd=ROOT, env=environment)
+        same = done.returncode == 0
+        rows.append((f"{what}, {kills} times killed", "the same bits", "the same" if same else "not", same))
+    return rows
+
+
+CHECKS = {"tiny_base": check_tiny_base, "demo": check_demo, "kills": check_kills, "full_size": check_full_size}
 
 
 def main(names: list[str]) -> int:
