@@ -56,9 +56,12 @@ def features(args):
 
 
 def export(args):
+    from bridgeblip.checkpoints import choose_weights
     from bridgeblip.export import export_bundle
 
-    out, parity = export_bundle(args.weights, args.out, args.base, args.dtype)
+    weights, why = (args.weights, "as asked") if args.weights else choose_weights(args.out.parent)
+    print(f"exporting {weights}: {why}")
+    out, parity = export_bundle(weights, args.out, args.base, args.dtype)
     print(f"{parity.to_string(index=False)}\nwrote {out}")
 
 
@@ -193,7 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--clear", action="store_true", help="remove it")
 
     sub = verb(export, "turn weights into the one-file bundle; writes torchscript.pt")
-    sub.add_argument("--weights", type=Path, default=Path("checkpoint/weights-0.pt"), help="what train wrote")
+    sub.add_argument("--weights", type=Path, help="what train wrote; by default the best beside --out")
     sub.add_argument("--base", default=None, help="hub id, folder, or tiny; by default what the weights name")
     sub.add_argument("--out", type=Path, default=Path("checkpoint/torchscript.pt"), help="the bundle to write")
     sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="by default as it was trained")
