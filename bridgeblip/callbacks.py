@@ -213,7 +213,8 @@ class StateKeeper(TrainerCallback):
         if state.is_world_process_zero:
             staged = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.averages.save(staged)
-            published = publish_state(staged, self.folders[0], state.global_step, self.run)
+            done = control.should_training_stop and not self.leaving and not self.stopper.asked
+            published = publish_state(staged, self.folders[0], state.global_step, self.run, done)
             for folder in self.folders[1:]:
                 copy_state(published, folder)
         self.saved_at = time.monotonic()

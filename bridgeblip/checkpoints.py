@@ -179,19 +179,20 @@ def copy_verified(source: Path, target: Path) -> None:
     write_atomically(target, lambda partial: shutil.copyfile(source, partial), verify)
 
 
-def publish_state(staged: Path, checkpoint_dir: str | Path, step: int, run: dict[str, Any]) -> Path:
+def publish_state(staged: Path, checkpoint_dir: str | Path, step: int, run: dict[str, Any], done: bool = False) -> Path:
     """Make a complete folder of resumable state the newest generation, in one rename.
 
     Args:
         staged: the folder, on the same disk; it is gone afterwards.
         run: what the state belongs to; stored with the digest of every file.
+        done: whether it is a run's last: there is nothing to go on with.
     """
     files = sorted(path for path in staged.iterdir() if path.is_file())
     for path in files:
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     digests = {path.name: file_digest(path) for path in files}
-    write_text(staged / STATE_FILE, json.dumps({"run": run, "files": digests}, indent=2))
+    write_text(staged / STATE_FILE, json.dumps({"run": run, "files": digests, "done": done}, indent=2))
     folder = Path(checkpoint_dir) / STATE_FOLDER / f"step-{step}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)  # a run that was started anew passes the same step again
@@ -234,6 +235,11 @@ def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> 
             return folder
         print(f"passing over {folder}: {fault}")
     return None
+
+
+def state_is_done(folder: Path) -> bool:
+    """Whether a state is the last of its run."""
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["done"]
 
 
 def _fault_of_state(folder: Path, run: dict[str, Any]) -> str | None:

@@ -26,10 +26,12 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from bridgeblip import InputError
 from bridgeblip.base import resolve_base
@@ -44,7 +46,7 @@ from bridgeblip.callbacks import (
     history_table,
     in_notebook,
 )
-from bridgeblip.checkpoints import STATE_FOLDER, newest_state, require_writable, weights_path
+from bridgeblip.checkpoints import STATE_FOLDER, newest_state, require_writable, state_is_done, weights_path
 from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeSettings, decoder_layers, slice_config
 from bridgeblip.features import CachedPictures, FeatureCache, default_folder, encoder_key, fill
 from bridgeblip.model import attach_bridge, load_sliced, load_trained, trained_tensors
@@ -309,6 +311,10 @@ class BridgeTrainer(Trainer):
         if self.args.should_save:  # in one process of several
             print(f"going on from {resumed}" if resumed else "starting from step 0")
             shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a killed save has left
+        if resumed and state_is_done(resumed):  # at its end, or stopped early: only what it came to is wanted
+            self._load_from_checkpoint(resumed)
+            self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
+            return
         try:
             with stopper.listening():
                 self.train(resume_from_checkpoint=str(resumed) if resumed else None)

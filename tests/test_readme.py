@@ -9,7 +9,8 @@ from conftest import ROOT
 
 from bridgeblip.__main__ import build_parser
 
-PAGES = ("README.md", "checkpoint/README.md", "competition/README.md")
+LANGUAGES = ("README.md", "README.ko.md")
+PAGES = (*LANGUAGES, "CONTRIBUTING.md", "checkpoint/README.md", "competition/README.md")
 WRITTEN_BY_USE = {"demo/competition/", "demo/notebooks/", "checkpoint/", "checkpoint/state/", "competition/"}
 
 
@@ -39,3 +40,23 @@ def test_every_link_and_path_exists(page):
     for path in re.findall(r"`((?:bridgeblip|tools|tests|checkpoint|competition)/[\w./-]*)`", text):
         written = path in WRITTEN_BY_USE or re.search(r"\.(csv|pt|html)$|best\.json$", path)
         assert written or (ROOT / path).exists(), path
+
+
+def skeleton(page: str) -> dict[str, object]:
+    """What a translation must leave as it is."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```.*?```", text, flags=re.S)
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    return {
+        "heading levels": re.findall(r"(?m)^#+(?= )", prose),
+        "code blocks": blocks,
+        "code in the prose": set(re.findall(r"`([^`]+)`", prose)),
+        "relative links": {link for link in re.findall(r"\]\(([^):#]+)\)", prose) if link not in LANGUAGES},
+        "figures by table row": [re.findall(r"\d\.\d+", row) for row in re.findall(r"(?m)^\|.*", prose)],
+    }
+
+
+def test_both_languages_are_the_same_page():
+    english, korean = map(skeleton, LANGUAGES)
+    assert english["code blocks"] and english["relative links"]
+    assert korean == english

@@ -46,6 +46,15 @@ def test_history_and_validation(result):
     assert result.probabilities.sum(1) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_run_that_has_ended_is_not_run_again(base, competition, tmp_path, capsys):
+    """Early stopping: the second epoch is no better at a rate of next to nothing, so it is the last."""
+    rates = {"learning_rate": 1e-9, "head_learning_rate": 1e-9}
+    still = TrainSettings(epochs=5, batch_size=16, validation_fraction=0.25, patience=1, **rates)
+    runs = [train(competition / "train.csv", base, tmp_path, still, BridgeSettings(192), LAYERS) for _ in range(2)]
+    assert [len(run.weights) for run in runs] == [2, 2] and "going on from" in capsys.readouterr().out
+    assert (runs[0].probabilities == runs[1].probabilities).all() and runs[0].history.equals(runs[1].history)
+
+
 def test_the_same_seed_gives_the_same_tensors(result, base, competition, tmp_path):
     again = train(competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192), LAYERS)
     first, second = (load_weights(r.weights[1]).tensors for r in (result, again))

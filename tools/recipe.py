@@ -1,18 +1,21 @@
 """What each part of the training recipe gives on the embedded questions: the default, and one part less at a time.
 
-    PYTHONPATH=. python tools/recipe.py [--seeds 0 1 2] [--few]
+    python tools/recipe.py [--seeds 0 1 2] [--few]
 
 Prints a Markdown table of test accuracies (1,200 held-out questions), mean and worst of the seeds. The test answers
 choose nothing: the defaults were set before, and stay.
 """
 
 import argparse
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip.demo import TINY_BATCH, TINY_EPOCHS, TINY_RATE
 from bridgeblip.digits import write_competition

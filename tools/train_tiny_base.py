@@ -1,8 +1,8 @@
 """Train the tiny InstructBLIP that the demo slices, and write it as a Hugging Face model folder.
 
-    PYTHONPATH=. python tools/train_tiny_base.py start --out /tmp/start
-    PYTHONPATH=. python tools/train_tiny_base.py deepen --init /tmp/start --out /tmp/deepen
-    PYTHONPATH=. python tools/train_tiny_base.py bind --init /tmp/deepen --out bridgeblip/tiny
+    python tools/train_tiny_base.py start --out /tmp/start
+    python tools/train_tiny_base.py deepen --init /tmp/start --out /tmp/deepen
+    python tools/train_tiny_base.py bind --init /tmp/deepen --out bridgeblip/tiny
 
 The model names the digit of a picture and answers questions about it as InstructBLIP does: by
 generating text. It sees only the "pretrain" pictures of ``bridgeblip.digits``; its scores are taken on
@@ -43,6 +43,8 @@ from transformers import (
     set_seed,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip.digits import KINDS, NUMBERS, WORDS, DigitQuestion, digit_pictures, make_question, split_questions
 from bridgeblip.questions import LETTERS, render_prompt
