@@ -108,8 +108,8 @@ KILLED = """
 import sys
 from bridgeblip.config import BridgeSettings
 from bridgeblip.training import TrainSettings, train
-csv, base, folder, features = sys.argv[1:]
-settings = TrainSettings(epochs=3, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0)
+csv, base, epochs, folder, features = sys.argv[1:]
+settings = TrainSettings(epochs=int(epochs), batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0)
 train(csv, base, folder, settings, BridgeSettings(rank=192), (0, 2, 5), features=features)
 """
 
@@ -125,7 +125,7 @@ def run_until_done(arguments: list[str], kills: int, rng: random.Random, spoil=N
             text = "."
             while text and "training" not in text:  # its bar is there: the steps have begun
                 text = process.stderr.read(40)
-            time.sleep(rng.uniform(0, 2.5))
+            time.sleep(rng.uniform(0, 1.2))
             process.send_signal(signal.SIGKILL)
         process.stderr.read()
         if process.wait() == 0:
@@ -139,7 +139,8 @@ def run_until_done(arguments: list[str], kills: int, rng: random.Random, spoil=N
 def test_killed_and_resumed_ends_with_the_same_tensors(base, competition, tmp_path):
     """Shuffling, averaging, dropout and the moments of saving included; torn states are passed over."""
     kills = int(os.environ.get("BRIDGEBLIP_KILLS", 3))
-    arguments = [str(competition / "train.csv"), str(base)]
+    epochs = kills  # long enough to be killed so often
+    arguments = [str(competition / "train.csv"), str(base), str(epochs)]
     run_until_done([*arguments, str(tmp_path / "whole"), str(tmp_path / "features")], 0, random.Random(0))
     killed = tmp_path / "killed"
     spoiled = []
@@ -153,7 +154,7 @@ def test_killed_and_resumed_ends_with_the_same_tensors(base, competition, tmp_pa
 
     hit = run_until_done([*arguments, str(killed), str(tmp_path / "features2")], kills, random.Random(1), spoil)
     assert hit == kills and any(spoiled)
-    for epoch in range(3):
+    for epoch in range(epochs):
         one, two = (load_weights(tmp_path / run / f"weights-{epoch}.pt") for run in ("whole", "killed"))
         assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors), epoch
         assert torch.equal(one.manifest["probe"]["logits"], two.manifest["probe"]["logits"])
