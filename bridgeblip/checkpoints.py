@@ -125,14 +125,23 @@ def weights_path(checkpoint_dir: str | Path, epoch: int) -> Path:
     return Path(checkpoint_dir) / f"weights-{epoch}.pt"
 
 
-def save_best(checkpoint_dir: str | Path, accuracies: list[float]) -> None:
+def save_best(checkpoint_dir: str | Path, accuracies: list[float], permute_below: float | None = None) -> None:
     """Record the validation accuracy of each epoch so far, and which is best (the earliest of equals).
 
     An accuracy that is NaN is never best, unless all are.
+
+    Args:
+        permute_below: margin below which asking in other orders paid on the validation questions, if it did.
     """
     best = max(range(len(accuracies)), key=lambda epoch: -1 if math.isnan(accuracies[epoch]) else accuracies[epoch])
-    record = {"best": weights_path("", best).name, "validation_accuracy": accuracies}
+    record = {"best": weights_path("", best).name, "validation_accuracy": accuracies, "permute_below": permute_below}
     write_text(Path(checkpoint_dir) / BEST_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def permutation_margin(checkpoint_dir: str | Path) -> float | None:
+    """Return ``permute_below`` as ``save_best`` recorded it; None where nothing is recorded."""
+    record = Path(checkpoint_dir) / BEST_FILE
+    return json.loads(record.read_text(encoding="utf-8")).get("permute_below") if record.is_file() else None
 
 
 def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:

@@ -16,7 +16,14 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.base import resolve_base
-from bridgeblip.checkpoints import Weights, file_digest, load_weights, write_atomically, write_text
+from bridgeblip.checkpoints import (
+    Weights,
+    file_digest,
+    load_weights,
+    permutation_margin,
+    write_atomically,
+    write_text,
+)
 from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, compare_configs
 from bridgeblip.inference import BUNDLE_FORMAT, load_bundle
 from bridgeblip.model import (
@@ -306,7 +313,7 @@ def _bundle_manifest(restored: Restored, merged: BridgeBlipForMultipleChoice, we
         "processor": restored.processor.fingerprint,
         "dtype": str(restored.dtype).removeprefix("torch."),
         "config": merged.config.to_dict(),
-        "trained": trained | {"file": weights.name},
+        "trained": trained | {"file": weights.name, "permute_below": permutation_margin(weights.parent)},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
 

@@ -46,9 +46,10 @@ from bridgeblip.callbacks import (
     history_table,
     in_notebook,
 )
-from bridgeblip.checkpoints import STATE_FOLDER, newest_state, require_writable, state_is_done, weights_path
+from bridgeblip.checkpoints import STATE_FOLDER, newest_state, require_writable, save_best, state_is_done, weights_path
 from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeSettings, decoder_layers, slice_config
 from bridgeblip.features import CachedPictures, FeatureCache, default_folder, encoder_key, fill
+from bridgeblip.inference import Bundle, choose_permutation_margin, predict
 from bridgeblip.model import attach_bridge, load_sliced, load_trained, trained_tensors
 from bridgeblip.precision import choose_precision
 from bridgeblip.processing import QuestionProcessor
@@ -228,6 +229,15 @@ def train(
         blank_probabilities=trainer.answer(validation, partial(processor.collate, pictures=blank)),
         weights=[weights_path(checkpoint_dir, epoch) for epoch in range(epochs)],
     )
+    if process.num_processes == 1:
+        eager = Bundle(model, processor, {}, device)
+        with trainer.averages.applied():
+            once, often = (predict(eager, validation, 2 * settings.batch_size, permute_below=m) for m in (0, 2))
+        answers = [q.answer for q in validation]
+        margin = choose_permutation_margin(once.probabilities, often.probabilities, answers)
+        for place in places:
+            save_best(place, history["accuracy"].dropna().tolist()[1:], margin)
+        print("asking in other orders too " + (f"pays below a margin of {margin:.2f}" if margin else "does not pay"))
     if process.is_main_process:
         facts = write_report(
             checkpoint_dir / REPORT_FILE,

@@ -10,7 +10,7 @@ from torch import nn
 
 from bridgeblip import InputError, export
 from bridgeblip.base import TensorReader
-from bridgeblip.checkpoints import load_weights, save_weights
+from bridgeblip.checkpoints import load_weights, save_best, save_weights
 from bridgeblip.config import BridgeSettings
 from bridgeblip.export import (
     SCORE_INPUTS,
@@ -138,6 +138,14 @@ def test_a_fault_planted_in_tracing_stops_the_export(weights, tmp_path, monkeypa
     with pytest.raises(ParityError, match="reloaded"):
         export_bundle(weights, tmp_path / "torchscript.pt", dtype=dtype)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_margin_that_training_recorded_travels_with_the_file(weights, tmp_path):
+    assert load_bundle(export_bundle(weights, tmp_path / "plain.pt")[0]).manifest["trained"]["permute_below"] is None
+    shutil.copy(weights, tmp_path)
+    save_best(tmp_path, [0.5], 0.125)
+    path, _ = export_bundle(tmp_path / weights.name, tmp_path / "torchscript.pt")
+    assert load_bundle(path).manifest["trained"]["permute_below"] == 0.125
 
 
 def test_the_digest_beside_the_file_is_as_sha256sum_writes_it(exported):
