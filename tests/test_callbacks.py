@@ -237,7 +237,7 @@ def launch(processes, size, competition, base, folder, kill="no"):
     script.write_text(TWO)
     command = [sys.executable, str(script)]
     if processes > 1:
-        # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would want MPI
+        # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would start one process
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
                    str(script)]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -356,8 +356,8 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_files(uninterrupted, 
 
 def test_two_processes_share_the_rows(uninterrupted, bundle_path, official, tmp_path):
     out = tmp_path / "submission.csv"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
-              "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would start one process
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
         [*launch, "-m", "bridgeblip", *command(bundle_path, official, out)],
         cwd=ROOT, env=ALONE, capture_output=True, text=True, check=False,
