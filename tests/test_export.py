@@ -96,8 +96,9 @@ def test_parity_table_covers_each_form(exported):
     assert (parity["difference"] <= 1e-4).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fault", ["head", "lora_B"])
-def test_a_fault_planted_in_merging_stops_the_export(weights, tmp_path, monkeypatch, fault):
+def test_a_fault_planted_in_merging_stops_the_export(weights, tmp_path, monkeypatch, fault, dtype):
     merge = export.merge_bridge
 
     def damage(model):
@@ -109,7 +110,7 @@ def test_a_fault_planted_in_merging_stops_the_export(weights, tmp_path, monkeypa
 
     monkeypatch.setattr(export, "merge_bridge", damage)
     with pytest.raises(ParityError, match="merged"):
-        export_bundle(weights, tmp_path / "torchscript.pt")
+        export_bundle(weights, tmp_path / "torchscript.pt", dtype=dtype)
     assert not list(tmp_path.iterdir())
 
 
