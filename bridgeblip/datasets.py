@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.checkpoints import write_text
-from bridgeblip.questions import COLUMNS, LETTERS, read_table
+from bridgeblip.questions import COLUMNS, LETTERS, read_table, with_known_names
 
 PICTURE_NOT_FOUND = "picture not found"
 
@@ -190,9 +190,7 @@ def read_csv(path: str | Path) -> list[Entry]:
         InputError: if the file is missing, no table, or lacks a column.
     """
     path = Path(path)
-    table = read_table(path)
-    table.columns = [name.strip().lower() for name in table.columns]
-    table = table.rename(columns={} if "img_path" in table.columns else {"path": "img_path"})
+    table = with_known_names(read_table(path))
     missing = [name for name in (*COLUMNS, "answer") if name not in table.columns]
     if missing:
         raise InputError(

@@ -1,5 +1,6 @@
 """Question files: reading, checking, the prompt, and splits by picture content."""
 
+import functools
 import hashlib
 import os
 import warnings
@@ -94,6 +95,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
     raise InputError(f"{path} is neither UTF-8 nor cp949 text: save it as UTF-8")
 
 
+def with_known_names(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a question table with its column names in lower case; ``path`` serves for ``img_path``."""
+    table = table.rename(columns=lambda name: name.strip().lower())
+    return table if "img_path" in table.columns else table.rename(columns={"path": "img_path"})
+
+
 def read_questions(path: str | Path, need_answers: bool = False, strict: bool = True) -> list[Question]:
     """Read a question file: columns ID, img_path, Question, A, B, C, D and perhaps answer.
 
@@ -128,8 +135,7 @@ def read_rows(path: Path, need_answers: bool) -> list[Question]:
     """
     table = read_table(path)
     written = [name.strip() for name in table.columns]
-    table.columns = [name.lower() for name in written]
-    table = table.rename(columns={} if "img_path" in table.columns else {"path": "img_path"})
+    table = with_known_names(table)
     wanted = [*COLUMNS, "answer"] if need_answers else COLUMNS
     missing = [name for name in wanted if name not in table.columns]
     if missing:
@@ -202,7 +208,16 @@ def check_pictures(questions: Sequence[Question], path: Path) -> None:
 
 
 def picture_key(path: Path) -> str:
-    """Return the SHA-256 of a picture's file: the same picture under another name has the same key."""
+    """Return the SHA-256 of a picture's file: the same picture under another name has the same key.
+
+    A file is read once, however often it is asked for, unless its size or time of change is another.
+    """
+    stat = path.stat()
+    return _content_key(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _content_key(path: Path, size: int, changed: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

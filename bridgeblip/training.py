@@ -180,7 +180,7 @@ def train(
     sliced.label_smoothing = settings.label_smoothing
     keys = picture_keys(q.image for q in questions)
     pictures = _cached_pictures(features, sliced, processor, keys, settings.batch_size, process)
-    blank = BlankPictures(sliced.encode_image(torch.zeros(1, 3, *processor.image_size, device=device)).detach().cpu())
+    blank = BlankPictures(sliced.encode_image(processor.blank_pixels[None].to(device)).detach().cpu())
     model = attach_bridge(sliced, bridge)
     manifest = {
         "base": str(base),
