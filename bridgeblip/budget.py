@@ -41,7 +41,10 @@ def count_trained(model: nn.Module, bridge: BridgeSettings, idle: bool = False) 
     Args:
         idle: count adapters on self-attention's q and k too, which a single decoder token leaves idle.
     """
-    pattern = BRIDGED_LINEARS.replace("SelfAttention\\.(v|o)", "SelfAttention\\.(q|k|v|o)") if idle else BRIDGED_LINEARS
+    pattern = BRIDGED_LINEARS[bridge.targets]
+    if idle:
+        pattern = pattern.replace(r"SelfAttention\.(v|o)", r"SelfAttention\.(q|k|v|o)")
+        pattern = pattern.replace(r"SelfAttention\.v", r"SelfAttention\.(q|v)")
     rank = bridge.rank_for(model.config.text_config.d_model)
     linears = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
     return rank * sum(m.in_features + m.out_features for m in linears) + sum(p.numel() for p in model.head.parameters())

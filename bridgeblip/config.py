@@ -13,6 +13,7 @@ LAYER_SELECTIONS = {
     "first-8": (0, 1, 2, 3, 4, 5, 6, 7),
     "first-4-even": (0, 2, 4, 6),
     "every-third-with-last": (0, 3, 6, 9, 12, 15, 18, 23),
+    "even-with-last": (0, 3, 7, 10, 13, 16, 20, 23),
 }
 """Ways to cut a 24-layer decoder, by name."""
 
@@ -123,6 +124,8 @@ class BridgeSettings:
     """Dropout on the input of every adapter while training."""
     head_init: str = "lm_head"
     """"lm_head": start the head from the LM head's rows of the four letters; "random": from noise."""
+    targets: str = "all"
+    """"all": adapters on every linear that works; "q,v": on queries and values alone, as LoRA was first used."""
 
     def rank_for(self, width: int) -> int:
         """The rank on a decoder of ``width``: the same share of the width as 96 of 2048; 0 means no bridge."""
@@ -133,5 +136,6 @@ class BridgeSettings:
         return self.alpha / self.rank * self.rank_for(width) if self.rank else 0.0
 
     def __post_init__(self):
-        if self.rank < 0 or self.head_init not in ("lm_head", "random"):
-            raise InputError(f"{self}: expected rank >= 0 and head_init 'lm_head' or 'random'")
+        known = self.head_init in ("lm_head", "random") and self.targets in ("all", "q,v")
+        if self.rank < 0 or not known:
+            raise InputError(f"{self}: expected rank >= 0, head_init 'lm_head' or 'random', targets 'all' or 'q,v'")

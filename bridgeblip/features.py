@@ -30,10 +30,12 @@ def default_folder() -> Path:
     return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache/bridgeblip").expanduser()
 
 
-def encoder_key(model: nn.Module, processor: QuestionProcessor) -> str:
-    """SHA-256 over the vision tower's weights and the processor: equal keys give equal features."""
+def encoder_key(model: nn.Module, processor: QuestionProcessor, parts: tuple[str, ...] = ("vision_model.",)) -> str:
+    """SHA-256 over the processor and the weights whose names begin with ``parts``: equal keys give equal features."""
     digest = hashlib.sha256(processor.fingerprint.encode())
-    for name, tensor in model.vision_model.state_dict().items():
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(parts):
+            continue
         digest.update(f"{name} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -29,10 +29,12 @@ from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSe
 from bridgeblip.precision import NonFiniteError, first_non_finite_module, stored_dtype
 
 # With a single decoder token, self-attention is o(v(x)): its q and k get no gradient and do no work.
-BRIDGED_LINEARS = (
-    r"language_model\.decoder\.block\.\d+\.layer\."
-    r"(0\.SelfAttention\.(v|o)|1\.EncDecAttention\.(q|k|v|o)|2\.DenseReluDense\.(wi|wi_0|wi_1|wo))"
-)
+_LAYERS = r"language_model\.decoder\.block\.\d+\.layer\."
+BRIDGED_LINEARS = {
+    "all": _LAYERS + r"(0\.SelfAttention\.(v|o)|1\.EncDecAttention\.(q|k|v|o)|2\.DenseReluDense\.(wi|wi_0|wi_1|wo))",
+    "q,v": _LAYERS + r"(0\.SelfAttention\.v|1\.EncDecAttention\.(q|v))",
+}
+"""Which linears get adapters, by the name that ``BridgeSettings.targets`` has for them."""
 
 
 class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
@@ -86,7 +88,7 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
         return self.vision_model(pixel_values=pixel_values.to(dtype)).last_hidden_state
 
-    def score(
+    def encode(
         self,
         image_embeds: torch.Tensor,
         qformer_input_ids: torch.Tensor,
@@ -94,15 +96,14 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the logits (B, choices) of questions about encoded pictures.
+        """Return the encoder's states (B, queries + L, T5 width): all that the decoder sees of a question.
 
         Args:
             image_embeds: (B, patches + 1, vision width), from ``encode_image``.
             qformer_input_ids: (B, Lq) prompt in the Q-Former's vocabulary; its mask is 1 on real tokens.
             input_ids: (B, queries + L) image placeholders and prompt in T5's vocabulary; mask likewise.
         """
-        batch = image_embeds.shape[0]
-        queries = self.query_tokens.expand(batch, -1, -1)
+        queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
         query_mask = torch.ones(queries.shape[:2], dtype=torch.long, device=image_embeds.device)
         # The instruction goes to the Q-Former as well: this is what makes it InstructBLIP and not BLIP-2.
         seen = self.qformer(
@@ -115,13 +116,35 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids)
         is_image = (input_ids == self.config.image_token_index).unsqueeze(-1)
         embeds = embeds.masked_scatter(is_image, pictured.to(embeds.dtype))
+        return self.language_model.encoder(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
+
+    def decode(self, encoder_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, choices) of what ``encode`` gives; the mask is that of ``input_ids``."""
         start = torch.full(
-            (batch, 1), self.config.text_config.decoder_start_token_id, dtype=torch.long, device=embeds.device
+            (encoder_states.shape[0], 1),
+            self.config.text_config.decoder_start_token_id,
+            dtype=torch.long,
+            device=encoder_states.device,
         )
-        decoded = self.language_model(
-            inputs_embeds=embeds, attention_mask=attention_mask, decoder_input_ids=start, use_cache=False
+        decoded = self.language_model.decoder(
+            input_ids=start,
+            encoder_hidden_states=encoder_states,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
         ).last_hidden_state  # (B, 1, T5 width)
         return self.head(decoded[:, 0].to(self.head.weight.dtype))
+
+    def score(
+        self,
+        image_embeds: torch.Tensor,
+        qformer_input_ids: torch.Tensor,
+        qformer_attention_mask: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the logits (B, choices) of questions about encoded pictures; takes what ``encode`` does."""
+        states = self.encode(image_embeds, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask)
+        return self.decode(states, attention_mask)
 
     def forward(
         self,
@@ -145,6 +168,12 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         logits = self.score(image_embeds, *texts).float()
         if not torch.isfinite(logits).all():
             self._name_the_culprit(pixel_values, image_embeds, texts)
+        return self.judge(logits, choice_mask, labels)
+
+    def judge(
+        self, logits: torch.Tensor, choice_mask: torch.Tensor | None, labels: torch.Tensor | None
+    ) -> SequenceClassifierOutput:
+        """Return ``forward``'s output for finite logits (B, choices)."""
         if choice_mask is not None:
             logits = logits.masked_fill(~choice_mask, float("-inf"))
         smoothing = self.label_smoothing if self.training else 0.0
@@ -264,7 +293,7 @@ def attach_bridge(model: BridgeBlipForMultipleChoice, settings: BridgeSettings) 
         r=rank,
         lora_alpha=settings.alpha_for(width),
         lora_dropout=settings.dropout,
-        target_modules=BRIDGED_LINEARS,
+        target_modules=BRIDGED_LINEARS[settings.targets],
         modules_to_save=["head"],
     )
     with warnings.catch_warnings():  # peft asks transformers a question by its old name

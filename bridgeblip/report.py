@@ -38,14 +38,18 @@ def accuracy_of(questions: Sequence[Question], probabilities: np.ndarray) -> flo
     return float(accuracy_score([q.answer for q in questions], probabilities.argmax(-1)))
 
 
+def smoothed(loss: pd.Series) -> pd.Series:
+    """An exponential moving average over the steps; the first steps weigh what they are."""
+    return loss.ewm(alpha=1 - SMOOTHING).mean()
+
+
 def training_figure(history: pd.DataFrame) -> Figure:
     """Loss by step, raw and smoothed, and validation accuracy from before training to the end."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     loss = history.dropna(subset="loss")
     left.plot(loss["step"], loss["loss"], color="#54aeff", alpha=0.35, linewidth=1, label="each step")
-    smoothed = loss["loss"].ewm(alpha=1 - SMOOTHING).mean()
-    left.plot(loss["step"], smoothed, color="#0969da", linewidth=2, label="smoothed")
+    left.plot(loss["step"], smoothed(loss["loss"]), color="#0969da", linewidth=2, label="smoothed")
     left.axhline(np.log(len(LETTERS)), color=NEUTRAL, linestyle=":", label="guessing")
     left.set(xlabel="training step", ylabel="cross-entropy", title="Training loss", ylim=(0, None))
     left.legend(frameon=False)
