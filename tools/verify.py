@@ -117,7 +117,48 @@ def check_kills() -> list[tuple[str, str, str, bool]]:
     return rows
 
 
-CHECKS = {"tiny_base": check_tiny_base, "demo": check_demo, "kills": check_kills, "full_size": check_full_size}
+def check_ablation() -> list[tuple[str, str, str, bool]]:
+    """The layer-selection experiment from nothing, in one command."""
+    work = Path(tempfile.mkdtemp())
+    command = [
+        sys.executable,
+        "-m",
+        "bridgeblip",
+        "ablate",
+        "--base",
+        "tiny",
+        "--out",
+        str(work / "out"),
+        "--seeds",
+        "3",
+    ]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*command, "--also", "with-last", "head-only", "full"],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"BRIDGEBLIP_CACHE": str(work / "cache")},
+    )
+    minutes = (time.monotonic() - began) / 60
+    computed = int(done.stdout.split("has run on ")[1].split()[0])
+    runs = len(list((work / "out" / "runs").glob("*.json")))
+    shutil.rmtree(work)
+    return [
+        ("three seeds of eight arms, runs", "24", str(runs), runs == 24),
+        ("minutes", "at most 20", f"{minutes:.1f}", minutes <= 20),
+        ("questions through the frozen part", "2400, as one run", str(computed), computed == 2400),
+    ]
+
+
+CHECKS = {
+    "tiny_base": check_tiny_base,
+    "demo": check_demo,
+    "kills": check_kills,
+    "ablation": check_ablation,
+    "full_size": check_full_size,
+}
 
 
 def main(names: list[str]) -> int:
