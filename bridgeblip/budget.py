@@ -1,12 +1,14 @@
-"""The parameter budget: what inference loads, counted by part, against a competition's limit."""
+"""The parameter budget: what inference loads, counted by part, against a competition's limit; and it in bytes."""
 
 import re
 
+import torch
 from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.config import BridgeBlipConfig, BridgeSettings
 from bridgeblip.model import BRIDGED_LINEARS, empty_model
+from bridgeblip.precision import stored_dtype
 
 BUDGET_LIMIT = 3_000_000_000
 """The usual rule: all parameters of all models loaded for inference, summed, stay under three billion."""
@@ -21,6 +23,8 @@ PARTS = {
     "language_model.decoder": "T5 decoder",
     "head": "head",
 }
+LEFT_OUT = r"language_model\.decoder\..*\.SelfAttention\.(q|k|relative_attention_bias)\.weight"
+"""What an export leaves out: over the decoder's single token it does nothing."""
 
 
 def count_parts(model: nn.Module) -> dict[str, int]:
@@ -62,3 +66,29 @@ def certify_budget(config: BridgeBlipConfig, limit: int = BUDGET_LIMIT) -> dict[
         listed = ", ".join(f"{name} {count:,}" for name, count in parts.items())
         raise InputError(f"{total:,} parameters are above the limit of {limit:,} ({listed}): keep fewer decoder layers")
     return parts | {"total": total}
+
+
+def held_memory(config: BridgeBlipConfig, dtype: torch.dtype, bridge: BridgeSettings | None = None) -> dict[str, int]:
+    """Return the bytes that are held all the time, by part, and their "total": by an exported model in ``dtype``, or,
+    with a bridge, by its training.
+
+    This is what shapes and number formats tell. What comes and goes is not in it: activations, pictures, buffers.
+    """
+    model = empty_model(config)
+    stored = {
+        name: parameter.numel() * stored_dtype(name, dtype).itemsize
+        for name, parameter in model.named_parameters()
+        if "embed_tokens" not in name  # these are language_model.shared
+    }
+    if bridge is None:
+        total = sum(size for name, size in stored.items() if not re.fullmatch(LEFT_OUT, name))
+        return {"weights": total, "total": total}
+    trained = count_trained(model, bridge) * torch.float32.itemsize
+    parts = {
+        "frozen weights": sum(size for name, size in stored.items() if not name.startswith("head.")),
+        "adapters and head": trained,
+        "their gradients": trained,
+        "AdamW's two moments": 2 * trained,
+        "averaged adapters and head": trained,
+    }
+    return parts | {"total": sum(parts.values())}

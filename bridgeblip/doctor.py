@@ -139,7 +139,7 @@ def print_findings(findings: Sequence[Finding]) -> bool:
 def _check_train(found, csv, base, folder, layers, bridge, settings, revision, dtype, limit) -> None:
     import torch
 
-    from bridgeblip.budget import count_trained
+    from bridgeblip.budget import count_trained, held_memory
     from bridgeblip.config import BridgeSettings
     from bridgeblip.precision import choose_precision
     from bridgeblip.training import TrainSettings
@@ -151,11 +151,14 @@ def _check_train(found, csv, base, folder, layers, bridge, settings, revision, d
         total = _check_budget(found, model, limit)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         chosen = f"{dtype}: as asked for" if dtype else str(choose_precision(device, total))
-        _check_memory(found, total * _bytes_each(found, chosen))
-        _check_disk(found, folder, settings.epochs * 4 * count_trained(model, bridge or BridgeSettings()))
+        bridge = bridge or BridgeSettings()
+        _check_memory(found, held_memory(model.config, _format(found, chosen), bridge)["total"])
+        _check_disk(found, folder, settings.epochs * 4 * count_trained(model, bridge))
 
 
 def _check_export(found, weights, base, out, layers, revision, dtype, limit) -> None:
+    from bridgeblip.budget import held_memory
+
     named = found.attempt(_read_weights, weights)
     if named is None:
         return
@@ -169,7 +172,8 @@ def _check_export(found, weights, base, out, layers, revision, dtype, limit) -> 
         found.add("problem", what, "give the base that it was trained on")
     if model is not None:
         chosen = f"{dtype}: as asked for" if dtype else f"{named.get('dtype', 'float32')}: as trained"
-        size = _check_budget(found, model, limit) * _bytes_each(found, chosen)
+        _check_budget(found, model, limit)
+        size = held_memory(model.config, _format(found, chosen))["total"]
         _check_memory(found, size, on_gpu=False)
         _check_disk(found, out.parent, size)
 
@@ -224,10 +228,12 @@ def _check_gpu(found: Findings) -> None:
     found.add("ok", f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, {memory}")
 
 
-def _bytes_each(found: Findings, chosen: str) -> int:
-    """Return the bytes of a weight; ``chosen`` is the name of its dtype and why it is that."""
+def _format(found: Findings, chosen: str):
+    """Return the dtype of the weights; ``chosen`` is its name and why it is that."""
+    import torch
+
     found.add("ok", f"weights in {chosen}")
-    return 4 if chosen.startswith("float32") else 2
+    return getattr(torch, chosen.split(":")[0])
 
 
 def _check_questions(found: Findings, csv: Path, processor, need_answers: bool, least_pictures: int = 1):

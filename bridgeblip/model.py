@@ -162,12 +162,13 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         Pictures come as ``pixel_values`` or already encoded as ``image_embeds``. Where ``choice_mask``
         (B, choices) is False there is no such choice: its logit is minus infinity.
         """
-        if image_embeds is None:
-            image_embeds = self.encode_image(pixel_values)
         texts = (qformer_input_ids, qformer_attention_mask, input_ids, attention_mask)
-        logits = self.score(image_embeds, *texts).float()
-        if not torch.isfinite(logits).all():
-            self._name_the_culprit(pixel_values, image_embeds, texts)
+        with without_autocast(self):
+            if image_embeds is None:
+                image_embeds = self.encode_image(pixel_values)
+            logits = self.score(image_embeds, *texts).float()
+            if not torch.isfinite(logits).all():
+                self._name_the_culprit(pixel_values, image_embeds, texts)
         return self.judge(logits, choice_mask, labels)
 
     def judge(
@@ -190,6 +191,12 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
             f"the logits are not finite; the first module with a NaN or infinite output is {name!r}. "
             "In float16, use bfloat16 or float32; while training, lower the learning rate."
         )
+
+
+def without_autocast(model: nn.Module) -> torch.autocast:
+    """Every weight has the format it computes well in: autocast would take T5's ``wo`` from fp32 back to fp16, where
+    it overflows."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
 
 
 def choice_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:

@@ -410,8 +410,7 @@ def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings, dtyp
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup,  # below 1 it is a share of all steps
         max_grad_norm=settings.clip,
-        bf16=gpu and dtype == torch.bfloat16,
-        fp16=gpu and dtype == torch.float16,
+        fp16=gpu and dtype == torch.float16,  # scales the loss; autocast, which comes with it, stops at the model
         use_cpu=not gpu,
         eval_strategy="epoch",
         metric_for_best_model="accuracy",

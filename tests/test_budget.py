@@ -1,13 +1,17 @@
 import json
 
 import pytest
+import torch
 from conftest import LAYERS, ROOT
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.budget import certify_budget, count_parts, count_trained
+from bridgeblip.budget import certify_budget, count_parts, count_trained, held_memory
+from bridgeblip.callbacks import Averages
 from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, slice_config
-from bridgeblip.model import attach_bridge, empty_model, load_sliced, trained_tensors
+from bridgeblip.export import TraceableModel
+from bridgeblip.model import attach_bridge, empty_model, load_sliced, merge_bridge, trained_tensors
+from bridgeblip.training import TrainSettings, optimizer
 from tools.make_full_size_base import FULL_SIZE_CONFIG
 
 
@@ -48,3 +52,39 @@ def test_the_shipped_config_is_what_slicing_the_real_one_gives(real):
     assert shipped.pop("architectures") == ["BridgeBlipForMultipleChoice"] and expected.pop("architectures") is None
     assert shipped == expected
     assert shipped["text_config"]["dense_act_fn"] == "gelu" and not shipped["text_config"]["scale_decoder_outputs"]
+
+
+def size(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [96, 0])
+def test_held_memory_is_what_training_and_answering_hold(base, processor, batch, dtype, rank):
+    bridge = BridgeSettings(rank=rank)
+    sliced = load_sliced(base, processor.letter_ids, LAYERS, dtype=dtype)
+    config = sliced.config
+    model = attach_bridge(sliced, bridge)
+    averages, steps = Averages(model, 0.05), optimizer(model, TrainSettings())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for name, p in model.named_parameters() if not p.requires_grad and ".head.original_module." not in name]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    steps.step()
+    moments = [state[name] for state in steps.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert held_memory(config, dtype, bridge) == {
+        "frozen weights": size(frozen),
+        "adapters and head": size(trained),
+        "their gradients": size(p.grad for p in trained),
+        "AdamW's two moments": size(moments),
+        "averaged adapters and head": size(averages.mean.values()),
+        "total": size(frozen) + 3 * size(trained) + size(moments),
+    }
+    if rank:  # a head that was trained alone stays in float32
+        exported = size(TraceableModel(merge_bridge(model)).parameters())
+        assert held_memory(config, dtype) == {"weights": exported, "total": exported}
+
+
+def test_float16_keeps_the_products_that_overflow_in_float32(real):
+    wider = held_memory(real, torch.float16)["total"] - held_memory(real, torch.bfloat16)["total"]
+    assert wider == 2 * (32 * 2048 * 5120 + 4 * 2048 + 4)  # wo of 24 encoder and 8 decoder layers, and the head

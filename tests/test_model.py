@@ -176,3 +176,17 @@ def test_small_updates_survive_merging_in_half_precision(base, processor):
     steps = (round_fairly(values, torch.bfloat16, torch.Generator()).float() - values).abs() / values.abs()
     assert steps.max() < 2**-7
     assert torch.equal(round_fairly(values, torch.float16, torch.Generator()), values.half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_stops_at_the_model(dtype, base, processor, batch):
+    """It would take T5's products that overflow from float32 to float16."""
+    model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS, dtype=dtype), BridgeSettings())
+    wo = model.base_model.model.language_model.encoder.block[0].layer[1].DenseReluDense.wo
+    seen = []
+    wo.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with torch.autocast("cpu", torch.float16):
+            assert torch.equal(model(**batch).logits, expected)
+    assert seen == [torch.float32, torch.float32]
