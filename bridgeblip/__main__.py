@@ -6,6 +6,8 @@ from pathlib import Path
 
 from bridgeblip import InputError
 
+FURTHER_ARMS = ("with-last", "head-only", "full", "head-init", "targets", "ranks")  # ablation.FURTHER, unimported
+
 
 def demo(args):
     from bridgeblip.demo import run_demo
@@ -65,6 +67,15 @@ def export(args):
     print(f"{parity.to_string(index=False)}\nwrote {out}")
 
 
+def share(args):
+    from bridgeblip.adapter import write_adapter
+    from bridgeblip.checkpoints import choose_weights
+
+    weights, why = (args.weights, "as asked") if args.weights else choose_weights(args.out.parent)
+    print(f"sharing {weights}: {why}")
+    print(f"wrote {write_adapter(weights, args.out)}: a PEFT adapter, its README.md says how to load it")
+
+
 def predict(args):
     from bridgeblip.inference import best_device, find_bundle, load_bundle, predict, process_rank
     from bridgeblip.questions import read_questions
@@ -81,6 +92,18 @@ def predict(args):
     write_submission(questions, answers, sample, args.out)
     print(describe(questions, answers, args.out))
     return 3 if any(answers.problems) and not args.allow_problems else 0
+
+
+def ablate(args):
+    from bridgeblip.ablation import ablate
+    from bridgeblip.demo import TINY_RATE
+    from bridgeblip.training import TrainSettings
+
+    rate = args.learning_rate or (TINY_RATE if args.base == "tiny" else TrainSettings.learning_rate)
+    settings = TrainSettings(batch_size=args.batch_size, learning_rate=rate, head_learning_rate=rate)
+    csv = args.train_csv or (None if args.base == "tiny" else Path("competition/train.csv"))
+    ablate(csv, args.base, args.out, args.also, args.seeds, settings)
+    print(f"wrote {args.out / 'ablation.md'} and {args.out / 'ablation.png'}")
 
 
 def blend(args):
@@ -134,6 +157,17 @@ def _answer(model, questions):
         "cost": cost,
         "manifest": bundle.manifest,
     }
+
+
+def bench(args):
+    import shlex
+
+    from bridgeblip.bench import run_bench
+
+    command = shlex.join(["python", "-m", "bridgeblip", *sys.argv[1:]])
+    run_bench(args.base, args.out, args.rounds, args.training_rounds, args.pictures, args.batch_size, args.only,
+              command=command)  # fmt: skip
+    print(f"{(args.out / 'bench.md').read_text(encoding='utf-8')}\nwrote {args.out / 'bench.md'} and bench.json")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -201,6 +235,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("checkpoint/torchscript.pt"), help="the bundle to write")
     sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="by default as it was trained")
 
+    sub = verb(share, "turn weights into a plain PEFT adapter folder with a model card; writes adapter/")
+    sub.add_argument("--weights", type=Path, help="what train wrote; by default the best beside --out")
+    sub.add_argument("--out", type=Path, default=Path("checkpoint/adapter"), help="the folder to write")
+
     sub = verb(predict, "answer a CSV with a bundle; writes submission.csv and probabilities.csv")
     sub.add_argument("--model", type=Path, default=Path("checkpoint/torchscript.pt"), help="the bundle")
     sub.add_argument("--csv", type=Path, default=Path("competition/test.csv"), help="questions")
@@ -224,6 +262,27 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--answers", type=Path, help="the right answers, if the CSV has none: columns ID and answer")
     sub.add_argument("--weights-column", metavar="NAME", help="column of the CSV: what a question counts in the score")
     sub.add_argument("--out", type=Path, help="the page; by default report.html, or comparison.html for two results")
+
+    sub = verb(ablate, "compare ways to keep decoder layers, everything else equal; writes ablation.md, ablation.png")
+    sub.add_argument("--train-csv", type=Path, help="questions with answers; by default competition/train.csv, or, "
+                     "with --base tiny, the embedded ones")  # fmt: skip
+    sub.add_argument("--base", default="Salesforce/instructblip-flan-t5-xl", help="hub id, folder, or tiny")
+    sub.add_argument("--out", type=Path, default=Path("results/ablation"), help="gets the results; goes on from them")
+    sub.add_argument("--also", nargs="+", default=[], metavar="ARM", choices=FURTHER_ARMS,
+                     help=f"arms beside the four selections: {', '.join(FURTHER_ARMS)}")  # fmt: skip
+    sub.add_argument("--seeds", type=int, default=3, help="runs of each arm")
+    sub.add_argument("--batch-size", type=int, default=16, help="questions a step")
+    sub.add_argument("--learning-rate", type=float, help="peak rate (2e-4; with --base tiny the demo's)")
+
+    sub = verb(bench, "measure speed and memory against Hugging Face's own InstructBLIP; writes bench.md, bench.json")
+    sub.add_argument("--base", help="folder, or tiny; by default a stand-in of the real size, if there is room for it")
+    sub.add_argument("--rounds", type=int, default=5, help="how often each is measured; run again to go on or add some")
+    sub.add_argument("--training-rounds", type=int, help="the same for training; by default as many")
+    sub.add_argument("--pictures", type=int, default=5, help="distinct ones, four questions each")
+    sub.add_argument("--batch-size", type=int, default=8, help="most rows at a time, for every contender")
+    parts = ["inference", "profile", "training", "preprocessing", "startup", "scaling"]
+    sub.add_argument("--only", choices=parts, help="measure one part")
+    sub.add_argument("--out", type=Path, default=Path("bench"), help="folder for tables, raw rounds, stand-in, bundle")
     return parser
 
 

@@ -224,7 +224,7 @@ def _content_key(path: Path, size: int, changed: int) -> str:
 def split_by_picture(
     questions: Sequence[Question], fraction: float, seed: int
 ) -> tuple[list[Question], list[Question]]:
-    """Return (training, validation) questions; no picture content is in both, letters are balanced.
+    """Return (training, validation) questions; no picture content is in both, letters are balanced where enough are there.
 
     Raises:
         InputError: if there are too few distinct pictures to set ``fraction`` of them apart.
@@ -236,8 +236,11 @@ def split_by_picture(
     groups = [keys[q.image] for q in questions]
     if len(set(groups)) < folds:
         raise InputError(f"{len(set(groups))} distinct pictures can't be split {folds} ways: give more pictures")
+    answers = [q.answer for q in questions]
+    if max(map(answers.count, set(answers))) < folds:
+        answers = [0] * len(questions)  # a fold could not have one of each
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    kept, held_out = next(splitter.split(questions, [q.answer for q in questions], groups))
+    kept, held_out = next(splitter.split(questions, answers, groups))
     return [questions[i] for i in kept], [questions[i] for i in held_out]
 
 

@@ -6,7 +6,8 @@ from conftest import ROOT
 
 from bridgeblip.__main__ import build_parser, main
 
-VERBS = ("demo", "doctor", "prepare", "train", "features", "export", "predict", "blend", "evaluate")
+VERBS = ("demo", "doctor", "prepare", "train", "features", "export", "share", "predict", "blend", "evaluate", "ablate",
+         "bench")  # fmt: skip
 
 
 def test_help_names_every_verb_and_loads_nothing_heavy():

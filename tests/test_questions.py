@@ -176,3 +176,9 @@ def test_split_keeps_every_picture_on_one_side(questions):
     assert split_by_picture(questions, 0.25, seed=0) == (training, validation)
     with pytest.raises(InputError, match="12 distinct pictures"):
         split_by_picture(questions, 0.05, seed=0)
+
+
+def test_split_of_fewer_questions_than_letters_can_be_balanced_over(questions):
+    one_each = list({picture_key(q.image): q for q in questions}.values())  # 12, about three of each letter
+    training, validation = split_by_picture(one_each, 0.1, seed=0)
+    assert len(validation) in (1, 2) and len(training) + len(validation) == 12
