@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -175,11 +176,12 @@ def predict(
     mine = range(rank, len(windows), world)
     done = _read_kept(kept_folder(out), fingerprint, mine) if out else {}
     to_do = [index for index in mine if index not in done]
-    rows_to_do = sum(len(rows) for index in to_do for rows in windows[index])
+    asked = [[[questions[row] for row in rows] for rows in windows[index]] for index in to_do]
+    loaded = _load_ahead(bundle.processor, [[group[0].image for group in groups] for groups in asked])
+    rows_to_do = sum(len(group) for groups in asked for group in groups)
     with tqdm(total=rows_to_do, desc="answering", unit="row", disable=rank > 0) as bar:
-        for index in to_do:
-            groups = [[questions[row] for row in rows] for rows in windows[index]]
-            done[index] = _answer_window(bundle, groups, batch_size, permute_below, bar)
+        for index, groups, pictures in zip(to_do, asked, loaded, strict=True):
+            done[index] = _answer_window(bundle, groups, pictures, batch_size, permute_below, bar)
             if out:
                 content = {"fingerprint": fingerprint, "answers": done[index]}
                 write_text(kept_folder(out) / f"{index}.json", json.dumps(content))
@@ -243,13 +245,42 @@ def _gather(done: dict[int, list], world: int) -> dict[int, list]:
     return {index: answers for part in parts for index, answers in part.items()}
 
 
+def _load_ahead(
+    processor: QuestionProcessor, windows: Sequence[Sequence[Path | None]]
+) -> Iterator[list[tuple[torch.Tensor, str]]]:
+    """Yield each window's pixels, and what is wrong with a picture, which is blank then.
+
+    The next window's pictures are decoded meanwhile: a GPU answers about as quickly as a few threads decode.
+    """
+
+    def load(path: Path | None) -> tuple[torch.Tensor, str]:
+        try:
+            return processor.load_pixels(path) if path else processor.blank_pixels, ""
+        except InputError as error:
+            return processor.blank_pixels, f"{type(error.__cause__).__name__}: {error.__cause__}"
+
+    with ThreadPoolExecutor(LOADERS) as pool:
+        begun = deque()
+        for paths in windows:
+            begun.append(pool.map(load, paths))
+            if len(begun) > 1:
+                yield list(begun.popleft())
+        yield from map(list, begun)
+
+
 @torch.inference_mode()
 @torch.jit.optimized_execution(False)  # else the first calls, after an interruption too, would run another graph
 def _answer_window(
-    bundle: Bundle, groups: list[list[Question]], batch_size: int, permute_below: float, bar: tqdm
+    bundle: Bundle,
+    groups: list[list[Question]],
+    pictures: list[tuple[torch.Tensor, str]],
+    batch_size: int,
+    permute_below: float,
+    bar: tqdm,
 ) -> list[tuple[list[float], list[str], str]]:
     """Answer questions grouped by picture: probabilities, flags and problem of each, in order."""
-    embeds, faults = _encode_pictures(bundle, [group[0].image for group in groups], batch_size)
+    pixels, faults = zip(*pictures, strict=True)
+    embeds = _encode_pictures(bundle, pixels, batch_size)
     asked = [question for group in groups for question in group]
     places = [place for place, group in enumerate(groups) for _ in group]  # in embeds
     fitted = [bundle.processor.fit(question) for question in asked]
@@ -277,26 +308,14 @@ def _answer_window(
     return answers
 
 
-def _encode_pictures(
-    bundle: Bundle, paths: Sequence[Path | None], batch_size: int
-) -> tuple[torch.Tensor, Sequence[str]]:
-    """Return (pictures, patches + 1, vision width), and what is wrong with each; such a one is left blank."""
-
-    def load(path: Path | None) -> tuple[torch.Tensor, str]:
-        try:
-            return bundle.processor.load_pixels(path) if path else bundle.processor.blank_pixels, ""
-        except InputError as error:
-            return bundle.processor.blank_pixels, f"{type(error.__cause__).__name__}: {error.__cause__}"
-
-    with ThreadPoolExecutor(LOADERS) as pool:
-        pixels, faults = zip(*pool.map(load, paths), strict=True)
+def _encode_pictures(bundle: Bundle, pixels: Sequence[torch.Tensor], batch_size: int) -> torch.Tensor:
+    """Return (pictures, patches + 1, vision width)."""
 
     def encode(rows: Sequence[int]) -> torch.Tensor:
         return bundle.model.encode_image(torch.stack([pixels[row] for row in rows]).to(bundle.device))
 
-    rows = range(len(paths))
-    parts = [_in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]]
-    return torch.cat(parts), faults
+    rows = range(len(pixels))
+    return torch.cat([_in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]])
 
 
 def _score(

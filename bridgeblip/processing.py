@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 
 from bridgeblip import InputError
@@ -40,9 +40,9 @@ class QuestionProcessor:
         self.resample = Image.Resampling(settings["resample"])
         self.tokenizer = _tokenizer(files["tokenizer.json"], settings["pad_token"])
         self.qformer_tokenizer = _tokenizer(files["qformer_tokenizer.json"], settings["qformer_pad_token"])
-        # A pixel has 256 values a channel: rescaling and normalising is a table look-up, (256, 3) in fp32.
-        levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)[:, None]
-        mean, std = (np.array(settings[key], dtype=np.float32) for key in ("image_mean", "image_std"))
+        # A pixel has 256 values a channel: rescaling and normalising is a table look-up, (3, 256) in fp32.
+        levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)
+        mean, std = (np.array(settings[key], dtype=np.float32)[:, None] for key in ("image_mean", "image_std"))
         self.levels = (levels - mean) / std
 
     @classmethod
@@ -106,7 +106,9 @@ class QuestionProcessor:
 
         Transparency is laid on white, 16 bits are scaled to 8, of an animation the first frame is taken.
         """
-        image = ImageOps.exif_transpose(image)
+        image.load()  # a PNG may tell its orientation behind its pixels
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else the photo would be copied for nothing
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = _eight_bits(image)
         if image.mode != "RGB":
@@ -116,7 +118,10 @@ class QuestionProcessor:
             image = image.convert("RGB")
         height, width = self.image_size
         grid = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3), uint8
-        return torch.from_numpy(np.stack([self.levels[:, c][grid[..., c]] for c in range(3)]))
+        pixels = np.empty((3, height, width), dtype=np.float32)
+        for c in range(3):
+            self.levels[c].take(grid[..., c], out=pixels[c], mode="clip")  # without a mode, take would buffer
+        return torch.from_numpy(pixels)
 
     def load_pixels(self, path: Path) -> torch.Tensor:
         """Return the picture of a file as ``pixels`` does.

@@ -224,7 +224,7 @@ def _content_key(path: Path, size: int, changed: int) -> str:
 def split_by_picture(
     questions: Sequence[Question], fraction: float, seed: int
 ) -> tuple[list[Question], list[Question]]:
-    """Return (training, validation) questions; no picture content is in both, letters are balanced where enough are there.
+    """Return (training, validation) questions; no picture content is in both, letters are balanced if enough are there.
 
     Raises:
         InputError: if there are too few distinct pictures to set ``fraction`` of them apart.

@@ -11,90 +11,38 @@ the folder.
 
 import argparse
 import json
-import random
 import sys
-import threading
 import time
-from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import nn
-from transformers import InstructBlipForConditionalGeneration, TrainerCallback
+from transformers import InstructBlipForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip.base import TensorReader
-from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeSettings
+from bridgeblip.config import DEFAULT_DECODER_LAYERS
+from bridgeblip.contenders import PeakMemory, bridge_epochs, write_photo_questions
 from bridgeblip.export import export_bundle
-from bridgeblip.features import CachedPictures, FeatureCache, encoder_key, fill
 from bridgeblip.inference import load_bundle, predict
-from bridgeblip.model import attach_bridge, load_sliced
+from bridgeblip.model import load_sliced
 from bridgeblip.processing import QuestionProcessor
-from bridgeblip.questions import LETTERS, picture_keys, read_questions
+from bridgeblip.questions import read_questions
 from bridgeblip.submission import write_submission
-from bridgeblip.training import (
-    BridgeTrainer,
-    TrainingQuestions,
-    TrainSettings,
-    accuracy,
-    optimizer,
-    train,
-    training_arguments,
-)
+from bridgeblip.training import TrainSettings, train
 
 INPUTS = ("pixel_values", "qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
 
 
-class PeakMemory:
-    """Peak anonymous memory of this process, in bytes, while the block runs; polled 50 times a second."""
-
-    def __enter__(self):
-        self.bytes, self._done = 0, threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-        self._thread.start()
-        return self
-
-    def _poll(self):
-        while not self._done.wait(0.02):
-            status = Path("/proc/self/status").read_text()
-            self.bytes = max(self.bytes, int(status.split("RssAnon:")[1].split()[0]) * 1024)
-
-    def __exit__(self, *_):
-        self._done.set()
-        self._thread.join()
-
-
-def write_photo_questions(folder: Path) -> Path:
-    """Write 20 four-way questions about crops of scikit-learn's two sample photos; answers are arbitrary."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng, rows = random.Random(0), []
-    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
-    words = ["temple", "flower", "tree", "river", "roof", "leaf", "stone", "sky"]
-    for i in range(20):
-        photo = photos[i % 2]
-        left, top = rng.randrange(photo.width // 2), rng.randrange(photo.height // 2)
-        photo.crop((left, top, left + photo.width // 2, top + photo.height // 2)).save(folder / f"{i:02d}.jpg")
-        question = "What is the largest thing that can be seen in this part of the photo?"
-        rows.append([f"TEST_{i:02d}", f"{i:02d}.jpg", question, *rng.sample(words, 4), LETTERS[i % 4]])
-    table = pd.DataFrame(rows, columns=["ID", "img_path", "Question", *LETTERS, "answer"])
-    table.to_csv(folder / "train.csv", index=False)
-    table.drop(columns="answer").to_csv(folder / "test.csv", index=False)
-    table[["ID"]].assign(answer="-").to_csv(folder / "sample_submission.csv", index=False)
-    return folder
-
-
-def probe(processor: QuestionProcessor, folder: Path, count: int) -> dict[str, torch.Tensor]:
-    batch = processor.collate(read_questions(write_photo_questions(folder) / "test.csv")[:count])
+def probe(processor: QuestionProcessor, work: Path, count: int) -> dict[str, torch.Tensor]:
+    batch = processor.collate(read_questions(write_photo_questions(work / "photos") / "test.csv")[:count])
     return {name: batch[name] for name in INPUTS}
 
 
 def load_ours(base: Path, work: Path) -> dict:
     processor = QuestionProcessor.from_base(base)
-    inputs = probe(processor, work / "photos", 1)
+    inputs = probe(processor, work, 1)
     began = time.monotonic()
     with PeakMemory() as peak, torch.inference_mode():
         model = load_sliced(base, processor.letter_ids, dtype=torch.bfloat16)
@@ -119,7 +67,7 @@ def load_ours(base: Path, work: Path) -> dict:
 
 def load_theirs(base: Path, work: Path) -> dict:
     processor = QuestionProcessor.from_base(base)
-    inputs = probe(processor, work / "photos", 1)
+    inputs = probe(processor, work, 1)
     began = time.monotonic()
     with PeakMemory() as peak, torch.inference_mode():
         model = InstructBlipForConditionalGeneration.from_pretrained(base, dtype=torch.bfloat16).eval()
@@ -135,14 +83,14 @@ def parity_ours(base: Path, work: Path) -> dict:
     processor = QuestionProcessor.from_base(base)
     model = load_sliced(base, processor.letter_ids, range(24), dtype=torch.bfloat16)
     with torch.inference_mode():
-        logits = model(**probe(processor, work / "photos", 2)).logits
+        logits = model(**probe(processor, work, 2)).logits
     torch.save(logits, work / "ours.pt")
     return {"logits": logits.tolist()}
 
 
 def parity_theirs(base: Path, work: Path) -> dict:
     processor = QuestionProcessor.from_base(base)
-    inputs = probe(processor, work / "photos", 2)
+    inputs = probe(processor, work, 2)
     model = InstructBlipForConditionalGeneration.from_pretrained(base, dtype=torch.bfloat16).eval()
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     with torch.inference_mode():
@@ -187,46 +135,12 @@ def answer(base: Path, work: Path) -> dict:
     return {"seconds": time.monotonic() - began, "peak_gb": peak.bytes / 1e9, "answers": len(submission)}
 
 
-class EpochTimer(TrainerCallback):
-    def __init__(self):
-        self.seconds = []
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.began = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.last = time.monotonic() - self.began
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.seconds.append(self.last)
-
-
 def epochs(base: Path, work: Path) -> dict:
     """Two epochs over 12 distinct pictures without and with the cache of image features; the later ones count."""
     questions = read_questions(write_photo_questions(work / "photos") / "train.csv", need_answers=True)[:12]
-    processor = QuestionProcessor.from_base(base)
-    sliced = load_sliced(base, processor.letter_ids, dtype=torch.bfloat16)
-    keys = picture_keys(q.image for q in questions)
-    cache = FeatureCache(work / "features", encoder_key(sliced, processor))
-    fill(cache, sliced, processor, {key: path for path, key in keys.items()}, 4)
-    model, seconds = attach_bridge(sliced, BridgeSettings()), {}
-    settings = TrainSettings(batch_size=4, epochs=2)
-    for name, pictures in (("uncached", None), ("cached", CachedPictures(cache, keys))):
-        timer = EpochTimer()
-        arguments = training_arguments(work / "epochs", settings, torch.bfloat16)
-        arguments.eval_strategy = "no"
-        trainer = BridgeTrainer(
-            model,
-            arguments,
-            train_dataset=TrainingQuestions(questions, 0, True),
-            eval_dataset=questions[:1],
-            data_collator=partial(processor.collate, pictures=pictures),
-            compute_metrics=accuracy,
-            optimizers=(optimizer(model, settings), None),
-            callbacks=[timer],
-        )
-        trainer.train()
-        seconds[name] = timer.seconds[-1]
+    settings, seconds = TrainSettings(batch_size=4, epochs=2), {}
+    for name, cached in (("uncached", False), ("cached", True)):
+        seconds[name] = bridge_epochs(base, questions, settings, torch.bfloat16, work / "epochs", cached)[-1]
     return seconds | {"ratio": seconds["cached"] / seconds["uncached"]}
 
 

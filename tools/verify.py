@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -152,12 +153,44 @@ def check_ablation() -> list[tuple[str, str, str, bool]]:
     ]
 
 
+def check_speed() -> list[tuple[str, str, str, bool]]:
+    """Against Hugging Face's own InstructBLIP at full size: needs 20 GB of memory, 16 GB of disk, more than an hour.
+
+    ``$FULL_SIZE_BASE`` names a stand-in that is there already; ``$BENCH_OUT`` a folder to go on from and to keep.
+    """
+    work = Path(os.environ.get("BENCH_OUT") or tempfile.mkdtemp())
+    base = ["--base", os.environ["FULL_SIZE_BASE"]] if "FULL_SIZE_BASE" in os.environ else []
+    command = [sys.executable, "-m", "bridgeblip", "bench", *base, "--pictures", "2", "--out", str(work)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    found = json.loads((work / "bench.json").read_text(encoding="utf-8"))
+    contenders, rounds = found["inference"]["contenders"], found["rounds"]
+    pillow = statistics.median(r["per_second"]["ours"] / r["per_second"]["pillow"] for r in rounds["preprocessing"])
+    start = {key: statistics.median(r[key] for r in rounds["startup"]) for key in rounds["startup"][0]}
+    few, many = rounds["few rows"][0], rounds["many rows"][0]
+    grown = {key: many[key] / few[key] for key in ("operations_per_row", "encoded_per_picture", "resident")}
+    ratios = [
+        ("rows a second over generate's", 1.7, contenders["bundle"]["over_generate"]["median"]),
+        ("the same, four orders for the unsure fifth", 1.2, contenders["bundle, orders"]["over_generate"]["median"]),
+        ("share of the floor by operations", 0.7, contenders["bundle"]["share_of_floor"]["median"]),
+        ("five epochs: how many times as fast as PEFT's", 1.8, found["training"]["peft_over_bridge"]["median"]),
+        ("preprocessing over bare Pillow", 0.8, pillow),
+    ]
+    limits = [("--help", 0.5), ("first answer of the tiny bundle", 5.0)]
+    return [
+        *[(what, f"at least {asked}", f"{value:.2f}", value >= asked) for what, asked, value in ratios],
+        *[(f"{what}, s", f"at most {asked}", f"{start[what]:.2f}", start[what] <= asked) for what, asked in limits],
+        *[(f"{key}, {many['rows']:,} rows over {few['rows']}", "1.00; memory at most 1.06", f"{value:.3f}",
+           value <= (1.06 if key == "resident" else 1.001)) for key, value in grown.items()],
+    ]  # fmt: skip
+
+
 CHECKS = {
     "tiny_base": check_tiny_base,
     "demo": check_demo,
     "kills": check_kills,
     "ablation": check_ablation,
     "full_size": check_full_size,
+    "speed": check_speed,
 }
 
 
