@@ -1,16 +1,25 @@
 PYTHON ?= python3
 PY = .venv/bin/python
+# What a stock Colab's versions could break: loading, training, exporting, answering, and the notebooks themselves.
+QUICK = $(addprefix tests/test_, $(addsuffix .py, base callbacks checkpoints colab config doctor export features \
+	inference main model notebooks processing questions requirements runtime submission training))
 
-.PHONY: demo test verify lint clean
+.PHONY: demo test test-colab verify verify-real lint clean
 
 demo: .venv/ready  ## the whole road on the embedded questions and tiny base
 	$(PY) -m bridgeblip demo
 
-test: .venv/ready lint  ## what CI runs
+test: .venv/ready lint  ## lint and all tests, on the newest versions
 	$(PY) -m pytest
+
+test-colab: .venv-colab/ready  ## the quick part of the tests, on the versions of a stock Colab
+	.venv-colab/bin/python -m pytest $(QUICK)
 
 verify: .venv/ready  ## long checks: what was asked and what was measured
 	$(PY) tools/verify.py
+
+verify-real: .venv/ready  ## the real base, for whoever has a GPU and the hub: ARGS="--aokvqa FILE --coco FOLDER"
+	$(PY) tools/verify_real.py $(ARGS)
 
 lint: .venv/ready
 	$(PY) -m ruff check .
@@ -22,5 +31,10 @@ lint: .venv/ready
 	$(PY) -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
+.venv-colab/ready: requirements.txt requirements-dev.txt constraints-colab.txt
+	$(PYTHON) -m venv .venv-colab
+	.venv-colab/bin/python -m pip install --quiet -r requirements-dev.txt -c constraints-colab.txt
+	touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-colab demo

@@ -245,7 +245,7 @@ def literals() -> str:
     for path in ROOT.glob("*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-        sources.append(re.sub(r"(?m)^\s*[%!].*$", "", code))
+        sources.append(re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", code))
     texts = set()
     for node in [node for source in sources for node in ast.walk(ast.parse(source))]:
         if isinstance(node, ast.JoinedStr):
