@@ -236,7 +236,7 @@ def summarize(plan: Plan, out: Path, command: str) -> dict:
         "command": command,
         "date": date.today().isoformat(),
         "machine": {"processor": _processor_name(), "system": platform.platform()},
-        "plan": asdict(plan),
+        "plan": asdict(plan) | {"base": Path(plan.base).name},
         "prepared": {key: value for key, value in prepared(out).items() if key != "products"},
         "rounds": {name: rounds for name, rounds in found.items() if rounds},
     }

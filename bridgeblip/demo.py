@@ -53,6 +53,7 @@ def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
     client = NotebookClient(
         notebook,
         timeout=None,
+        coalesce_streams=True,  # a progress bar leaves one line, not hundreds
         kernel_name="python3",
         resources={"metadata": {"path": str(ROOT)}},
         on_cell_executed=lambda **_: bar.update(),
