@@ -4,11 +4,13 @@ Whatever is cut of the decoder, the vision tower, the Q-Former and the encoder s
 states are computed once for each question, and every arm and seed trains its decoder on them.
 """
 
+import gc
 import hashlib
 import json
 import os
 import platform
 import shlex
+import shutil
 import textwrap
 import time
 from collections.abc import Sequence
@@ -36,11 +38,11 @@ from bridgeblip.callbacks import Progress, SelfCheck, history_table
 from bridgeblip.checkpoints import require_writable, write_text
 from bridgeblip.config import BridgeSettings, decoder_layers, slice_config
 from bridgeblip.digits import write_competition
-from bridgeblip.features import CachedPictures, FeatureCache, default_folder, encoder_key, fill
+from bridgeblip.features import SPARE_DISK, CachedPictures, FeatureCache, default_folder, encoder_key, fill
 from bridgeblip.metrics import clustered_mean, picture_groups
 from bridgeblip.model import BridgeBlipForMultipleChoice, attach_bridge, empty_model, load_sliced, without_autocast
 from bridgeblip.page import points
-from bridgeblip.precision import choose_precision
+from bridgeblip.precision import NonFiniteError, choose_precision
 from bridgeblip.processing import QuestionProcessor
 from bridgeblip.questions import LETTERS, Question, picture_keys, read_questions, split_by_picture
 from bridgeblip.report import NEUTRAL, smoothed
@@ -111,6 +113,8 @@ class DecoderOnStates(nn.Module):
     def forward(self, encoder_states, attention_mask, choice_mask=None, labels=None) -> SequenceClassifierOutput:
         with without_autocast(self):
             logits = self.bridged.decode(encoder_states, attention_mask).float()
+        if not logits.isfinite().all():
+            raise NonFiniteError("the logits are not finite: lower --learning-rate, or use a GPU that has bfloat16")
         return self.bridged.judge(logits, choice_mask, labels)
 
 
@@ -150,6 +154,12 @@ def encode_questions(
     encoded.cache.folder.mkdir(parents=True, exist_ok=True)
     missing = {encoded.key(question): question for question in questions}
     missing = {key: question for key, question in missing.items() if not encoded.cache.has(key)}
+    tokens = sum(processor.count_tokens([question.prompt for question in missing.values()]))
+    need = tokens * model.config.text_config.d_model * next(model.parameters()).element_size()
+    if need > shutil.disk_usage(folder).free - SPARE_DISK:
+        raise InputError(
+            f"the states of {len(missing)} questions need {need / 1e9:.1f} GB in {folder}: free some there"
+        )
     bar = tqdm(total=len(missing), desc="frozen part", unit="question", disable=not missing)
     for start in range(0, len(missing), batch_size):
         keys = list(missing)[start : start + batch_size]
@@ -211,7 +221,16 @@ def ablate(
     encoded, computed = encode_questions(sliced(arms[0]), processor, shown, settings.batch_size)
     print(f"the frozen part has run on {computed} questions; {len(arms)} arms of {seeds} seeds share what it gave")
     rows = json.dumps([[encoded.key(question), question.answer] for question in shown])
-    common = {"encoder": encoded.cache.folder.name, "questions": hashlib.sha256(rows.encode()).hexdigest()}
+    made_by = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}, {dtype}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft")),
+    }
+    common = made_by | {
+        "base": str(base),
+        "revision": revision,
+        "encoder": encoded.cache.folder.name,
+        "questions": hashlib.sha256(rows.encode()).hexdigest(),
+    }
     runs = []
     for seed, arm in tqdm([(seed, arm) for seed in range(seeds) for arm in arms], "arms", unit="run"):
         seeded = replace(settings, seed=seed)
@@ -220,9 +239,10 @@ def ablate(
         path = out / "runs" / f"{arm.name.replace(' ', '-')}.{seed}.json"
         run = _kept_run(path, identity)
         if run is None:
+            gc.collect()  # the arm before, and its optimizer
+            torch.cuda.empty_cache()
             set_seed(seed)
-            bridged = attach_bridge(sliced(arm), arm.bridge)
-            run = _train_arm(bridged, encoded, training, validation, seeded, dtype)
+            run = _train_arm(attach_bridge(sliced(arm), arm.bridge), encoded, training, validation, seeded, dtype)
             write_text(path, json.dumps({"identity": identity, **run}))
         runs.append({"arm": arm.name, "seed": seed, **run})
     runs = pd.DataFrame(runs)
@@ -233,8 +253,7 @@ def ablate(
     facts = {
         "command": f"`{shlex.join(map(str, words))}`",
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}, {dtype}",
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft")),
+        **made_by,
         "questions": f"{len(training)} trained on, {len(validation)} about other pictures to measure",
     }
     verdict = judge_claim(runs, summary)
@@ -259,7 +278,7 @@ def _kept_run(path: Path, identity: dict) -> dict | None:
     except ValueError:
         run = {}
     if run.pop("identity", None) != identity:
-        print(f"passing over {path}: torn, or of another base, question file or setting")
+        print(f"passing over {path}: torn, or of another base, question file, setting, machine or version")
         return None
     return run
 
@@ -268,25 +287,25 @@ def _train_arm(bridged, encoded, training, validation, settings, dtype) -> dict:
     """Train one epoch; return what is kept of it."""
     model = DecoderOnStates(bridged)
     with TemporaryDirectory() as folder:
-        arguments = training_arguments(folder, settings, dtype)  # makes a folder that nothing is written to
-    arguments.eval_strategy = "no"
-    trainer = BridgeTrainer(
-        model,
-        arguments,
-        train_dataset=training,
-        eval_dataset=validation,
-        data_collator=encoded,
-        compute_metrics=accuracy,
-        optimizers=(optimizer(model, settings), None),
-        average=settings.average,
-    )
-    trainer.add_callback(SelfCheck(model))
-    trainer.add_callback(Progress(live=False))
-    began = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - began
-    history = history_table(trainer.state.log_history)
-    right = trainer.answer(validation).argmax(-1) == [question.answer for question in validation]
+        arguments = training_arguments(folder, settings, dtype)
+        arguments.eval_strategy = "no"
+        trainer = BridgeTrainer(
+            model,
+            arguments,
+            train_dataset=training,
+            eval_dataset=validation,
+            data_collator=encoded,
+            compute_metrics=accuracy,
+            optimizers=(optimizer(model, settings), None),
+            average=settings.average,
+        )
+        trainer.add_callback(SelfCheck(model))
+        trainer.add_callback(Progress(live=False))
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+        history = history_table(trainer.state.log_history)
+        right = trainer.answer(validation).argmax(-1) == [question.answer for question in validation]
     return {
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(seconds, 1),

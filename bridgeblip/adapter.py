@@ -105,13 +105,16 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
     lora = model.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = base, revision
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
+    partial, old = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _fill(partial, model, loaded.tensors, config)
         write_text(partial / CARD_FILE, _card(loaded.manifest, loaded.tensors, config, lora, out.name))
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(out, old)
         os.replace(partial, out)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
@@ -120,7 +123,8 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
 def _refuse_anything_else(out: Path) -> None:
     """Raise an InputError if ``out`` is there and holds more than an earlier adapter."""
     if out.is_dir():
-        strange = sorted(path.name for path in out.iterdir() if path.name not in FILES)
+        names = {path.name for path in out.iterdir()}
+        strange = sorted(names - set(FILES) if CONFIG_NAME in names else names)
         if strange:
             raise InputError(f"{out} is there already and holds {strange[0]}, which is no adapter: give another --out")
     elif out.exists():

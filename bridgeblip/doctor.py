@@ -182,7 +182,11 @@ def _check_predict(found, csv, bundle, sample, out, limit) -> None:
     processor, model = found.attempt(_open_bundle, bundle) or (None, None)
     rows = _check_questions(found, csv, processor, False)
     if rows:
-        found.attempt(_check_sample, Path(sample or csv.with_name("sample_submission.csv")), rows)
+        path = Path(sample or csv.with_name("sample_submission.csv"))
+        if sample or path.is_file():
+            found.attempt(_check_sample, path, rows)
+        else:
+            found.add("note", f"no {path}: the submission gets the columns ID and answer, in the order of {csv}")
     if model is not None:
         _check_budget(found, model, limit)
     if processor is not None:

@@ -26,8 +26,8 @@ SPARE_DISK = 10**9  # bytes that the cache leaves free
 
 
 def default_folder() -> Path:
-    """``$BRIDGEBLIP_CACHE``, or a folder in the user's own cache: a local disk, where Drive would be slow."""
-    return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache/bridgeblip").expanduser()
+    """A folder of our own in ``$BRIDGEBLIP_CACHE``, or in the user's cache: a local disk, where Drive would be slow."""
+    return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache").expanduser() / "bridgeblip"
 
 
 def encoder_key(model: nn.Module, processor: QuestionProcessor, parts: tuple[str, ...] = ("vision_model.",)) -> str:
@@ -137,7 +137,10 @@ def _make_room(cache: FeatureCache, keys: Sequence[str], size: int, missing: int
         return False
     cache.folder.mkdir(parents=True, exist_ok=True)
     wanted = {cache.path(key) for key in keys}
-    found = [(path.stat().st_mtime, path.stat().st_size, path) for path in cache.root.rglob("*.safetensors")]
+    found = [
+        (path.stat().st_mtime, path.stat().st_size, path)
+        for path in cache.root.glob(f"{'[0-9a-f]' * 32}/*.safetensors")
+    ]
     free = shutil.disk_usage(cache.folder).free - SPARE_DISK
     excess = max(sum(stored for _, stored, _ in found) + size * missing - limit, size * missing - free)
     for _, stored, path in sorted(found):
@@ -148,12 +151,13 @@ def _make_room(cache: FeatureCache, keys: Sequence[str], size: int, missing: int
 
 
 def clear(dry_run: bool = False) -> tuple[int, int]:
-    """Remove all features of the default folder; return how many pictures and bytes they were."""
-    sizes = [path.stat().st_size for path in default_folder().glob("*/*.safetensors")]
+    """Remove all that the default folder holds; return how many files of features and how many bytes it is."""
+    count = len(list(default_folder().glob("*/*.safetensors")))
+    size = sum(path.stat().st_size for path in default_folder().rglob("*") if path.is_file())
     if not dry_run:
         for folder in default_folder().glob("*/"):
             shutil.rmtree(folder)
-    return len(sizes), sum(sizes)
+    return count, size
 
 
 class CachedPictures:

@@ -4,6 +4,7 @@ This comes before anything is installed: at the top it imports the standard libr
 Jupyter kernel brings.
 """
 
+import hashlib
 import importlib
 import os
 import shutil
@@ -77,7 +78,9 @@ def _install_missing(requirements: Path) -> None:
         return
     before = _versions()
     owners = packages_distributions()
-    loaded = {canonicalize_name(name) for module in owners.keys() & sys.modules.keys() for name in owners[module]}
+    loaded = {
+        canonicalize_name(name) for module in owners.keys() & sys.modules.keys() for name in owners[module] if name
+    }
     if in_the_way:
         print(f"removing torchao {torchao}: peft refuses to work beside one below {TORCHAO_MINIMUM}, nothing needs it")
         _pip("uninstall", "--yes", "torchao")
@@ -119,7 +122,7 @@ def _version(package: str) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    return {canonicalize_name(found.name): found.version for found in distributions()}
+    return {canonicalize_name(found.name): found.version for found in distributions() if found.name}
 
 
 def local_copy(csv: str | Path) -> Path:
@@ -163,6 +166,7 @@ def _copied(csv: Path) -> Path:
     folder = csv.parent
     try:
         pictures = {question.image for question in questions.read_rows(csv, need_answers=False)}
+        written = questions.with_known_names(questions.read_table(csv))["img_path"]
     except InputError:
         return csv  # the check-up says what is wrong with it
     names = {os.path.relpath(path, folder): path for path in {*folder.glob("*.csv"), *pictures}}
@@ -173,12 +177,10 @@ def _copied(csv: Path) -> Path:
         for name, stat in stats.items()
         if stat  # the check-up names the pictures that are not there
     }
-    if any(name.split(os.sep)[0] == os.pardir for name in items):
-        print(f"{csv} has pictures outside its folder: reading from Drive, which is slow")
+    if any(name.split(os.sep)[0] == os.pardir for name in items) or any(map(os.path.isabs, written)):
+        print(f"{csv} has pictures outside its folder, or absolute paths: reading from Drive, which is slow")
         return csv
-    target = _local_folder() / folder.name
-    for stale in {path.name for path in target.glob("*.csv")} - items.keys():
-        (target / stale).unlink()
+    target = _local_folder(folder)
     _fetch(items, target, folder)
     print(f"reading the copy of {folder} in {target}; to change something, change it in {folder}")
     return target / csv.name
@@ -193,7 +195,7 @@ def _unpacked(archive: Path, csv_name: str) -> Path | None:
             if not names:
                 return None
             items = {m.filename: Item(m.file_size, _time_of(m), partial(_extract, opened, m)) for m in members}
-            target = _local_folder() / archive.stem
+            target = _local_folder(archive)
             _fetch(items, target, archive)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{archive} can't be unpacked ({error}): copy it again, or unpack it yourself") from error
@@ -229,6 +231,8 @@ def _fetch(items: dict[str, Item], target: Path, source: Path) -> None:
     from tqdm.auto import tqdm
 
     missing = {name: item for name, item in items.items() if not _is_there(target / name, item)}
+    for stale in [path for path in target.rglob("*.csv") if str(path.relative_to(target)) not in items]:
+        stale.unlink()
     target.mkdir(parents=True, exist_ok=True)
     need, free = sum(item.size for item in missing.values()), shutil.disk_usage(target).free - SPARE_DISK
     if need > free:
@@ -259,10 +263,12 @@ def _stat(path: Path) -> os.stat_result | None:
     return path.stat() if os.path.isfile(path) else None
 
 
-def _local_folder() -> Path:
+def _local_folder(source: Path) -> Path:
+    """Where the copy of a folder or zip lies: each has its own, whatever its name."""
     from bridgeblip.features import default_folder
 
-    return default_folder() / "data"
+    source = source.resolve()
+    return default_folder() / "data" / f"{source.stem}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
 
 
 def finish() -> None:

@@ -212,7 +212,7 @@ def train(
     trainer.add_callback(keeper)
     if settings.patience:
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
-    if process.is_main_process:
+    if process.is_main_process and not (resumed and state_is_done(resumed)):
         trainer.add_callback(_tensorboard(checkpoint_dir))
     trainer.go(resumed, stopper)
     if keeper.leaving:

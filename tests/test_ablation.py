@@ -26,6 +26,7 @@ from bridgeblip.base import TINY_BASE
 from bridgeblip.config import decoder_layers
 from bridgeblip.metrics import picture_groups
 from bridgeblip.model import BridgeBlipForMultipleChoice, load_sliced
+from bridgeblip.precision import NonFiniteError
 from bridgeblip.processing import QuestionProcessor
 from bridgeblip.questions import read_questions, split_by_picture
 from bridgeblip.training import TrainSettings
@@ -189,3 +190,13 @@ def test_command(competition, tmp_path, capsys):
 def test_a_base_without_those_layers_is_refused(base, competition, tmp_path):
     with pytest.raises(InputError, match="do not exist: the base has 6"):
         ablate(competition / "train.csv", base, tmp_path)
+
+
+def test_numbers_that_are_not_finite_stop_an_arm(questions, tmp_path, monkeypatch):
+    monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path))
+    processor = QuestionProcessor.from_base(TINY_BASE)
+    model = load_sliced(TINY_BASE, processor.letter_ids, decoder_layers("every-third"))
+    encoded, _ = encode_questions(model, processor, questions[:4], 4)
+    model.head.weight.data[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="lower --learning-rate"):
+        DecoderOnStates(model)(**encoded(questions[:4]))

@@ -151,3 +151,11 @@ def test_what_has_no_adapter_is_refused(weights, tmp_path):
         with pytest.raises(InputError, match=message):
             write_adapter(tmp_path / f"{name}.pt", tmp_path / "adapter")
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_folder_that_holds_no_adapter_is_left_alone(weights, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("my own")
+    with pytest.raises(InputError, match=r"holds README.md, which is no adapter: give another --out"):
+        write_adapter(weights[0], tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "my own"

@@ -4,7 +4,7 @@ from conftest import LAYERS
 
 from bridgeblip.checkpoints import load_weights
 from bridgeblip.config import BridgeSettings
-from bridgeblip.features import CachedPictures, FeatureCache, encoder_key, fill
+from bridgeblip.features import CachedPictures, FeatureCache, clear, default_folder, encoder_key, fill
 from bridgeblip.model import load_sliced
 from bridgeblip.questions import picture_keys
 from bridgeblip.training import TrainSettings, train
@@ -95,3 +95,19 @@ def test_training_is_the_same_with_and_without_cache(base, competition, tmp_path
     cached, fresh = trained("cached", tmp_path / "features"), trained("fresh", None)
     for name in fresh:
         torch.testing.assert_close(cached[name], fresh[name], atol=1e-4, rtol=1e-3)
+
+
+def test_room_is_made_and_cleared_in_a_folder_of_our_own_alone(model, processor, questions, tmp_path, monkeypatch):
+    monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path))
+    others = [tmp_path / "drive" / "base.safetensors", default_folder() / "instructblip" / "model.safetensors"]
+    for path in others:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"not ours")
+    cache = FeatureCache(default_folder(), encoder_key(model, processor))
+    paths = {key: path for path, key in picture_keys(q.image for q in questions[:3]).items()}
+    size = model.encode_image(processor.blank_pixels[None]).nbytes
+    assert fill(cache, model, processor, paths, 2, limit=size * len(paths))  # what else there is would be in the way
+    assert all(path.read_bytes() == b"not ours" for path in others)
+    count, total = clear()
+    assert count == len(paths) + 1 and total > size * len(paths)
+    assert others[0].exists() and not cache.folder.exists()

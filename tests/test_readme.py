@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -130,14 +129,16 @@ def checkout(tmp_path, downloads, monkeypatch):  # noqa: F811
     for name in ("bridgeblip", "requirements.txt"):
         (folder / name).symlink_to(ROOT / name)
     write_competition(folder / "competition", tmp_path / "answers.csv", {"train": 12, "test": 5})
-    write_competition(folder / "demo" / "competition", folder / "demo" / "answers.csv", {"train": 1, "test": 5})
+    write_competition(folder / "demo" / "competition", folder / "demo" / "answers.csv", {"train": 12, "test": 5})
+    write_competition(folder / "heldout", tmp_path / "heldout.csv", {"train": 5, "test": 1})
+    (folder / "heldout" / "train.csv").rename(folder / "heldout" / "questions.csv")
     for source, name in (
         (downloads / "aokvqa" / "aokvqa_v1p0_train.json", "aokvqa_v1p0_train.json"),
-        (downloads / "coco", "coco"),
+        (downloads / "coco", "competition/coco"),
         (downloads / "v7w" / "dataset_v7w_telling.json", "dataset_v7w_telling.json"),
-        (downloads / "v7w" / "images", "images"),
+        (downloads / "v7w" / "images", "competition/visual7w"),
         (downloads / "scienceqa" / "problems.json", "problems.json"),
-        (downloads / "scienceqa", "scienceqa"),
+        (downloads / "scienceqa", "competition/scienceqa"),
         (TINY_BASE, "instructblip"),
     ):
         (folder / name).symlink_to(source)
@@ -147,9 +148,9 @@ def checkout(tmp_path, downloads, monkeypatch):  # noqa: F811
 
 
 def two_results(folder) -> None:
-    """Answers to the training questions by the bundle, looking and not: what runs/a and runs/b stand for."""
-    bundle = load_bundle(folder / "checkpoint" / "torchscript.pt")
-    questions = read_questions(folder / "competition" / "train.csv", need_answers=True)
+    """Answers to questions set apart by the bundle, looking and not: what runs/a and runs/b stand for."""
+    bundle = load_bundle(folder / "rehearsal" / "torchscript.pt")
+    questions = read_questions(folder / "heldout" / "questions.csv", need_answers=True)
     for name, blank in (("a", False), ("b", True)):
         answers = predict(bundle, questions, blank_images=blank)
         write_submission(questions, answers, None, folder / "runs" / name / "submission.csv")
@@ -164,8 +165,6 @@ def test_every_command_that_needs_nothing_special_runs(checkout, capfd):
         words = shlex.split(line)
         if line == last[0]:
             two_results(checkout)
-        if "demo/checkpoint" in line:
-            shutil.copytree(checkout / "checkpoint", checkout / "demo" / "checkpoint")
         if words[0] == "HF_HUB_OFFLINE=1":  # the hub's client reads it once, when it is imported
             done = subprocess.run([sys.executable, *words[2:]], env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
             code = done.returncode
@@ -173,8 +172,8 @@ def test_every_command_that_needs_nothing_special_runs(checkout, capfd):
             assert words[:3] == ["python", "-m", "bridgeblip"], f"neither run here nor elsewhere, nor marked: {line}"
             code = main(words[3:])
         assert code == 0, f"{line}\n{capfd.readouterr().err[-2000:]}"
-    for name in ("submission.csv", "report.html", "comparison.html", "blend/submission.csv", "competition/all.csv",
-                 "adapter/README.md", "checkpoint/torchscript.pt"):  # fmt: skip
+    for name in ("rehearsal/submission.csv", "report.html", "comparison.html", "blend/submission.csv",
+                 "competition/all.csv", "adapter/README.md", "rehearsal/torchscript.pt"):  # fmt: skip
         assert (checkout / name).is_file(), name
 
 

@@ -43,7 +43,8 @@ def test_nothing_is_copied_unless_it_lies_on_drive(tmp_path, monkeypatch):
 def test_questions_and_their_pictures_are_copied_once(drive, tmp_path, capsys):
     (drive / "notes.txt").write_text("belongs to no question")
     local = local_copy(drive / "train.csv").parent
-    assert local_copy(drive / "test.csv").parent == local == tmp_path / "local" / "data" / "competition"
+    assert local_copy(drive / "test.csv").parent == local and local.name.startswith("competition-")
+    assert local.parent == tmp_path / "local" / "bridgeblip" / "data"
     (drive / "notes.txt").unlink()
     assert contents(local) == contents(drive)
     before = times(local)
@@ -70,6 +71,13 @@ def test_only_what_has_changed_or_is_not_whole_is_copied_again(drive):
     assert {path.name for path, when in times(csv.parent).items() if before.get(path) != when} == {
         torn.name, gone.name, "train.csv"
     }  # fmt: skip
+
+
+def test_absolute_paths_are_read_where_they_are(drive, capsys):
+    text = (drive / "train.csv").read_text(encoding="utf-8").replace("./train_input", f"{drive}/train_input")
+    (drive / "train.csv").write_text(text, encoding="utf-8")
+    assert local_copy(drive / "train.csv") == drive / "train.csv"
+    assert "absolute paths: reading from Drive" in capsys.readouterr().out
 
 
 def test_what_the_check_up_should_name_stays_where_it_is(drive, tmp_path, capsys):
@@ -123,7 +131,8 @@ def test_the_organisers_zip_is_unpacked_once(drive, tmp_path, monkeypatch, place
     del expected[".DS_Store"]
     zipped(drive)
     csv = local_copy(drive / "test.csv")
-    assert csv == tmp_path / "local" / "data" / "download" / "open" / "test.csv"
+    data = tmp_path / "local" / "bridgeblip" / "data"
+    assert csv.parent.parent.parent == data and csv.parent.parent.name.startswith("download-")
     assert contents(csv.parent) == expected
     before = times(csv.parent)
     assert local_copy(drive / "train.csv") == csv.with_name("train.csv")

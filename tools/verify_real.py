@@ -336,7 +336,8 @@ def write_competition(folder: Path) -> None:
 def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
     """Run a notebook in a process of its own; the GPU memory is what that process takes, its cache included."""
     work, base = run.args.work.resolve(), str(run.args.base)
-    checkpoint, submission = work / "checkpoint", work / "submission.csv"
+    now = hashlib.sha256(json.dumps(circumstances(run, ("competition",))).encode()).hexdigest()[:8]
+    checkpoint, submission = work / f"checkpoint-{now}", work / f"submission-{now}.csv"  # never another run's
     competition = (run.args.competition or work / "competition").resolve()
     if not run.args.competition:
         write_competition(competition)
