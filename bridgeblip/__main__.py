@@ -58,22 +58,26 @@ def features(args):
 
 
 def export(args):
-    from bridgeblip.checkpoints import choose_weights
     from bridgeblip.export import export_bundle
 
-    weights, why = (args.weights, "as asked") if args.weights else choose_weights(args.out.parent)
-    print(f"exporting {weights}: {why}")
-    out, parity = export_bundle(weights, args.out, args.base, args.dtype)
+    out, parity = export_bundle(_weights("exporting", args), args.out, args.base, args.dtype)
     print(f"{parity.to_string(index=False)}\nwrote {out}")
 
 
 def share(args):
     from bridgeblip.adapter import write_adapter
+
+    out = write_adapter(_weights("sharing", args), args.out)
+    print(f"wrote {out}: a PEFT adapter, its README.md says how to load it")
+
+
+def _weights(doing, args):
+    """The weights that were asked for, or the best ones beside ``--out``."""
     from bridgeblip.checkpoints import choose_weights
 
     weights, why = (args.weights, "as asked") if args.weights else choose_weights(args.out.parent)
-    print(f"sharing {weights}: {why}")
-    print(f"wrote {write_adapter(weights, args.out)}: a PEFT adapter, its README.md says how to load it")
+    print(f"{doing} {weights}: {why}")
+    return weights
 
 
 def predict(args):

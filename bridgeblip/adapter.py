@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from bridgeblip import InputError
-from bridgeblip.base import REAL_BASE, REAL_REVISION
+from bridgeblip.base import pinned_revision
 from bridgeblip.checkpoints import load_weights, write_text
 from bridgeblip.config import BridgeBlipConfig, BridgeSettings
 from bridgeblip.model import attach_bridge, empty_model, load_trained
@@ -101,7 +101,7 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
     model = attach_bridge(empty_model(config), settings)
     load_trained(model, loaded.tensors)  # names and shapes: an empty model takes no values
     base = _public_name(loaded.manifest["base"])
-    revision = loaded.manifest["revision"] or (REAL_REVISION if base == REAL_BASE else None)
+    revision = pinned_revision(base, loaded.manifest["revision"])
     lora = model.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = base, revision
     out.parent.mkdir(parents=True, exist_ok=True)

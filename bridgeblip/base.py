@@ -48,7 +48,7 @@ def resolve_base(base: str | Path, revision: str | None = None) -> Path:
             f"base model {str(base)!r} not found: expected 'tiny', an existing folder, or a hub id like {REAL_BASE}"
         )
     try:
-        return Path(snapshot_download(str(base), revision=_pinned(base, revision), allow_patterns=SMALL_FILES))
+        return Path(snapshot_download(str(base), revision=pinned_revision(base, revision), allow_patterns=SMALL_FILES))
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise InputError(
             f"base model {base} is neither a local folder nor to be had from the hub ({type(error).__name__}: "
@@ -56,7 +56,8 @@ def resolve_base(base: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-def _pinned(base: str | Path, revision: str | None) -> str | None:
+def pinned_revision(base: str | Path, revision: str | None) -> str | None:
+    """Return the revision that is taken where none is asked for: of the real base, the one that is known."""
     return revision or (REAL_REVISION if str(base) == REAL_BASE else None)
 
 
@@ -87,7 +88,7 @@ class TensorReader:
         if not path.is_file():
             if Path(self.base).is_dir() or str(self.base) == "tiny":
                 raise InputError(f"weights file {path} of the base is missing: copy the whole model folder")
-            snapshot_download(str(self.base), revision=_pinned(self.base, self.revision), allow_patterns=[file])
+            snapshot_download(str(self.base), revision=pinned_revision(self.base, self.revision), allow_patterns=[file])
         try:
             return safe_open(path, framework="pt", device=str(self.device))
         except SafetensorError as error:

@@ -20,12 +20,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError, questions
+from bridgeblip.runtime import TORCHAO_MINIMUM
 
 STAGES = ("train", "export", "predict")
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 PREDICT_PACKAGES = {"torch", "tokenizers", "numpy", "pandas", "pillow", "tqdm"}  # all that inference imports
 DEMO_PACKAGES = {"nbclient", "nbformat", "ipykernel"}  # no stage imports these
-TORCHAO_CHECKED_SINCE, TORCHAO_MINIMUM = Version("0.19"), Version("0.16.0")  # of peft; see its import_utils.py
+TORCHAO_CHECKED_SINCE = Version("0.19")  # of peft; see its import_utils.py
 BASE_FILES = ("processor_config.json", "tokenizer.json", "qformer_tokenizer/tokenizer.json")
 MEMORY_FACTOR = 1.2  # peak memory in multiples of the weights
 SHOWN = 5  # examples of one kind of fault

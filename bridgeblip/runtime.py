@@ -197,7 +197,7 @@ def _unpacked(archive: Path, csv_name: str) -> Path | None:
             items = {m.filename: Item(m.file_size, _time_of(m), partial(_extract, opened, m)) for m in members}
             target = _local_folder(archive)
             _fetch(items, target, archive)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: a password, a strange method
         raise InputError(f"{archive} can't be unpacked ({error}): copy it again, or unpack it yourself") from error
     print(f"reading {archive} as unpacked in {target}")
     return target / min(names, key=lambda name: name.count("/"))
