@@ -36,10 +36,8 @@ def train(args):
     from bridgeblip.training import TrainSettings, train
 
     names = ("epochs", "batch_size", "accumulation", "learning_rate", "patience", "seed", "workers", "save_minutes")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.learning_rate is not None:
-        given["head_learning_rate"] = args.learning_rate
-    settings = (TrainSettings.for_few if args.few else TrainSettings)(**given)
+    given = {name: getattr(args, name) for name in names}
+    settings = TrainSettings.choose(args.few, **given, head_learning_rate=args.learning_rate)
     bridge = BridgeSettings(rank=args.rank)
     features = None if args.no_cache else "default"
     result = train(
@@ -174,13 +172,20 @@ def bench(args):
     print(f"{(args.out / 'bench.md').read_text(encoding='utf-8')}\nwrote {args.out / 'bench.md'} and bench.json")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names a default where there is one to name."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; importing nothing heavy, so that ``--help`` is quick."""
     parser = argparse.ArgumentParser(prog="python -m bridgeblip", description=sys.modules["bridgeblip"].__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(function, text):
-        sub = verbs.add_parser(function.__name__, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = verbs.add_parser(function.__name__, help=text, formatter_class=HelpFormatter)
         sub.set_defaults(run=function)
         return sub
 
@@ -203,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("scienceqa", "problems.json", "train/, val/, test/"),
         ("csv", "question CSVs with answers, to be joined", None),
     ):
-        sub = sources.add_parser(name, help=files, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = sources.add_parser(name, help=files, formatter_class=HelpFormatter)
         sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help=files)
         if images:
             sub.add_argument("--images", type=Path, required=True, help=f"folder that holds {images}")
@@ -217,10 +222,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", default="Salesforce/instructblip-flan-t5-xl", help="hub id, folder, or tiny")
     sub.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoint"), help="gets weights-N.pt, best.json")
     sub.add_argument("--few", action="store_true", help="start from the profile for some sixty questions")
-    sub.add_argument("--epochs", type=int, help="passes over the questions (1)")
-    sub.add_argument("--batch-size", type=int, help="questions a step on one device (16)")
+    sub.add_argument("--epochs", type=int, help="passes over the questions (1; with --few 8)")
+    sub.add_argument("--batch-size", type=int, help="questions a step on one device (16; with --few 8)")
     sub.add_argument("--accumulation", type=int, help="steps whose gradients are added (1)")
-    sub.add_argument("--learning-rate", type=float, help="peak rate (2e-4)")
+    sub.add_argument("--learning-rate", type=float, help="peak rate of adapters and head (2e-4)")
     sub.add_argument("--patience", type=int, help="epochs without gain after which to stop (0: never)")
     sub.add_argument("--layers", default="every-third", help="decoder layers that stay: a name, or indices like 0,3,6")
     sub.add_argument("--rank", type=int, default=96, help="LoRA rank on a 2048-wide decoder; 0 trains the head only")

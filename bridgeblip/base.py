@@ -31,7 +31,7 @@ LM_HEAD = "language_model.lm_head.weight"
 def resolve_base(base: str | Path, revision: str | None = None) -> Path:
     """Return the folder of ``base``: "tiny", a local folder, or a hub id (its small files are downloaded).
 
-    A local folder wins over the hub. Weights are downloaded by ``read_tensors``, not here.
+    A local folder wins over the hub. Weights are downloaded by ``TensorReader``, not here.
 
     Raises:
         InputError: if nothing of that name can be had.
@@ -47,12 +47,17 @@ def resolve_base(base: str | Path, revision: str | None = None) -> Path:
         raise InputError(
             f"base model {str(base)!r} not found: expected 'tiny', an existing folder, or a hub id like {REAL_BASE}"
         )
+    return _download(base, revision, SMALL_FILES)
+
+
+def _download(base: str | Path, revision: str | None, patterns: list[str]) -> Path:
+    """Return the folder of a hub id's files, downloading those that are not there yet."""
     try:
-        return Path(snapshot_download(str(base), revision=pinned_revision(base, revision), allow_patterns=SMALL_FILES))
+        return Path(snapshot_download(str(base), revision=pinned_revision(base, revision), allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise InputError(
             f"base model {base} is neither a local folder nor to be had from the hub ({type(error).__name__}: "
-            f"{error}). Check the name and the connection, or give the folder of a copy."
+            f"{error}). Check the name, the connection and the disk's space, or give the folder of a copy."
         ) from error
 
 
@@ -88,7 +93,9 @@ class TensorReader:
         if not path.is_file():
             if Path(self.base).is_dir() or str(self.base) == "tiny":
                 raise InputError(f"weights file {path} of the base is missing: copy the whole model folder")
-            snapshot_download(str(self.base), revision=pinned_revision(self.base, self.revision), allow_patterns=[file])
+            _download(self.base, self.revision, [file])
+        if not path.is_file():
+            raise InputError(f"base {self.base} has no {file}: expected weights in safetensors files")
         try:
             return safe_open(path, framework="pt", device=str(self.device))
         except SafetensorError as error:

@@ -16,7 +16,15 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from bridgeblip.checkpoints import copy_state, copy_verified, publish_state, save_best, save_weights, weights_path
+from bridgeblip.checkpoints import (
+    best_epoch,
+    copy_state,
+    copy_verified,
+    publish_state,
+    save_best,
+    save_weights,
+    weights_path,
+)
 from bridgeblip.model import trained_tensors
 from bridgeblip.report import training_figure
 
@@ -65,7 +73,11 @@ class Averages(TrainerCallback):
         save_file({name: tensor.cpu() for name, tensor in self.mean.items()}, folder / AVERAGES_FILE)
 
     def load(self, folder: Path) -> None:
-        for name, tensor in load_file(folder / AVERAGES_FILE).items():
+        self.take(load_file(folder / AVERAGES_FILE))
+
+    def take(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Have other tensors stand for the average, such as those of an earlier epoch."""
+        for name, tensor in tensors.items():
             self.mean[name].copy_(tensor)
 
 
@@ -73,7 +85,7 @@ class SelfCheck(TrainerCallback):
     """Proves in the first steps that all that should learn does, and that nothing else moves.
 
     B starts at zero, so A has no gradient before B has moved: B and the head must have had one after two
-    steps with a learning rate, A after two more.
+    steps with a learning rate, A after two more. Steps that fp16's loss scaling will skip do not count.
     """
 
     def __init__(self, model: nn.Module):
@@ -93,6 +105,9 @@ class SelfCheck(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if not self.stages or not max(group["lr"] for group in optimizer.param_groups):
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not all(gradient.isfinite().all() for gradient in gradients):
             return
         waiting = self.stages[0]
         for name in [name for name, p in waiting.items() if p.grad is not None and p.grad.any()]:
@@ -182,21 +197,25 @@ class StateKeeper(TrainerCallback):
     Args:
         folders: the checkpoint folder, and perhaps a second one for copies.
         run: what the state belongs to: only an equal run goes on from it.
+
+    Attributes:
+        leaving: whether training ends because it was asked to, before its own end.
     """
 
     def __init__(self, folders: list[Path], run: dict[str, Any], averages: Averages, stopper: Stopper, minutes: float):
         self.folders, self.run, self.averages, self.stopper = folders, run, averages, stopper
-        self.seconds, self.saved_at, self.leaving = 60 * minutes, time.monotonic(), False
+        self.seconds, self.saved_at = 60 * minutes, time.monotonic()
+        self.asked = self.leaving = False
 
     def on_step_end(self, args, state, control, **kwargs):
         due = time.monotonic() - self.saved_at >= self.seconds
         wishes = torch.tensor([due, self.stopper.asked], dtype=torch.int, device=args.device)
         if args.world_size > 1:  # all processes save or stop, or none
             torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
-        due, self.stopper.asked = map(bool, wishes)
+        due, self.asked = map(bool, wishes)
         if state.epoch % 1 == 0:
             return  # an epoch ends here: on_epoch_end has the say
-        if self.stopper.asked:
+        if self.asked:
             self.leaving = control.should_training_stop = True
         control.should_save = due or self.leaving
 
@@ -205,7 +224,8 @@ class StateKeeper(TrainerCallback):
             control.should_evaluate = control.should_save = False
         else:
             control.should_save = True
-            control.should_training_stop |= self.stopper.asked
+            if self.asked and state.global_step < state.max_steps:
+                self.leaving = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
         if args.world_size > 1:
@@ -213,11 +233,26 @@ class StateKeeper(TrainerCallback):
         if state.is_world_process_zero:
             staged = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.averages.save(staged)
-            done = control.should_training_stop and not self.leaving and not self.stopper.asked
+            done = control.should_training_stop and not self.leaving
             published = publish_state(staged, self.folders[0], state.global_step, self.run, done)
             for folder in self.folders[1:]:
                 copy_state(published, folder)
         self.saved_at = time.monotonic()
+
+
+class Patience(TrainerCallback):
+    """Stops training when the best validation is so many epochs ago.
+
+    It asks the log alone: transformers' ``EarlyStoppingCallback`` counts by itself, anew after an interruption.
+    """
+
+    def __init__(self, epochs: int):
+        self.epochs = epochs
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        accuracies = [entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry]
+        if accuracies and len(accuracies) - 1 - best_epoch(accuracies) >= self.epochs:
+            control.should_training_stop = True
 
 
 def history_table(log: list[dict]) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,15 +23,16 @@ WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
 STATE_FOLDER = "state"
 STATE_FILE = "state.json"
+FOREIGN = "it belongs to another run"
 GENERATIONS = 2  # resumable states that are kept: should the newest be torn, there is one before it
 
 
 def write_atomically(
-    path: str | Path, write: Callable[[Path], None], verify: Callable[[Path], None], tag: str = ""
-) -> None:
+    path: str | Path, write: Callable[[Path], None], verify: Callable[[Path], Any], tag: str = ""
+) -> Any:
     """Have ``write`` fill a temporary file beside ``path``, flush it, ``verify`` it by reading, and rename it.
 
-    An interrupted or failed write leaves whatever was at ``path`` before.
+    An interrupted or failed write leaves whatever was at ``path`` before. Returns what ``verify`` does.
 
     Args:
         tag: sets the temporary files of several writers of one path apart.
@@ -42,8 +44,9 @@ def write_atomically(
         write(partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
-        verify(partial)
+        verified = verify(partial)
         os.replace(partial, path)
+        return verified
     finally:
         partial.unlink(missing_ok=True)
 
@@ -125,41 +128,61 @@ def weights_path(checkpoint_dir: str | Path, epoch: int) -> Path:
     return Path(checkpoint_dir) / f"weights-{epoch}.pt"
 
 
-def save_best(checkpoint_dir: str | Path, accuracies: list[float], permute_below: float | None = None) -> None:
-    """Record the validation accuracy of each epoch so far, and which is best (the earliest of equals).
+def best_epoch(accuracies: Sequence[float]) -> int:
+    """Return which validation accuracy is best, the earliest of equals; one that is NaN never, unless all are."""
+    return max(range(len(accuracies)), key=lambda epoch: -1 if math.isnan(accuracies[epoch]) else accuracies[epoch])
 
-    An accuracy that is NaN is never best, unless all are.
+
+def save_best(checkpoint_dir: str | Path, accuracies: list[float], permute_below: float | None = None) -> None:
+    """Record the validation accuracy of each epoch so far, and which weights are best.
 
     Args:
         permute_below: margin below which asking in other orders paid on the validation questions, if it did.
     """
-    best = max(range(len(accuracies)), key=lambda epoch: -1 if math.isnan(accuracies[epoch]) else accuracies[epoch])
-    record = {"best": weights_path("", best).name, "validation_accuracy": accuracies, "permute_below": permute_below}
+    best = weights_path("", best_epoch(accuracies)).name
+    record = {"best": best, "validation_accuracy": accuracies, "permute_below": permute_below}
     write_text(Path(checkpoint_dir) / BEST_FILE, json.dumps(record, indent=2) + "\n")
 
 
-def permutation_margin(checkpoint_dir: str | Path) -> float | None:
-    """Return ``permute_below`` as ``save_best`` recorded it; None where nothing is recorded."""
+def read_best(checkpoint_dir: str | Path) -> dict[str, Any]:
+    """Return what ``save_best`` recorded; empty where nothing is recorded.
+
+    Raises:
+        InputError: if the record is damaged.
+    """
     record = Path(checkpoint_dir) / BEST_FILE
-    return json.loads(record.read_text(encoding="utf-8")).get("permute_below") if record.is_file() else None
+    if not record.is_file():
+        return {}
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{record} can't be read ({error}): remove it, and all weights but the best one") from error
+
+
+def permutation_margin(weights: str | Path) -> float | None:
+    """Return the margin that was measured with these weights; None where none was, or with others."""
+    best = read_best(Path(weights).parent)
+    return best["permute_below"] if best.get("best") == Path(weights).name else None
 
 
 def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
     """Return the weights to use, and why: the best by validation accuracy, or the only file.
 
     Raises:
-        InputError: if there is none, or several and no record of the best.
+        InputError: if there is none, or several and no record of the best, or the best is not there.
     """
     folder = Path(checkpoint_dir)
     found = sorted(folder.glob("weights-*.pt"))
-    record = folder / BEST_FILE
-    if record.is_file():
-        best = json.loads(record.read_text(encoding="utf-8"))
+    best = read_best(folder)
+    if best and found:
         path = folder / best["best"]
-        if path in found:
-            epoch = int(path.stem.split("-")[1])
-            accuracies = best["validation_accuracy"]
-            return path, f"best of {len(accuracies)} epochs, validation accuracy {accuracies[epoch]:.3f}"
+        if path not in found:
+            raise InputError(
+                f"{folder / BEST_FILE} names {path.name}, which is not there: copy it back, or remove {BEST_FILE}"
+            )
+        accuracies = best["validation_accuracy"]
+        reached = accuracies[best_epoch(accuracies)]
+        return path, f"best of {len(accuracies)} epochs, validation accuracy {reached:.3f}"
     if len(found) == 1:
         return found[0], "the only weights file"
     if not found:
@@ -186,6 +209,15 @@ def copy_verified(source: Path, target: Path) -> None:
             raise OSError(f"the copy of {source} at {target} is not the same: is the disk full?")
 
     write_atomically(target, lambda partial: shutil.copyfile(source, partial), verify)
+
+
+def copy_missing(places: Sequence[Path], names: Sequence[str]) -> None:
+    """Give each place the files that it lacks and another one has."""
+    for name in names:
+        having = [place for place in places if (place / name).is_file()]
+        for place in places:
+            if having and place not in having:
+                copy_verified(having[0] / name, place / name)
 
 
 def publish_state(staged: Path, checkpoint_dir: str | Path, step: int, run: dict[str, Any], done: bool = False) -> Path:
@@ -224,10 +256,16 @@ def copy_state(folder: Path, checkpoint_dir: str | Path) -> None:
 
 def _drop_old_states(folder: Path, newest: int) -> None:
     """Keep the newest generations; states of later steps come from an earlier run and are foreign."""
-    steps = sorted((int(path.name.split("-")[1]) for path in folder.glob("step-*")), reverse=True)
+    steps = sorted(_states(folder), reverse=True)
     kept = [step for step in steps if step <= newest][:GENERATIONS]
     for step in set(steps) - set(kept):
         shutil.rmtree(folder / f"step-{step}")
+
+
+def _states(folder: Path) -> dict[int, Path]:
+    """The states in a folder by their step; not what a synchronised Drive calls ``step-100 (1)``."""
+    names = {path: re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*")}
+    return {int(name[1]): path for path, name in names.items() if name}
 
 
 def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> Path | None:
@@ -236,13 +274,24 @@ def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> 
     Args:
         checkpoint_dirs: where states may lie; the first place wins between equals.
         run: what must agree: base, settings, questions.
+
+    Raises:
+        InputError: if all there is belongs to another run that has not ended: it would be lost.
     """
-    found = [path for place in checkpoint_dirs for path in (Path(place) / STATE_FOLDER).glob("step-*")]
-    for folder in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    unfinished = None
+    found = [state for place in checkpoint_dirs for state in _states(Path(place) / STATE_FOLDER).items()]
+    for _, folder in sorted(found, key=lambda state: state[0], reverse=True):  # the first place wins between equals
         fault = _fault_of_state(folder, run)
         if fault is None:
             return folder
         print(f"passing over {folder}: {fault}")
+        if fault.startswith(FOREIGN) and not state_is_done(folder):
+            unfinished = unfinished or f"{folder}: {fault} that has not ended"
+    if unfinished:
+        raise InputError(
+            f"{unfinished}. Set that back to go on with it; to start anew, delete the folder {STATE_FOLDER}, or take "
+            "another checkpoint folder"
+        )
     return None
 
 
@@ -262,4 +311,4 @@ def _fault_of_state(folder: Path, run: dict[str, Any]) -> str | None:
         if not (folder / name).is_file() or file_digest(folder / name) != digest:
             return f"it is torn ({name} is not as it was written)"
     different = sorted(key for key in run.keys() | made_by.keys() if run.get(key) != made_by.get(key))
-    return f"it belongs to another run (other {', '.join(different)})" if different else None
+    return f"{FOREIGN} (other {', '.join(different)})" if different else None

@@ -539,11 +539,12 @@ def train_peft(plan: Plan, out: Path, began: float) -> dict:
 
 
 def preprocess(plan: Plan, out: Path, began: float) -> dict:
-    """Pictures a second and core: ours, Pillow's bare decoding and resizing, and ours after a draft decoding."""
+    """Pictures a second and core: ours, Pillow's bare decoding and resizing, and ours after a draft decoding; and
+    pictures a second with ours in threads, as ``load_ahead`` feeds the model."""
     import torch
     from PIL import Image
 
-    from bridgeblip.processing import QuestionProcessor
+    from bridgeblip.processing import LOADERS, QuestionProcessor, load_ahead
 
     processor = QuestionProcessor.from_base(plan.base)
     height, width = processor.image_size
@@ -565,10 +566,15 @@ def preprocess(plan: Plan, out: Path, began: float) -> dict:
             start = time.perf_counter()
             way(path)
             seconds[name] += time.perf_counter() - start
+    groups = [paths] * REPETITIONS
+    start = time.perf_counter()
+    threaded = sum(map(len, load_ahead(processor.load_pixels, groups))) / (time.perf_counter() - start)
     step = torch.from_numpy(processor.levels[:, 1:2] - processor.levels[:, :1])[..., None]  # a grey level, as a number
     levels = [(draft(path) - processor.load_pixels(path)).abs() / step for path in paths]
     return {
         "per_second": {name: len(paths) * REPETITIONS / took for name, took in seconds.items()},
+        "threads": LOADERS,
+        "threaded_per_second": threaded,
         "draft_levels": {
             "largest": max(level.max().item() for level in levels),
             "mean": statistics.mean(level.mean().item() for level in levels),

@@ -2,7 +2,6 @@
 
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -22,7 +21,7 @@ from bridgeblip.inference import Bundle, letters_of, load_bundle, predict
 from bridgeblip.model import load_sliced
 from bridgeblip.processing import QuestionProcessor
 from bridgeblip.questions import LETTERS, Question, read_questions, read_table
-from bridgeblip.report import accuracy_of, read_probabilities, write_report
+from bridgeblip.report import accuracy_of, read_probabilities, with_answers, write_report
 from bridgeblip.training import TrainSettings, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +84,7 @@ def run_demo(out: str | Path = "demo", limits: dict[str, int] | None = None, epo
         epochs=epochs, batch_size=TINY_BATCH, learning_rate=TINY_RATE, head_learning_rate=TINY_RATE
     )
     shared = {"COMPETITION_DIR": str(competition), "CHECKPOINT_DIR": str(checkpoint)}
-    training = {"EPOCHS": epochs, "BATCH_SIZE": TINY_BATCH, "LEARNING_RATE": TINY_RATE, "HEAD_LEARNING_RATE": TINY_RATE}
+    training = {"EPOCHS": epochs, "BATCH_SIZE": TINY_BATCH, "LEARNING_RATE": TINY_RATE}
     parameters = {
         "train.ipynb": shared | training | {"BASE": "tiny"},
         "torchscript.ipynb": {"CHECKPOINT_DIR": str(checkpoint)},
@@ -111,10 +110,7 @@ def run_demo(out: str | Path = "demo", limits: dict[str, int] | None = None, epo
 
 def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.DataFrame:
     """Compare every way to answer the test questions, and write the report; the only reader of the true answers."""
-    answers = read_table(out / "answers.csv").set_index("ID")["answer"]
-    questions = [
-        replace(q, answer=LETTERS.index(answers[q.id])) for q in read_questions(out / "competition" / "test.csv")
-    ]
+    questions = with_answers(read_questions(out / "competition" / "test.csv"), out / "answers.csv")
     submitted = read_table(out / "submission.csv").set_index("ID")["answer"]
     bundle = load_bundle(out / "checkpoint" / "torchscript.pt")
     weights = out / "checkpoint" / bundle.manifest["trained"]["file"]

@@ -29,6 +29,7 @@ DEMO_PACKAGES = {"nbclient", "nbformat", "ipykernel"}  # no stage imports these
 TORCHAO_CHECKED_SINCE = Version("0.19")  # of peft; see its import_utils.py
 BASE_FILES = ("processor_config.json", "tokenizer.json", "qformer_tokenizer/tokenizer.json")
 MEMORY_FACTOR = 1.2  # peak memory in multiples of the weights
+FEW_QUESTIONS = 300  # below, one pass is too little
 SHOWN = 5  # examples of one kind of fault
 
 
@@ -147,18 +148,23 @@ def _check_train(found, csv, base, folder, layers, bridge, settings, revision, d
 
     settings = settings or TrainSettings()
     processor, model = _check_base(found, base, layers, revision)
-    _check_questions(found, csv, processor, True, least_pictures=round(1 / settings.validation_fraction))
+    rows = _check_questions(found, csv, processor, True, least_pictures=round(1 / settings.validation_fraction))
+    if 0 < len(rows) < FEW_QUESTIONS and settings.epochs == 1:
+        what = f"{len(rows)} questions are few to learn from, and each would be seen once"
+        found.add("note", what, "there is a profile for few: FEW = True in the notebook, --few from a shell")
     if model is not None:
         total = _check_budget(found, model, limit)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         chosen = f"{dtype}: as asked for" if dtype else str(choose_precision(device, total))
         bridge = bridge or BridgeSettings()
         _check_memory(found, held_memory(model.config, _format(found, chosen), bridge)["total"])
-        _check_disk(found, folder, settings.epochs * 4 * count_trained(model, bridge))
+        # A weights file an epoch; two saved states and one in the making, each with averages and both moments.
+        _check_disk(found, folder, (settings.epochs + 3 * 4) * 4 * count_trained(model, bridge))
 
 
 def _check_export(found, weights, base, out, layers, revision, dtype, limit) -> None:
     from bridgeblip.budget import held_memory
+    from bridgeblip.export import export_device
 
     named = found.attempt(_read_weights, weights)
     if named is None:
@@ -174,23 +180,30 @@ def _check_export(found, weights, base, out, layers, revision, dtype, limit) -> 
     if model is not None:
         chosen = f"{dtype}: as asked for" if dtype else f"{named.get('dtype', 'float32')}: as trained"
         _check_budget(found, model, limit)
-        size = held_memory(model.config, _format(found, chosen))["total"]
-        _check_memory(found, size, on_gpu=False)
+        dtype = _format(found, chosen)
+        device = export_device(dtype)
+        _check_speed(found, device, dtype, "take a machine with a GPU, or export as float32")
+        size = held_memory(model.config, dtype)["total"]
+        _check_memory(found, size, on_gpu=device != "cpu")
         _check_disk(found, out.parent, size)
 
 
 def _check_predict(found, csv, bundle, sample, out, limit) -> None:
-    processor, model = found.attempt(_open_bundle, bundle) or (None, None)
+    from bridgeblip.inference import best_device
+    from bridgeblip.submission import read_sample
+
+    processor, model, dtype = found.attempt(_open_bundle, bundle) or (None, None, None)
     rows = _check_questions(found, csv, processor, False)
     if rows:
         path = Path(sample or csv.with_name("sample_submission.csv"))
         if sample or path.is_file():
-            found.attempt(_check_sample, path, rows)
+            found.attempt(lambda path: read_sample([q.id for q in rows], path), path)
         else:
             found.add("note", f"no {path}: the submission gets the columns ID and answer, in the order of {csv}")
     if model is not None:
         _check_budget(found, model, limit)
     if processor is not None:
+        _check_speed(found, best_device(), dtype, "export it as float32, for an older GPU as float16")
         _check_memory(found, bundle.stat().st_size)
     _check_disk(found, out.parent, 2**20)
 
@@ -228,9 +241,24 @@ def _check_gpu(found: Findings) -> None:
     if not torch.cuda.is_available():
         found.add("note", "no CUDA GPU: the real base is slow on a CPU", "in Colab, Runtime > Change runtime type")
         return
+    if fault := _fault_of_gpu():
+        what = f"this torch can't compute on {torch.cuda.get_device_name()} ({fault})"
+        found.add("problem", what, "take another GPU (on Kaggle T4, not P100), or a torch built for this one")
+        return
     (major, minor), (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
     memory = f"{_size(total)} memory, {_size(free)} of it free"
     found.add("ok", f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, {memory}")
+
+
+def _fault_of_gpu() -> str:
+    """Say why a first operation on the GPU fails, as where torch has no kernels for it; empty if it does not."""
+    import torch
+
+    try:
+        torch.ones(1, device="cuda").add_(1)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def _format(found: Findings, chosen: str):
@@ -239,6 +267,13 @@ def _format(found: Findings, chosen: str):
 
     found.add("ok", f"weights in {chosen}")
     return getattr(torch, chosen.split(":")[0])
+
+
+def _check_speed(found: Findings, device: str, dtype, remedy: str) -> None:
+    from bridgeblip.precision import slow_format
+
+    slow, name = slow_format(device, dtype), str(dtype).removeprefix("torch.")
+    found.judge(bool(slow), f"computing on {device}: {slow or f'quick in {name}'}", remedy, "warning")
 
 
 def _check_questions(found: Findings, csv: Path, processor, need_answers: bool, least_pictures: int = 1):
@@ -323,18 +358,11 @@ def _fault(path: Path) -> str:
     return ""
 
 
-def _check_sample(path: Path, rows: Sequence[questions.Question]) -> None:
-    sample = questions.read_table(path)
-    strangers = set(sample.iloc[:, 0]) ^ {q.id for q in rows}
-    if len(sample.columns) != 2 or strangers:
-        raise InputError(
-            f"{path} has columns {', '.join(sample.columns)} and differs from the questions in {len(strangers)} IDs; "
-            "expected ID and answer, for the same IDs: take both files from the same download"
-        )
-
-
 def _open_bundle(path: Path):
-    """Return a bundle's processor and its model without weights; no model where transformers is not installed."""
+    """Return a bundle's processor, its model without weights, and its number format; no model where transformers is
+    not installed."""
+    import torch
+
     from bridgeblip.inference import load_bundle
     from bridgeblip.processing import PROCESSOR_FILES, QuestionProcessor
 
@@ -349,12 +377,13 @@ def _open_bundle(path: Path):
         manifest = json.loads(archive.read(files["manifest.json"]))
     if (manifest["processor"], manifest["prompt"]) != (processor.fingerprint, questions.PROMPT_TEMPLATE):
         raise InputError(f"{path} was exported with another processor or prompt than it meets here: export it again")
+    dtype = getattr(torch, manifest["dtype"])
     if not importlib.util.find_spec("transformers"):
-        return processor, None
+        return processor, None, dtype
     from bridgeblip.config import BridgeBlipConfig
     from bridgeblip.model import empty_model
 
-    return processor, empty_model(BridgeBlipConfig.from_dict(manifest["config"]))
+    return processor, empty_model(BridgeBlipConfig.from_dict(manifest["config"])), dtype
 
 
 def _read_weights(path: Path) -> dict:

@@ -25,7 +25,7 @@ from bridgeblip.checkpoints import (
     write_text,
 )
 from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, compare_configs
-from bridgeblip.inference import BUNDLE_FORMAT, load_bundle
+from bridgeblip.inference import BUNDLE_FORMAT, best_device, load_bundle
 from bridgeblip.model import (
     BridgeBlipForMultipleChoice,
     attach_bridge,
@@ -33,12 +33,14 @@ from bridgeblip.model import (
     load_trained,
     merge_bridge,
 )
+from bridgeblip.precision import slow_format
 from bridgeblip.processing import QuestionProcessor
 from bridgeblip.questions import LETTERS, PROMPT_TEMPLATE
 
 SCORE_INPUTS = ("qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
 PARITY_BOUND = 1e-4  # largest difference of a logit allowed between two forms of the model, in fp32
 MERGING_SHARE = 0.02  # the same in bfloat16 and float16, as a share of the spread of the logits: merging rounds
+TRAINED_SHARE = 0.2  # the same between two machines or number formats: another base parts by all of the spread
 RELOADING_SHARE = 0.01  # tracing, saving and loading round nothing; this is room for another order of sums
 
 
@@ -85,8 +87,14 @@ def restore(
     if manifest.get("processor", processor.fingerprint) != processor.fingerprint:
         raise InputError(f"{weights} was trained with another tokenizer or image processor than {base} has")
     dtype = getattr(torch, dtype or manifest.get("dtype", "float32"))
-    sliced = load_sliced(base, processor.letter_ids, manifest["layers"], dtype=dtype, revision=revision)
+    device = export_device(dtype)
+    sliced = load_sliced(base, processor.letter_ids, manifest["layers"], dtype=dtype, device=device, revision=revision)
     return Restored(_put_weights(sliced, loaded), processor, manifest, dtype)
+
+
+def export_device(dtype: torch.dtype) -> str:
+    """Where to export: on the CPU, which every machine has, unless it is slow in this format and there is a GPU."""
+    return best_device() if slow_format("cpu", dtype) else "cpu"
 
 
 def config_changes(weights: str | Path, base: str | Path | None = None) -> list[str]:
@@ -101,7 +109,10 @@ def config_changes(weights: str | Path, base: str | Path | None = None) -> list[
 
 def _put_weights(sliced: BridgeBlipForMultipleChoice, loaded: Weights) -> nn.Module:
     if loaded.manifest is None:
-        sliced.load_state_dict(loaded.tensors, strict=True)
+        try:
+            sliced.load_state_dict(loaded.tensors, strict=True)
+        except RuntimeError as error:
+            raise InputError(f"this state dict is not of a model sliced like that ({str(error)[:300]})") from error
         return sliced
     model = attach_bridge(sliced, BridgeSettings(**loaded.manifest["bridge"]))
     load_trained(model, loaded.tensors)
@@ -216,16 +227,23 @@ class ParityGate:
     """
 
     def __init__(self, probe: dict[str, torch.Tensor], model: nn.Module, dtype: torch.dtype):
-        self.probe, self.exact = probe, dtype == torch.float32
-        self.reference = _logits_by_case(model, probe)
+        device = next(model.parameters()).device
+        self.probe = {name: tensor.to(device) for name, tensor in probe.items()}
+        self.dtype = dtype
+        self.reference = _logits_by_case(model, self.probe)
         self.rows: list[dict] = []
 
-    def compare(self, form: str, logits_by_case: dict[str, torch.Tensor], share: float) -> None:
-        """Add a row a case: the largest difference of a logit, and letters that differ without being a tie."""
+    def compare(self, form: str, logits_by_case: dict[str, torch.Tensor], share: float | None) -> None:
+        """Add a row a case: the largest difference of a logit, and letters that differ without being a tie.
+
+        Args:
+            share: of the spread of the batch's logits that they may part by; None holds them to ``PARITY_BOUND``.
+        """
+        whole = next(iter(self.reference.values()))  # a single row may spread by next to nothing
+        spread = (whole.max() - whole.min()).item()
+        bound = PARITY_BOUND if share is None else share * spread
         for case, logits in logits_by_case.items():
             expected = self.reference[case]
-            spread = (expected.max() - expected.min()).item()
-            bound = PARITY_BOUND if self.exact else share * spread
             difference = (logits - expected).abs().max().item()
             best = expected.topk(2).values
             clear = best[:, 0] - best[:, 1] > 2 * bound
@@ -233,15 +251,28 @@ class ParityGate:
             row = {"form": form, "case": case, "difference": difference, "bound": bound, "letters changed": changed}
             self.rows.append(row | {"ok": difference <= bound and not changed})
 
+    def compare_trained(self, logits: torch.Tensor, dtype: str) -> None:
+        """Compare the model with what it gave for the probe when it was trained, in ``dtype`` and perhaps elsewhere.
+
+        Args:
+            logits: (rows, choices); minus infinity where a question has no such choice, which the probe does not mask.
+        """
+        case, expected = next(iter(self.reference.items()))
+        logits = torch.where(logits.isfinite(), logits, expected)
+        self.compare("as trained", {case: logits}, self._share(TRAINED_SHARE, dtype == "float32"))
+
     def compare_merged(self, merged: nn.Module) -> None:
         """Compare the merged model with the adapters; from now on it is what the file must answer like."""
         logits = _logits_by_case(merged, self.probe)
-        self.compare("merged", logits, MERGING_SHARE)
+        self.compare("merged", logits, self._share(MERGING_SHARE))
         self.reference = logits
 
     def compare_reloaded(self, reloaded: nn.Module) -> None:
         """Compare what was read back from the file with the merged model."""
-        self.compare("reloaded", _logits_by_case(reloaded, self.probe), RELOADING_SHARE)
+        self.compare("reloaded", _logits_by_case(reloaded, self.probe), self._share(RELOADING_SHARE))
+
+    def _share(self, of_half_precision: float, exact: bool = True) -> float | None:
+        return None if exact and self.dtype == torch.float32 else of_half_precision
 
     @property
     def table(self) -> pd.DataFrame:
@@ -275,8 +306,9 @@ def export_bundle(
     restored = restore(weights, base, dtype=dtype)
     probe = restored.manifest.get("probe", {})
     gate = ParityGate(probe.get("inputs") or example_batch(restored.processor), restored.model, restored.dtype)
-    if probe and restored.dtype == torch.float32 and restored.manifest.get("dtype") == "float32":
-        gate.compare("as trained", {next(iter(gate.reference)): probe["logits"]}, MERGING_SHARE)
+    if probe:
+        gate.compare_trained(probe["logits"], restored.manifest["dtype"])
+    device = next(restored.model.parameters()).device
     merged = merge_bridge(restored.model)
     gate.compare_merged(merged)
     gate.check(out)
@@ -290,16 +322,15 @@ def export_bundle(
         held.clear()  # the file is read back without a second copy of the weights in memory
         gc.collect()
 
-    def verify(partial: Path):
-        gate.compare_reloaded(load_bundle(partial).model)
+    def verify(partial: Path) -> str:
+        gate.compare_reloaded(load_bundle(partial, device).model)
         gate.check(out)
-        digest.append(file_digest(partial))
+        return file_digest(partial)
 
-    digest: list[str] = []
     digests = out.with_name(f"{out.name}.sha256")
     digests.unlink(missing_ok=True)  # of a file that is about to go
-    write_atomically(out, write, verify)
-    write_text(digests, f"{digest[0]}  {out.name}\n")
+    digest = write_atomically(out, write, verify)
+    write_text(digests, f"{digest}  {out.name}\n")
     return out, gate.table
 
 
@@ -313,7 +344,7 @@ def _bundle_manifest(restored: Restored, merged: BridgeBlipForMultipleChoice, we
         "processor": restored.processor.fingerprint,
         "dtype": str(restored.dtype).removeprefix("torch."),
         "config": merged.config.to_dict(),
-        "trained": trained | {"file": weights.name, "permute_below": permutation_margin(weights.parent)},
+        "trained": trained | {"file": weights.name, "permute_below": permutation_margin(weights)},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
 
@@ -341,5 +372,5 @@ def _logits_by_case(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[st
     logits = {}
     for case, inputs in cases.items():
         output = model(**inputs)
-        logits[case] = getattr(output, "logits", output).float()
+        logits[case] = getattr(output, "logits", output).float().cpu()
     return logits

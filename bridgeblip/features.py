@@ -9,6 +9,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from bridgeblip.checkpoints import write_atomically
-from bridgeblip.processing import QuestionProcessor
+from bridgeblip.processing import LOADERS, QuestionProcessor, load_ahead
 from bridgeblip.questions import Question
 
 DEFAULT_LIMIT = 40 * 10**9  # bytes of features on disk: some 55,000 pictures of the real model
@@ -109,21 +110,25 @@ def fill(
     """
     keys = list(pictures)
     quiet = share[0] > 0
-    checked = tqdm(keys, desc="checking cached pictures", unit="picture", disable=quiet, leave=False)
-    missing = {key for key in checked if not cache.has(key)}
+    with ThreadPoolExecutor(LOADERS) as pool:
+        checked = tqdm(pool.map(cache.has, keys), "checking cached pictures", len(keys), disable=quiet, leave=False)
+        missing = {key for key, is_there in zip(keys, checked, strict=True) if not is_there}
     chunks = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)][share[0] :: share[1]]
     chunks = [chunk for chunk in chunks if missing.intersection(chunk)]
     device = next(model.parameters()).device
     roomy, count = False, sum(map(len, chunks))
-    with tqdm(total=count, desc="encoding pictures", unit="picture", disable=quiet or not count) as bar:
-        for chunk in chunks:
-            pixels = torch.stack([processor.load_pixels(pictures[key]) for key in chunk])
-            features = dict(zip(chunk, model.encode_image(pixels.to(device)), strict=True))
+    with (
+        ThreadPoolExecutor(LOADERS) as pool,
+        tqdm(total=count, desc="encoding pictures", unit="picture", disable=quiet or not count) as bar,
+    ):
+        loaded = load_ahead(lambda key: processor.load_pixels(pictures[key]), chunks)
+        for chunk, pixels in zip(chunks, loaded, strict=True):
+            features = dict(zip(chunk, model.encode_image(torch.stack(pixels).to(device)).cpu(), strict=True))
             if not roomy and not _make_room(cache, keys, features[chunk[0]].nbytes, len(missing), limit):
                 return False
             roomy = True
-            for key in missing.intersection(chunk):
-                cache.write(key, features[key])
+            fresh = list(missing.intersection(chunk))
+            list(pool.map(cache.write, fresh, [features[key] for key in fresh]))  # raises what a write does
             bar.update(len(chunk))
     for key in keys[share[0] :: share[1]]:
         if key not in missing:

@@ -8,11 +8,10 @@ import json
 import os
 import warnings
 import zipfile
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,14 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.checkpoints import file_digest, write_text
-from bridgeblip.processing import PROCESSOR_FILES, QuestionProcessor
+from bridgeblip.processing import PROCESSOR_FILES, QuestionProcessor, load_ahead
 from bridgeblip.questions import LETTERS, PROMPT_TEMPLATE, Question, cyclic_orders, picture_key
 
 BUNDLE_FORMAT = 1
 PICTURES_A_WINDOW = 32  # encoded pictures held at a time: bounds the memory whatever the number of rows
 TOKENS_A_BATCH = 8192  # of the language model, padding included: long prompts come in smaller batches
-LOADERS = 4  # threads that decode pictures
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # TorchScript turns torch's errors into plain ones
+# TorchScript turns torch's errors into plain ones.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 BLANK = "blank"  # key of the picture that stands for a missing one
 FLAGS = ("blank", "shortened", "permuted", "order")
 
@@ -69,7 +68,13 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     files = dict.fromkeys([*PROCESSOR_FILES, "manifest.json"], "")
     try:
         model = torch.jit.load(str(path), map_location=device, _extra_files=files)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is one
+        if _is_out_of_memory(error):
+            size = path.stat().st_size / 1e9
+            raise InputError(
+                f"no memory on {device} for {path}, {size:.1f} GB: restart this and other notebooks, or take a larger "
+                "machine"
+            ) from error
         raise InputError(f"{path} is no TorchScript file ({str(error)[:200]}): export or copy it again") from error
     lacking = [name for name, text in files.items() if not text]
     if lacking:
@@ -177,7 +182,8 @@ def predict(
     done = _read_kept(kept_folder(out), fingerprint, mine) if out else {}
     to_do = [index for index in mine if index not in done]
     asked = [[[questions[row] for row in rows] for rows in windows[index]] for index in to_do]
-    loaded = _load_ahead(bundle.processor, [[group[0].image for group in groups] for groups in asked])
+    paths = [[group[0].image for group in groups] for groups in asked]
+    loaded = load_ahead(partial(_pixels_or_blank, bundle.processor), paths)
     rows_to_do = sum(len(group) for groups in asked for group in groups)
     with tqdm(total=rows_to_do, desc="answering", unit="row", disable=rank > 0) as bar:
         for index, groups, pictures in zip(to_do, asked, loaded, strict=True):
@@ -235,37 +241,19 @@ def _gather(done: dict[int, list], world: int) -> dict[int, list]:
     """Return the windows that all processes have answered."""
     if world == 1:
         return done
-    alone = not torch.distributed.is_initialized()
-    if alone:
+    if not torch.distributed.is_initialized():  # kept for a second call: rebuilt, the processes could miss each other
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))  # the others may be slower
     parts: list = [None] * world
     torch.distributed.all_gather_object(parts, done)
-    if alone:
-        torch.distributed.destroy_process_group()
     return {index: answers for part in parts for index, answers in part.items()}
 
 
-def _load_ahead(
-    processor: QuestionProcessor, windows: Sequence[Sequence[Path | None]]
-) -> Iterator[list[tuple[torch.Tensor, str]]]:
-    """Yield each window's pixels, and what is wrong with a picture, which is blank then.
-
-    The next window's pictures are decoded meanwhile: a GPU answers about as quickly as a few threads decode.
-    """
-
-    def load(path: Path | None) -> tuple[torch.Tensor, str]:
-        try:
-            return processor.load_pixels(path) if path else processor.blank_pixels, ""
-        except InputError as error:
-            return processor.blank_pixels, f"{type(error.__cause__).__name__}: {error.__cause__}"
-
-    with ThreadPoolExecutor(LOADERS) as pool:
-        begun = deque()
-        for paths in windows:
-            begun.append(pool.map(load, paths))
-            if len(begun) > 1:
-                yield list(begun.popleft())
-        yield from map(list, begun)
+def _pixels_or_blank(processor: QuestionProcessor, path: Path | None) -> tuple[torch.Tensor, str]:
+    """A picture's pixels, and what is wrong with it: then they are blank."""
+    try:
+        return processor.load_pixels(path) if path else processor.blank_pixels, ""
+    except InputError as error:
+        return processor.blank_pixels, f"{type(error.__cause__).__name__}: {error.__cause__}"
 
 
 @torch.inference_mode()
@@ -286,14 +274,12 @@ def _answer_window(
     fitted = [bundle.processor.fit(question) for question in asked]
     single = _score(bundle, embeds, places, fitted, batch_size, bar)
     unsure = np.flatnonzero(margins(single) < permute_below)
-    turns = [(row, turn) for row in unsure for turn in cyclic_orders(asked[row].choices)[1:]]
-    turned = [bundle.processor.fit(asked[row].reordered(turn)) for row, turn in turns]
-    views = [[probabilities] for probabilities in single]
-    scores = _score(bundle, embeds, [places[row] for row, _ in turns], turned, batch_size)
-    for (row, turn), seen in zip(turns, scores, strict=True):
-        view = seen.copy()
-        view[list(turn.values())] = seen[list(turn.keys())]  # back to the choices as written
-        views[row].append(view)
+
+    def ask(rows: Sequence[int], shown: Sequence[Question]) -> np.ndarray:
+        shown = [bundle.processor.fit(question) for question in shown]
+        return _score(bundle, embeds, [places[row] for row in rows], shown, batch_size)
+
+    views = ask_in_orders(asked, single, unsure, ask)
     answers = []
     for question, fit, place, seen in zip(asked, fitted, places, views, strict=True):
         changed = len({int(view.argmax()) for view in seen}) > 1
@@ -306,6 +292,31 @@ def _answer_window(
             problems.append(f"the prompt is longer than the {limit} tokens that the model reads: cut the {what}")
         answers.append((np.mean(seen, axis=0).tolist(), flags, "; ".join(problems)))
     return answers
+
+
+def ask_in_orders(
+    questions: Sequence[Question],
+    single: np.ndarray,
+    rows: Sequence[int],
+    ask: Callable[[Sequence[int], Sequence[Question]], np.ndarray],
+) -> list[list[np.ndarray]]:
+    """Return the probabilities (choices,) that each question was given: as written, and ``rows`` in every cyclic order
+    of their choices, too, put back to the choices as written.
+
+    Args:
+        single: probabilities (questions, choices), asked as written.
+        ask: gives the probabilities of rows whose choices stand in another order, shown beside them.
+    """
+    turns = [(row, turn) for row in rows for turn in cyclic_orders(questions[row].choices)[1:]]
+    views = [[probabilities] for probabilities in single]
+    if not turns:
+        return views
+    scores = ask([row for row, _ in turns], [questions[row].reordered(turn) for row, turn in turns])
+    for (row, turn), seen in zip(turns, scores, strict=True):
+        view = seen.copy()
+        view[list(turn.values())] = seen[list(turn.keys())]
+        views[row].append(view)
+    return views
 
 
 def _encode_pictures(bundle: Bundle, pixels: Sequence[torch.Tensor], batch_size: int) -> torch.Tensor:
@@ -358,13 +369,17 @@ def _in_halves(run: Callable[[Sequence[int]], torch.Tensor], rows: Sequence[int]
     """Return ``run(rows)``, put together from halves where the memory does not suffice for all at once."""
     try:
         return run(rows)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if len(rows) == 1 or not any(words in str(error) for words in OUT_OF_MEMORY):
+    except RuntimeError as error:
+        if len(rows) == 1 or not _is_out_of_memory(error):
             raise
     warnings.warn(f"no memory for {len(rows)} rows at a time, halving; set a smaller batch size", stacklevel=2)
     torch.cuda.empty_cache()
     half = len(rows) // 2
     return torch.cat([_in_halves(run, rows[:half]), _in_halves(run, rows[half:])])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def margins(probabilities: np.ndarray) -> np.ndarray:

@@ -63,6 +63,9 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
         self.qformer = InstructBlipQFormerModel._from_config(config.qformer_config)
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+        for linear in [*self.qformer.modules(), self.language_projection]:
+            if isinstance(linear, nn.Linear):
+                linear.register_forward_pre_hook(_make_contiguous)
         self.language_model = T5Model._from_config(config.text_config)
         self.head = nn.Linear(config.text_config.hidden_size, config.num_choices)
         self.loss_type = "ForSequenceClassification"  # transformers guesses it from the class name, and warns
@@ -193,6 +196,12 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         )
 
 
+def _make_contiguous(linear: nn.Linear, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """The Q-Former cuts queries and text out of one tensor. Of a linear that is given such a slice, torch copies the
+    weights for every row of the batch, and in bfloat16 it rounds before the bias, too, unless the batch has one row."""
+    return (inputs[0].contiguous(),)
+
+
 def without_autocast(model: nn.Module) -> torch.autocast:
     """Every weight has the format it computes well in: autocast would take T5's ``wo`` from fp32 back to fp16, where
     it overflows."""
@@ -236,7 +245,7 @@ def load_sliced(
 
     The cut decoder layers never exist in memory, nor does the LM head but for the rows of
     ``letter_ids``, one row a choice, which start the head ("random" starts it from noise).
-    In fp16, T5's overflowing products and the head stay in fp32.
+    In half precision the head stays in fp32, in fp16 T5's overflowing products too.
 
     Raises:
         InputError: if the layers can't be kept, or the base is no InstructBLIP with a T5 or lacks a tensor.

@@ -41,10 +41,33 @@ def choose_precision(device: str | torch.device, parameters: int) -> Precision:
     return Precision(torch.float32, "what a CPU computes exactly")
 
 
+def slow_format(device: str | torch.device, dtype: torch.dtype) -> str:
+    """Say why ``device`` computes in ``dtype`` many times slower than in another format; empty if it does not.
+
+    Without oneDNN's kernels a CPU multiplies half precision number by number: hours where float32 takes minutes.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32:
+        return ""
+    if torch.device(device).type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        emulated = dtype == torch.bfloat16 and major < 8
+        return f"a GPU of compute capability {major}.{minor} only emulates {name}" if emulated else ""
+    kernels = torch.ops.mkldnn
+    has = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    supported = torch.backends.mkldnn.is_available() and getattr(kernels, has)()
+    return "" if supported else f"this CPU has no quick way to multiply in {name}"
+
+
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The format of a tensor in a model of ``dtype``: in fp16, T5's overflowing ``wo`` and the head stay in fp32."""
-    overflows = name.endswith(("DenseReluDense.wo.weight", "head.weight", "head.bias"))
-    return torch.float32 if overflows and dtype == torch.float16 else dtype
+    """The format of a tensor in a model of ``dtype``.
+
+    In half precision the head stays in fp32, as it was trained: rounded logits would make ties of close answers. In
+    fp16 T5's ``wo`` does, too: its products overflow.
+    """
+    is_head = name.endswith(("head.weight", "head.bias"))
+    overflows = name.endswith("DenseReluDense.wo.weight") and dtype == torch.float16
+    return torch.float32 if is_head or overflows else dtype
 
 
 @torch.no_grad()

@@ -89,8 +89,8 @@ def question_sheet(
 
     The answer given is marked, green if right, red if wrong; a tick stands at the right one, if known.
     """
-    shown = range(0, len(questions), -(-len(questions) // count))
-    rows = -(-len(shown) // columns)
+    shown = range(0, len(questions), max(1, -(-len(questions) // count)))
+    rows = max(1, -(-len(shown) // columns))
     figure = Figure(figsize=(3.2 * columns, 4.6 * rows), layout="constrained")
     grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 2] * rows)
     for axes in grid.ravel():

@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
-    EarlyStoppingCallback,
     EvalPrediction,
     InstructBlipConfig,
     PrinterCallback,
@@ -28,6 +28,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    enable_full_determinism,
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
@@ -38,6 +39,7 @@ from bridgeblip.base import resolve_base
 from bridgeblip.budget import BUDGET_LIMIT, certify_budget
 from bridgeblip.callbacks import (
     Averages,
+    Patience,
     Progress,
     SelfCheck,
     StateKeeper,
@@ -46,10 +48,21 @@ from bridgeblip.callbacks import (
     history_table,
     in_notebook,
 )
-from bridgeblip.checkpoints import STATE_FOLDER, newest_state, require_writable, save_best, state_is_done, weights_path
+from bridgeblip.checkpoints import (
+    STATE_FOLDER,
+    best_epoch,
+    copy_missing,
+    copy_verified,
+    load_weights,
+    newest_state,
+    require_writable,
+    save_best,
+    state_is_done,
+    weights_path,
+)
 from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeSettings, decoder_layers, slice_config
 from bridgeblip.features import CachedPictures, FeatureCache, default_folder, encoder_key, fill
-from bridgeblip.inference import Bundle, choose_permutation_margin, predict
+from bridgeblip.inference import ask_in_orders, choose_permutation_margin
 from bridgeblip.model import attach_bridge, load_sliced, load_trained, trained_tensors
 from bridgeblip.precision import choose_precision
 from bridgeblip.processing import QuestionProcessor
@@ -60,7 +73,6 @@ PROBE_SIZE = 3  # questions whose logits travel with the weights
 TRAINED_FILE = "trained.safetensors"
 STAGING_FOLDER = ".staging"
 REPORT_FILE = "report.html"
-HANG_SECONDS = 600  # several processes: how long one waits for the others before it gives up
 
 
 class TrainingStopped(InputError):
@@ -71,7 +83,7 @@ class TrainingStopped(InputError):
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and how fast to train. The defaults suit a few thousand questions; ``for_few`` suits sixty."""
+    """How long and how fast to train. The defaults suit a few thousand questions; ``choose(few=True)`` sixty."""
 
     epochs: int = 1
     """Passes over the training questions; each writes a weights file."""
@@ -107,10 +119,14 @@ class TrainSettings:
     """Time between two saved states, the most that a disconnect costs."""
 
     @classmethod
-    def for_few(cls, **changes) -> "TrainSettings":
-        """The profile for some sixty questions: more passes, a gentler rate, more pictures to measure on."""
-        few = {"epochs": 8, "batch_size": 8, "warmup": 0.1, "label_smoothing": 0.1, "validation_fraction": 0.2}
-        return cls(**few | changes)
+    def choose(cls, few: bool = False, **changes) -> "TrainSettings":
+        """The defaults or, if ``few``, the profile for some sixty questions; a change that is None changes nothing."""
+        profile = FEW if few else {}
+        return cls(**profile | {name: value for name, value in changes.items() if value is not None})
+
+
+# For sixty questions: more passes, a gentler start, more pictures to measure on.
+FEW = {"epochs": 8, "batch_size": 8, "warmup": 0.1, "label_smoothing": 0.1, "validation_fraction": 0.2}
 
 
 NOT_THE_RESULT = ("workers", "save_minutes")  # settings that a resumed run may change
@@ -124,7 +140,7 @@ class TrainResult:
     """One row a logged step: ``step``, ``epoch``, ``loss``, and ``accuracy`` where validated."""
     validation: list[Question]
     probabilities: np.ndarray
-    """(validation questions, choices), after the last epoch."""
+    """(validation questions, choices), by the weights of the best epoch."""
     blank_probabilities: np.ndarray
     """The same without the pictures: what the questions alone give away."""
     weights: list[Path]
@@ -146,7 +162,8 @@ def train(
     """Slice ``base``, bridge it, train adapters and head, and write ``weights-N.pt`` after each epoch.
 
     Called again after any interruption, with the same settings, it goes on in the middle of the epoch and
-    ends with the same tensors; called again after the end, it trains nothing and returns the same result.
+    ends with the same tensors; called again after the end, it trains nothing and returns the same result. The
+    result and the report are of the epoch that validates best, whose weights an export takes.
 
     Args:
         base: "tiny", a folder, or a hub id, of which ``revision`` is taken.
@@ -156,21 +173,57 @@ def train(
         copy_to: a second checkpoint folder, such as one on Drive, that gets a verified copy of every file.
 
     Raises:
-        InputError: if the questions, pictures or the base can't be used; before anything long starts.
+        InputError: if the questions, pictures or the base can't be used, or the folder has the state of another run
+            that has not ended; before anything long starts.
         TrainingStopped: after the stop button, Ctrl-C or SIGTERM.
     """
-    layers = decoder_layers(layers)
-    checkpoint_dir, copy_to = Path(checkpoint_dir), Path(copy_to) if copy_to else None
-    places = [place for place in (checkpoint_dir, copy_to) if place]
+    checkpoint_dir = Path(checkpoint_dir)
+    places = [checkpoint_dir, Path(copy_to)] if copy_to else [checkpoint_dir]
     process = PartialState(cpu=not torch.cuda.is_available())
     for place in places if process.is_main_process else ():
         require_writable(place)
+    run = _prepare(train_csv, base, settings, bridge, layers, revision, budget_limit, features, process)
+    resumed = newest_state(places, run.identity)
+    trainer, keeper = _trainer(run, places, settings)
+    if process.is_main_process and not (resumed and state_is_done(resumed)):
+        trainer.add_callback(_tensorboard(checkpoint_dir))
+    trainer.go(resumed, keeper.stopper)
+    if keeper.leaving:
+        raise TrainingStopped(
+            f"stopped on request after step {trainer.state.global_step} of {trainer.state.max_steps}; all is saved in "
+            f"{checkpoint_dir / STATE_FOLDER}: run the same again to go on"
+        )
+    return _conclude(trainer, run, places, process)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that is decided before the first step."""
+
+    training: list[Question]
+    validation: list[Question]
+    processor: QuestionProcessor
+    model: nn.Module
+    """Sliced, with bridge and head to be trained."""
+    dtype: torch.dtype
+    pictures: CachedPictures | None
+    """Reads cached image features; None encodes anew in every epoch."""
+    blank: "BlankPictures"
+    manifest: dict[str, Any]
+    """What each weights file says of itself."""
+    identity: dict[str, Any]
+    """What a saved state must agree with."""
+
+
+def _prepare(train_csv, base, settings, bridge, layers, revision, budget_limit, features, process) -> _Run:
+    """Read and split the questions, load and bridge the model, encode the pictures; arguments as for ``train``."""
+    layers = decoder_layers(layers)
     questions = read_questions(train_csv, need_answers=True)
     training, validation = split_by_picture(questions, settings.validation_fraction, settings.seed)
     folder = resolve_base(base, revision)
     processor = QuestionProcessor.from_base(folder)
     processor.encode_prompts([q.prompt for q in questions])  # refuses too long prompts now rather than in mid-epoch
-    set_seed(settings.seed, deterministic=settings.deterministic)
+    (enable_full_determinism if settings.deterministic else set_seed)(settings.seed)
     config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
     budget = certify_budget(config, budget_limit)
     device = process.device if process.device.type == "cuda" else torch.device("cpu")  # it may say cpu:0
@@ -179,9 +232,6 @@ def train(
     sliced = load_sliced(base, processor.letter_ids, layers, bridge.head_init, precision.dtype, device, revision)
     sliced.label_smoothing = settings.label_smoothing
     keys = picture_keys(q.image for q in questions)
-    pictures = _cached_pictures(features, sliced, processor, keys, settings.batch_size, process)
-    blank = BlankPictures(sliced.encode_image(processor.blank_pixels[None].to(device)).detach().cpu())
-    model = attach_bridge(sliced, bridge)
     manifest = {
         "base": str(base),
         "revision": revision,
@@ -192,63 +242,79 @@ def train(
         "budget": budget | {"limit": budget_limit},
         "config": config.to_json_string(),
     } | _contract(processor)
-    run = _identity(manifest, questions, keys, process.num_processes)
-    resumed = newest_state(places, run)
+    return _Run(
+        training,
+        validation,
+        processor,
+        pictures=_cached_pictures(features, sliced, processor, keys, settings.batch_size, process),
+        blank=BlankPictures(sliced.encode_image(processor.blank_pixels[None].to(device)).detach().cpu()),
+        model=attach_bridge(sliced, bridge),
+        dtype=precision.dtype,
+        manifest=manifest,
+        identity=_identity(manifest, questions, keys, process.num_processes),
+    )
+
+
+def _trainer(run: _Run, places: list[Path], settings: TrainSettings) -> tuple["BridgeTrainer", StateKeeper]:
     trainer = BridgeTrainer(
-        model,
-        training_arguments(checkpoint_dir, settings, precision.dtype),
-        train_dataset=TrainingQuestions(training, settings.seed, settings.shuffle_choices),
-        eval_dataset=validation,
-        data_collator=partial(processor.collate, pictures=pictures),
+        run.model,
+        training_arguments(places[0], settings, run.dtype),
+        train_dataset=TrainingQuestions(run.training, settings.seed, settings.shuffle_choices),
+        eval_dataset=run.validation,
+        data_collator=partial(run.processor.collate, pictures=run.pictures),
         compute_metrics=accuracy,
-        optimizers=(optimizer(model, settings), None),
+        optimizers=(optimizer(run.model, settings), None),
         average=settings.average,
     )
-    stopper = Stopper()
-    keeper = StateKeeper(places, run, trainer.averages, stopper, settings.save_minutes)
-    trainer.add_callback(SelfCheck(model))
+    keeper = StateKeeper(places, run.identity, trainer.averages, Stopper(), settings.save_minutes)
+    trainer.add_callback(SelfCheck(run.model))
     trainer.add_callback(Progress(live=in_notebook()))
-    trainer.add_callback(WeightsKeeper(places, manifest, processor.collate(validation[:PROBE_SIZE])))
+    trainer.add_callback(WeightsKeeper(places, run.manifest, run.processor.collate(run.validation[:PROBE_SIZE])))
     trainer.add_callback(keeper)
     if settings.patience:
-        trainer.add_callback(EarlyStoppingCallback(settings.patience))
-    if process.is_main_process and not (resumed and state_is_done(resumed)):
-        trainer.add_callback(_tensorboard(checkpoint_dir))
-    trainer.go(resumed, stopper)
-    if keeper.leaving:
-        raise TrainingStopped(
-            f"stopped on request after step {trainer.state.global_step} of {trainer.state.max_steps}; all is saved in "
-            f"{checkpoint_dir / STATE_FOLDER}: run the same again to go on"
-        )
+        trainer.add_callback(Patience(settings.patience))
+    return trainer, keeper
+
+
+def _conclude(trainer: "BridgeTrainer", run: _Run, places: list[Path], process: PartialState) -> TrainResult:
+    """Measure the best epoch's weights, those that exporting takes, and write the report."""
     history = history_table(trainer.state.log_history)
-    epochs = int(history["accuracy"].notna().sum()) - 1  # the first was before training
-    result = TrainResult(
-        history=history,
-        validation=validation,
-        probabilities=trainer.answer(validation),
-        blank_probabilities=trainer.answer(validation, partial(processor.collate, pictures=blank)),
-        weights=[weights_path(checkpoint_dir, epoch) for epoch in range(epochs)],
-    )
-    if process.num_processes == 1:
-        eager = Bundle(model, processor, {}, device)
-        with trainer.averages.applied():
-            once, often = (predict(eager, validation, 2 * settings.batch_size, permute_below=m) for m in (0, 2))
-        answers = [q.answer for q in validation]
-        margin = choose_permutation_margin(once.probabilities, often.probabilities, answers)
-        for place in places:
-            save_best(place, history["accuracy"].dropna().tolist()[1:], margin)
-        print("asking in other orders too " + (f"pays below a margin of {margin:.2f}" if margin else "does not pay"))
+    before, *accuracies = history["accuracy"].dropna().tolist()
+    weights = [weights_path(places[0], epoch) for epoch in range(len(accuracies))]
     if process.is_main_process:
-        facts = write_report(
-            checkpoint_dir / REPORT_FILE,
-            validation,
-            result.probabilities,
-            blank_probabilities=result.blank_probabilities,
-            references={"sliced, not yet bridged": float(history["accuracy"].iloc[0])},
-            manifest={key: manifest[key] for key in ("base", "revision", "layers", "bridge", "train", "dtype")},
+        copy_missing(places, [path.name for path in weights])
+    process.wait_for_everyone()
+    lost = [path for path in weights if not path.is_file()]
+    if lost:
+        raise InputError(
+            f"{lost[0]} is gone although training has ended: put it back, or delete {places[0] / STATE_FOLDER} to "
+            "train anew"
         )
-        print(f"{facts['verdict']['sentence']} More in {checkpoint_dir / REPORT_FILE}")
-    return result
+    trainer.averages.take(load_weights(weights[best_epoch(accuracies)]).tensors)
+    once = trainer.answer(run.validation)
+    blank = trainer.answer(run.validation, partial(run.processor.collate, pictures=run.blank))
+    views = ask_in_orders(run.validation, once, range(len(once)), lambda rows, shown: trainer.answer(shown))
+    often = np.array([np.mean(seen, axis=0) for seen in views])
+    margin = choose_permutation_margin(once, often, [q.answer for q in run.validation])
+    pays = f"pays below a margin of {margin:.2f}" if margin else "does not pay"
+    process.print(f"asking in other orders too {pays}")
+    if process.is_main_process:
+        report = places[0] / REPORT_FILE
+        facts = write_report(
+            report,
+            run.validation,
+            once,
+            blank_probabilities=blank,
+            references={"sliced, not yet bridged": before},
+            manifest={key: run.manifest[key] for key in ("base", "revision", "layers", "bridge", "train", "dtype")},
+        )
+        for place in places:
+            save_best(place, accuracies, margin)
+        for place in places[1:]:
+            for path in (report, report.with_suffix(".json")):
+                copy_verified(path, place / path.name)
+        print(f"{facts['verdict']['sentence']} More in {report}")
+    return TrainResult(history, run.validation, once, blank, weights)
 
 
 class TrainingQuestions(Dataset):
@@ -361,8 +427,7 @@ def _cached_pictures(features, sliced, processor, keys: dict[Path, str], batch_s
     pictures = {key: path for path, key in reversed(keys.items())}
     share = (process.process_index, process.num_processes)
     fits = fill(cache, sliced, processor, pictures, batch_size, share=share)
-    process.wait_for_everyone()
-    if not fits:
+    if not all(gather_object([fits])):
         process.print(f"the features of {len(pictures)} pictures don't fit in {cache.root}: encoding in every epoch")
         return None
     return CachedPictures(cache, keys)
@@ -425,7 +490,6 @@ def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings, dtyp
         report_to=[],
         seed=settings.seed,
         full_determinism=settings.deterministic,
-        ddp_timeout=HANG_SECONDS,
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs are for several processes, never for the threads of DataParallel

@@ -35,6 +35,23 @@ def test_unreachable_hub_id_says_what_to_do(monkeypatch):
         resolve_base("Salesforce/instructblip-flan-t5-xl")
 
 
+def test_a_download_that_breaks_off_says_what_to_do(base, tmp_path, monkeypatch):
+    """The small files of a hub id are there; a shard is not, or there are none in safetensors."""
+    shutil.copytree(base, tmp_path / "hub", ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr("bridgeblip.base.snapshot_download", lambda *args, **kwargs: str(tmp_path / "hub"))
+    with pytest.raises(InputError, match=r"base some/model has no model-.*expected weights in safetensors"):
+        TensorReader("some/model").read(["query_tokens"], lambda name: torch.float32)
+
+    def download(*args, allow_patterns, **kwargs):
+        if "safetensors" in str(allow_patterns):
+            raise OSError("No space left on device")
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("bridgeblip.base.snapshot_download", download)
+    with pytest.raises(InputError, match=r"No space left on device.*the disk's space"):
+        TensorReader("some/model").read(["query_tokens"], lambda name: torch.float32)
+
+
 def test_reads_tensors_and_rows(base, hf_model):
     reader = TensorReader(base)
     assert len(set(reader.shard_of.values())) > 1  # the fixture is sharded like the real one

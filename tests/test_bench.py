@@ -99,6 +99,7 @@ def test_every_part_is_measured(out, results):
     profile = results["rounds"]["profile"][0]
     assert all(0.5 < sum(stage["shares"].values()) <= 1 for stage in profile["stages"].values())
     assert set(results["rounds"]["preprocessing"][0]["per_second"]) == {"ours", "pillow", "draft"}
+    assert results["rounds"]["preprocessing"][0]["threaded_per_second"] > 0
     assert (out / "bench.md").read_text() == markdown(results)
     page = (out / "bench.md").read_text()
     for heading in ("Inference", "Where the bundle's time goes", "Training", "Preprocessing", "Start", "Many rows"):

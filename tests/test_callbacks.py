@@ -11,7 +11,7 @@ import torch
 from conftest import LAYERS, ROOT
 
 from bridgeblip import InputError
-from bridgeblip.callbacks import Averages, SelfCheck, TrainingError
+from bridgeblip.callbacks import Averages, Patience, SelfCheck, TrainingError
 from bridgeblip.checkpoints import load_weights
 from bridgeblip.config import BridgeSettings
 from bridgeblip.model import attach_bridge, load_sliced
@@ -49,6 +49,31 @@ def test_self_check_names_what_does_not_learn(model, batch):
     adapter = next(p for name, p in model.named_parameters() if "lora_B" in name)
     with pytest.raises(TrainingError, match=r"1 tensors that should learn had no gradient.*lora_B"):
         steps(model, batch, check, 3, before=lambda: adapter.grad.zero_())
+
+
+def test_self_check_does_not_count_steps_that_loss_scaling_skips(model, batch):
+    """After an overflow clipping leaves zeros, and NaN where the infinity was."""
+    check = SelfCheck(model)
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model(**batch).loss.backward()
+    for group in sgd.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    group["params"][0].grad[0] = float("nan")
+    for _ in range(3):
+        check.on_pre_optimizer_step(None, None, None, optimizer=sgd)
+    assert len(check.stages) == 2 and check.steps == 0
+
+
+def test_patience_asks_the_log_alone():
+    def stops(*accuracies):
+        control = SimpleNamespace(should_training_stop=False)
+        log = [{"before_accuracy": 0.9}] + [{"eval_accuracy": accuracy} for accuracy in accuracies]
+        Patience(2).on_evaluate(None, SimpleNamespace(log_history=log), control)
+        return control.should_training_stop
+
+    assert not stops() and not stops(0.5) and not stops(0.5, 0.4) and not stops(0.5, 0.4, 0.6)
+    assert stops(0.5, 0.4, 0.5) and stops(0.5, 0.6, 0.6, 0.6)
 
 
 def test_self_check_names_a_frozen_tensor_that_moves(model, batch):
@@ -144,6 +169,26 @@ def test_asked_to_stop_it_saves_and_goes_on_later(number, base, competition, tmp
     assert not (tmp_path / "weights-1.pt").exists()
     output = run(competition, base, tmp_path, workers=1).communicate()[0]  # with a loader process, too
     assert "going on from" in output
+    assert_same_end(tmp_path, whole)
+
+
+LAST_STEP = """
+import os, signal
+step = training.StateKeeper.on_step_end
+def on_step_end(self, args, state, *rest, **kwargs):
+    if state.epoch == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    step(self, args, state, *rest, **kwargs)
+training.StateKeeper.on_step_end = on_step_end
+"""
+
+
+def test_asked_to_stop_in_the_last_step_of_an_epoch(base, competition, tmp_path, whole):
+    process = run(competition, base, tmp_path, LAST_STEP)
+    output = process.communicate()[0]
+    assert process.returncode == 1 and "stopped on request after step" in output, output
+    assert (tmp_path / "weights-0.pt").exists() and not (tmp_path / "weights-1.pt").exists()
+    assert "going on from" in run(competition, base, tmp_path).communicate()[0]
     assert_same_end(tmp_path, whole)
 
 

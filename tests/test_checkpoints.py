@@ -6,9 +6,11 @@ import torch
 from bridgeblip import InputError
 from bridgeblip.checkpoints import (
     choose_weights,
+    copy_missing,
     copy_state,
     load_weights,
     newest_state,
+    permutation_margin,
     publish_state,
     save_best,
     save_weights,
@@ -81,11 +83,33 @@ def test_choice_of_weights(tmp_path):
     assert path.name == "weights-1.pt" and "best of 3 epochs" in why and "0.750" in why
 
 
-def stage(folder, step: int, run: dict):
+def test_the_best_weights_must_be_there(tmp_path):
+    save_best(tmp_path, [0.5, 0.4], 0.25)
+    save_weights(weights_path(tmp_path, 1), TENSORS, {})
+    with pytest.raises(InputError, match=r"best\.json names weights-0\.pt, which is not there: copy it back"):
+        choose_weights(tmp_path)
+    assert permutation_margin(tmp_path / "weights-0.pt") == 0.25
+    assert permutation_margin(tmp_path / "weights-1.pt") is None  # it was measured with others
+    (tmp_path / "best.json").write_text("")
+    with pytest.raises(InputError, match=r"best\.json can't be read"):
+        choose_weights(tmp_path)
+
+
+def test_each_place_gets_what_another_has(tmp_path):
+    places = [tmp_path / "local", tmp_path / "drive"]
+    for epoch, place in enumerate(places):
+        save_weights(weights_path(place, epoch), TENSORS, {"epoch": epoch})
+    copy_missing(places, ["weights-0.pt", "weights-1.pt", "weights-2.pt"])
+    for place in places:
+        assert sorted(path.name for path in place.iterdir()) == ["weights-0.pt", "weights-1.pt"]
+        assert load_weights(place / "weights-1.pt").manifest == {"epoch": 1}
+
+
+def stage(folder, step: int, run: dict, done: bool = False):
     staged = folder / ".staging"
     staged.mkdir(parents=True)
     (staged / "optimizer.pt").write_bytes(b"%d" % step)
-    return publish_state(staged, folder, step, run)
+    return publish_state(staged, folder, step, run, done)
 
 
 def test_two_generations_of_state(tmp_path, capsys):
@@ -101,8 +125,20 @@ def test_two_generations_of_state(tmp_path, capsys):
     assert "step-9: it is torn (optimizer.pt" in capsys.readouterr().out
     (newest / "state.json").unlink()
     assert newest_state([tmp_path], run).name == "step-6"
+    (tmp_path / "state" / "step-6 (1)").mkdir()  # what Drive makes of a folder that comes twice
+    assert newest_state([tmp_path], run).name == "step-6"
+
+
+def test_another_run_that_has_not_ended_is_not_lost(tmp_path, capsys):
+    run = {"base": "tiny", "dtype": "float32"}
+    stage(tmp_path, 3, run)
+    with pytest.raises(InputError, match=r"step-3: it belongs to another run \(other base\) that has not ended\. Set"):
+        newest_state([tmp_path], run | {"base": "other"})
+    assert newest_state([tmp_path], run).name == "step-3"
+    stage(tmp_path, 6, run, done=True)
+    (tmp_path / "state" / "step-3" / "optimizer.pt").write_bytes(b"")  # a torn one is lost anyway
     assert newest_state([tmp_path], run | {"base": "other"}) is None
-    assert "belongs to another run (other base)" in capsys.readouterr().out
+    assert "step-6: it belongs to another run (other base)" in capsys.readouterr().out
 
 
 def test_states_of_a_later_step_are_an_earlier_runs(tmp_path):

@@ -25,8 +25,7 @@ from bridgeblip.digits import write_competition
 
 TRAIN, EXPORT, ANSWER = NOTEBOOKS
 CONTENT = Path("/content")  # the notebooks know Drive's place below it, as all of Colab does
-SETTINGS = {"BASE": "tiny", "BATCH_SIZE": 8, "LEARNING_RATE": 3e-3, "HEAD_LEARNING_RATE": 3e-3,
-            "SAVE_MINUTES": 0.0}  # fmt: skip
+SETTINGS = {"BASE": "tiny", "BATCH_SIZE": 8, "LEARNING_RATE": 3e-3, "SAVE_MINUTES": 0.0}
 MODULES = {
     "google/colab/__init__.py": "",
     "google/colab/drive.py": """

@@ -19,6 +19,7 @@ from bridgeblip.config import BridgeSettings
 from bridgeblip.doctor import Finding, check, print_findings
 from bridgeblip.export import export_bundle
 from bridgeblip.model import attach_bridge, load_sliced, trained_tensors
+from bridgeblip.training import TrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +147,9 @@ def memory(free, total):
     return lambda home, monkeypatch: monkeypatch.setattr(doctor, "_memory", lambda: (free, total))
 
 
-def gpu(name, capability, free, total):
+def gpu(name, capability, free, total, fault=""):
     def act(home, monkeypatch):
+        monkeypatch.setattr(doctor, "_fault_of_gpu", lambda: fault)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -209,6 +211,7 @@ BROKEN = [  # name, stage, what breaks it, what must be found
     ("little memory", TRAIN, memory(10**5, 10**5), "memory: about .* needed.*take a larger machine"),
     ("memory in use", TRAIN, memory(10**5, 10**9), "^warning .*memory: about .* needed.*close other programs"),
     ("small GPU", TRAIN, gpu("T4", (7, 5), 9, 10), "GPU memory: about .* needed.*take a larger machine"),
+    ("GPU without kernels", TRAIN, gpu("P100", (6, 0), 2**40, 2**40, "no kernel image"), "can't .*P100 .no kernel"),
     ("old package", TRAIN, installed(transformers="4.57.1"), "4.57.1; expected transformers>=.*restart"),
     ("no package", TRAIN, installed(peft=None), "peft is not installed; expected peft>=.*pip install"),
     ("torchao", TRAIN, installed(torchao="0.10.0"), "torchao 0.10.0: peft .*: pip uninstall -y torchao"),
@@ -221,7 +224,7 @@ BROKEN = [  # name, stage, what breaks it, what must be found
     ("cut bundle", PREDICT, cut("checkpoint/torchscript.pt"), "has not the SHA-256 that"),
     ("foreign bundle", PREDICT, foreign_archive, "no bridgeblip bundle.*run torchscript.ipynb"),
     ("other prompt", PREDICT, other_prompt, "exported with another processor or prompt .*export it again"),
-    ("other IDs", PREDICT, change_table(lambda t: t.head(9), "test.csv"), "differs .* in 11 IDs"),
+    ("other IDs", PREDICT, change_table(lambda t: t.head(9), "test.csv"), "differ in 11 IDs"),
     ("disk full", PREDICT, small_disk, "disk: about 1.0 MiB to be written"),
 ]
 
@@ -267,6 +270,37 @@ def test_every_distinct_picture_is_decoded_once(home, monkeypatch):
     monkeypatch.setattr(doctor, "_fault", lambda path: seen.append(path) or "")
     findings = examine(home, TRAIN)
     assert len(seen) == 12 and "12 distinct pictures under 72 names" in "".join(f.what for f in findings)
+
+
+def no_half_precision(home, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("stage, dtype", [("export", "float16"), ("export", "bfloat16"), ("export", "float32")])
+def test_a_format_that_would_take_hours_is_a_warning(home, monkeypatch, stage, dtype):
+    no_half_precision(home, monkeypatch)
+    warnings = [str(f) for f in examine(home, stage, dtype=dtype) if f.level == "warning"]
+    assert len(warnings) == (dtype != "float32") and all(
+        f"computing on cpu: this CPU has no quick way to multiply in {dtype}: take a" in line for line in warnings
+    )
+
+
+def test_a_bundle_in_a_format_that_the_machine_is_slow_in(home, monkeypatch):
+    export_bundle(home / "checkpoint" / "weights-0.pt", home / "checkpoint" / "torchscript.pt", dtype="bfloat16")
+    no_half_precision(home, monkeypatch)
+    (warning,) = [str(f) for f in examine(home, "predict") if f.level == "warning"]
+    assert "no quick way to multiply in bfloat16: export it as float32" in warning
+    monkeypatch.undo()
+    gpu("T4", (7, 5), 2**40, 2**40)(home, monkeypatch)
+    (warning,) = [str(f) for f in examine(home, "predict") if f.level == "warning"]
+    assert "a GPU of compute capability 7.5 only emulates bfloat16" in warning
+
+
+def test_few_questions_have_a_profile(home):
+    notes = [str(f) for f in examine(home, "train") if f.level == "note"]
+    assert any("72 questions are few" in note and "--few" in note for note in notes)
+    settings = TrainSettings.choose(few=True, validation_fraction=0.1)
+    assert not any("are few" in str(f) for f in examine(home, "train", settings=settings))
 
 
 @pytest.mark.parametrize("capability, dtype", [((8, 0), "bfloat16"), ((7, 5), "float16")])

@@ -15,6 +15,7 @@ from bridgeblip.config import BridgeSettings
 from bridgeblip.export import (
     SCORE_INPUTS,
     ParityError,
+    ParityGate,
     SingleTokenSelfAttention,
     export_bundle,
     graphs,
@@ -169,13 +170,38 @@ def test_weights_on_another_base_of_the_same_shape_are_caught(result_of_training
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_base_is_caught_in_half_precision_too(result_of_training, base, tmp_path, dtype):
+    def compared(base) -> dict:
+        restored = restore(result_of_training, base, dtype=dtype)
+        probe = restored.manifest["probe"]
+        gate = ParityGate(probe["inputs"], restored.model, restored.dtype)
+        gate.compare_trained(probe["logits"], restored.manifest["dtype"])
+        return gate.rows[0]
+
+    found = compared(base)
+    assert found["ok"] and found["difference"] < found["bound"] / 2
+    shutil.copytree(base, tmp_path / "base")
+    shard = tmp_path / "base" / TensorReader(base).shard_of["query_tokens"]
+    save_file({name: tensor.flip(-1) for name, tensor in load_file(shard).items()}, shard)
+    assert not compared(tmp_path / "base")["ok"]
+
+
+def test_a_probe_may_lack_choices(result_of_training, tmp_path):
+    loaded = load_weights(result_of_training)
+    loaded.manifest["probe"]["logits"][0, 3] = float("-inf")
+    save_weights(tmp_path / "weights-0.pt", loaded.tensors, loaded.manifest)
+    assert export_bundle(tmp_path / "weights-0.pt", tmp_path / "torchscript.pt")[1]["ok"].all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_export(weights, tmp_path, dtype):
     path, parity = export_bundle(weights, tmp_path / "torchscript.pt", dtype=dtype)
     bundle = load_bundle(path)
     assert bundle.manifest["dtype"] == dtype
     kinds = {name: p.dtype for name, p in bundle.model.named_parameters()}
     wide = {name for name, kind in kinds.items() if kind == torch.float32}
-    assert all(dtype == "float16" and (".wo." in name or ".head." in name) for name in wide)
+    assert {name for name in wide if ".head." in name} == {"model.head.weight", "model.head.bias"}
+    assert all(".head." in name or (dtype == "float16" and ".wo." in name) for name in wide)
     assert set(kinds.values()) - {torch.float32} == {getattr(torch, dtype)}
     assert (parity["difference"] <= parity["bound"]).all() and parity["bound"].iloc[0] > 1e-4
 
@@ -185,6 +211,8 @@ def test_a_complete_state_dict_exports_too(weights, base, tmp_path):
     torch.save(merged.state_dict(), tmp_path / "weights-0.pt")
     with pytest.raises(InputError, match="bare state dict"):
         restore(tmp_path / "weights-0.pt")
+    with pytest.raises(InputError, match="not of a model sliced like that"):
+        restore(tmp_path / "weights-0.pt", base, LAYERS[:2])
     again = restore(tmp_path / "weights-0.pt", base, LAYERS).model
     assert torch.equal(again.head.weight, merged.head.weight)
 

@@ -45,6 +45,17 @@ def test_unsliced_letters_equal_hugging_face(base, hf_model, processor, batch):
         torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_no_linear_is_given_a_slice(sliced, batch):
+    """torch would copy its weights for every row of the batch."""
+    seen = {}
+    for name, module in sliced.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
+    sliced(**batch)
+    assert len(seen) > 60 and all(inputs.is_contiguous() for inputs in seen.values())
+
+
 def test_every_kept_tensor_equals_its_source(sliced, hf_model):
     source = hf_model.state_dict()
     for name, tensor in sliced.state_dict().items():

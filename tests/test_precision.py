@@ -4,7 +4,7 @@ from conftest import LAYERS
 
 from bridgeblip.config import BridgeSettings
 from bridgeblip.model import attach_bridge, load_sliced
-from bridgeblip.precision import LARGE, NonFiniteError, choose_precision
+from bridgeblip.precision import LARGE, NonFiniteError, choose_precision, slow_format
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,18 @@ def test_the_module_that_overflows_is_named(base, processor, batch, place):
         bridged.base_model.model.get_submodule(place).weight.fill_(3e38)
     with pytest.raises(NonFiniteError, match="first module"):
         bridged(**batch)
+
+
+def test_half_precision_keeps_the_head_as_it_was_trained(base, processor):
+    model = load_sliced(base, processor.letter_ids, LAYERS, dtype=torch.bfloat16)
+    assert {name for name, p in model.named_parameters() if p.dtype == torch.float32} == {"head.weight", "head.bias"}
+
+
+def test_formats_that_a_machine_is_slow_in(monkeypatch):
+    assert slow_format("cpu", torch.float32) == ""
+    for capability, emulated in (((7, 5), True), ((8, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, has=capability: has)
+        assert bool(slow_format("cuda", torch.bfloat16)) == emulated and not slow_format("cuda", torch.float16)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert "no quick way to multiply in float16" in slow_format("cpu", torch.float16)
+    assert slow_format("cpu", torch.float32) == ""

@@ -1,4 +1,5 @@
 import json
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from transformers import InstructBlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from bridgeblip import InputError
-from bridgeblip.processing import QuestionProcessor
+from bridgeblip.processing import QuestionProcessor, load_ahead
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +128,19 @@ def test_files_carry_everything(processor):
 def test_incomplete_folder_is_named(tmp_path):
     with pytest.raises(InputError, match=r"config\.json is missing"):
         QuestionProcessor.from_base(tmp_path)
+
+
+def test_the_next_group_is_loaded_while_one_is_worked_on():
+    begun = {item: threading.Event() for item in range(6)}
+
+    def load(item):
+        begun[item].set()
+        return -item
+
+    groups = load_ahead(load, [[0, 1], [2, 3], [4, 5]])
+    assert next(groups) == [0, -1]
+    assert begun[2].wait(5) and begun[3].wait(5) and not begun[4].is_set()
+    assert list(groups) == [[-2, -3], [-4, -5]]
+    assert list(load_ahead(load, [])) == []
+    with pytest.raises(ZeroDivisionError):
+        list(load_ahead(lambda item: 1 // item, [[1], [0]]))

@@ -404,3 +404,7 @@ def test_evaluate_a_bundle_then_its_results(judged, base, processor, tmp_path, c
         assert "expected at most two, and a name in .html" in capsys.readouterr().err
     assert main(["evaluate", "--model", str(bundle), "--csv", str(folder / "test.csv")]) == 2
     assert "lacks the column answer" in capsys.readouterr().err
+
+
+def test_a_sheet_of_no_questions_is_empty():
+    assert not [axes for axes in question_sheet([]).axes if axes.get_title()]

@@ -1,20 +1,25 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, ROOT
 from transformers import Trainer
 
 from bridgeblip import InputError
-from bridgeblip.checkpoints import load_weights
+from bridgeblip.checkpoints import choose_weights, load_weights
 from bridgeblip.config import BridgeSettings
+from bridgeblip.export import restore
+from bridgeblip.inference import Bundle, predict
 from bridgeblip.model import attach_bridge, load_sliced, trained_tensors
+from bridgeblip.report import accuracy_of
 from bridgeblip.training import TrainSettings, optimizer, train, training_arguments
 
 SETTINGS = TrainSettings(epochs=2, batch_size=16, validation_fraction=0.25, learning_rate=1e-3)
@@ -53,6 +58,38 @@ def test_a_run_that_has_ended_is_not_run_again(base, competition, tmp_path, caps
     runs = [train(competition / "train.csv", base, tmp_path, still, BridgeSettings(192), LAYERS) for _ in range(2)]
     assert [len(run.weights) for run in runs] == [2, 2] and "going on from" in capsys.readouterr().out
     assert (runs[0].probabilities == runs[1].probabilities).all() and runs[0].history.equals(runs[1].history)
+
+
+def test_result_report_and_margin_are_those_of_the_best_epoch(base, competition, tmp_path, monkeypatch):
+    measured = iter((0.2, 0.9, 0.5))  # before training and after each epoch
+    monkeypatch.setattr("bridgeblip.training.accuracy", lambda prediction: {"accuracy": next(measured, 0.0)})
+    result = train(competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192), LAYERS)
+    first, last = (
+        predict(Bundle(restored.model, restored.processor, {}, torch.device("cpu")), result.validation).probabilities
+        for restored in map(restore, result.weights)
+    )
+    assert choose_weights(tmp_path)[0] == result.weights[0]
+    np.testing.assert_allclose(result.probabilities, first, atol=1e-5)
+    assert abs(first - last).max() > 1e-3
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["measures"]["accuracy"]["value"] == pytest.approx(accuracy_of(result.validation, first))
+
+
+def test_a_new_machine_gets_everything_back_from_the_copy(base, competition, tmp_path):
+    def run():
+        return train(competition / "train.csv", base, tmp_path / "local", SETTINGS, BridgeSettings(192), LAYERS,
+                     copy_to=tmp_path / "drive")  # fmt: skip
+
+    first = run()
+    names = {"weights-0.pt", "weights-1.pt", "best.json", "report.html", "report.json", "state"}
+    assert names == {path.name for path in (tmp_path / "drive").iterdir()}
+    shutil.rmtree(tmp_path / "local")
+    again = run()
+    assert names <= {path.name for path in (tmp_path / "local").iterdir()} and first.history.equals(again.history)
+    (tmp_path / "local" / "weights-0.pt").unlink()
+    (tmp_path / "drive" / "weights-0.pt").unlink()
+    with pytest.raises(InputError, match=r"weights-0\.pt is gone although training has ended"):
+        run()
 
 
 def test_the_same_seed_gives_the_same_tensors(result, base, competition, tmp_path):

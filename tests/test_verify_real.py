@@ -90,7 +90,7 @@ def test_half_precision_has_a_bound_of_its_own(tmp_path):
         main(["--base", "tiny", "--out", str(tmp_path), "--dtype", "bfloat16", "--skip", "weights", "notebooks"]) == 0
     )
     measured = json.loads((tmp_path / "real-parity.json").read_text())["measured"]
-    assert measured["difference"] <= measured["bound"] < 0.05 * measured["spread"]
+    assert measured["difference"] <= measured["bound"] < 0.1 * measured["spread"]
 
 
 def test_a_base_with_other_letter_rows_fails(tmp_path, capsys):

@@ -81,7 +81,7 @@ def load_theirs(base: Path, work: Path) -> dict:
 
 def parity_ours(base: Path, work: Path) -> dict:
     processor = QuestionProcessor.from_base(base)
-    model = load_sliced(base, processor.letter_ids, range(24), dtype=torch.bfloat16)
+    model = load_sliced(base, processor.letter_ids, range(24), dtype=torch.float32)
     with torch.inference_mode():
         logits = model(**probe(processor, work, 2)).logits
     torch.save(logits, work / "ours.pt")
@@ -91,8 +91,7 @@ def parity_ours(base: Path, work: Path) -> dict:
 def parity_theirs(base: Path, work: Path) -> dict:
     processor = QuestionProcessor.from_base(base)
     inputs = probe(processor, work, 2)
-    model = InstructBlipForConditionalGeneration.from_pretrained(base, dtype=torch.bfloat16).eval()
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    model = InstructBlipForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
     with torch.inference_mode():
         output = model(**inputs, decoder_input_ids=torch.zeros(2, 1, dtype=torch.long), use_cache=False)
     logits = output.logits[:, 0, processor.letter_ids].float()

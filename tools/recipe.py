@@ -35,7 +35,7 @@ VARIANTS = {
     "no averaging": {"average": 0.0},
     "none of the three": {"shuffle_choices": False, "label_smoothing": 0.0, "average": 0.0},
 }
-FEW = {"profile for sixty (--few)": TrainSettings.for_few(**RATES), "default settings": TrainSettings(**RATES)}
+FEW = {"profile for sixty (--few)": TrainSettings.choose(few=True, **RATES), "default settings": TrainSettings(**RATES)}
 
 
 def main():
