@@ -1,5 +1,11 @@
 """LoRA-Bridge: a sliced InstructBLIP that answers multiple-choice questions about pictures."""
 
+import os
+
+# Large tensors in large pages: loading a bundle waits for the system's page faults most of the time. torch reads this
+# at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 class InputError(ValueError):
     """Input that the user can mend. The message gives the fact, what was expected and the remedy."""
