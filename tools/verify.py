@@ -160,7 +160,7 @@ def check_speed() -> list[tuple[str, str, str, bool]]:
     """
     work = Path(os.environ.get("BENCH_OUT") or tempfile.mkdtemp())
     base = ["--base", os.environ["FULL_SIZE_BASE"]] if "FULL_SIZE_BASE" in os.environ else []
-    command = [sys.executable, "-m", "bridgeblip", "bench", *base, "--pictures", "2", "--out", str(work)]
+    command = [sys.executable, "-m", "bridgeblip", "bench", *base, "--out", str(work)]
     subprocess.run(command, cwd=ROOT, check=True)
     found = json.loads((work / "bench.json").read_text(encoding="utf-8"))
     contenders, rounds = found["inference"]["contenders"], found["rounds"]
