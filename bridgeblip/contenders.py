@@ -27,7 +27,7 @@ WORDS = (
     "sea tree road sign left near blue"
 ).split()  # so short that the stand-in's vocabulary needs about the tokens that the real one needs for real words
 UNSURE = 0.2  # share of the rows that "bundle, orders" asks again in every order
-TRAINING_PICTURES = 1
+TRAINING_PICTURES = 2
 TRAINING_EPOCHS = 5
 TRAINING_BATCH = 4
 REPETITIONS = 3  # of the preprocessing of each picture
