@@ -133,6 +133,7 @@ def _plan(base: Path, pictures: int, batch_size: int, scaling: Sequence[int]) ->
         dtype=str(precision.dtype).removeprefix("torch."),
         cores=torch.get_num_threads(),
         scaling=list(scaling),
+        training_pictures=TRAINING_PICTURES,
         versions={name: version(name) for name in ("torch", "transformers", "peft", "pillow")},
     )
 

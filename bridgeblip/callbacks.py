@@ -224,10 +224,10 @@ class StateKeeper(TrainerCallback):
             control.should_evaluate = control.should_save = False
         else:
             control.should_save = True
-            if self.asked and state.global_step < state.max_steps:
-                self.leaving = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
+        if self.asked and not control.should_training_stop:  # by its own end, or by what the validation came to
+            self.leaving = control.should_training_stop = True
         if args.world_size > 1:
             torch.distributed.barrier()  # every process has written its generators
         if state.is_world_process_zero:

@@ -162,7 +162,7 @@ def read_best(checkpoint_dir: str | Path) -> dict[str, Any]:
 def permutation_margin(weights: str | Path) -> float | None:
     """Return the margin that was measured with these weights; None where none was, or with others."""
     best = read_best(Path(weights).parent)
-    return best["permute_below"] if best.get("best") == Path(weights).name else None
+    return best.get("permute_below") if best.get("best") == Path(weights).name else None
 
 
 def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
@@ -276,23 +276,24 @@ def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> 
         run: what must agree: base, settings, questions.
 
     Raises:
-        InputError: if all there is belongs to another run that has not ended: it would be lost.
+        InputError: if the newest whole state of a place is of another run that has not ended: it would be lost.
     """
-    unfinished = None
-    found = [state for place in checkpoint_dirs for state in _states(Path(place) / STATE_FOLDER).items()]
-    for _, folder in sorted(found, key=lambda state: state[0], reverse=True):  # the first place wins between equals
-        fault = _fault_of_state(folder, run)
-        if fault is None:
-            return folder
-        print(f"passing over {folder}: {fault}")
-        if fault.startswith(FOREIGN) and not state_is_done(folder):
-            unfinished = unfinished or f"{folder}: {fault} that has not ended"
-    if unfinished:
-        raise InputError(
-            f"{unfinished}. Set that back to go on with it; to start anew, delete the folder {STATE_FOLDER}, or take "
-            "another checkpoint folder"
-        )
-    return None
+    found = {}
+    for place in reversed(checkpoint_dirs):
+        for step, folder in sorted(_states(Path(place) / STATE_FOLDER).items(), reverse=True):
+            fault = _fault_of_state(folder, run)
+            if fault is None:
+                found[step] = folder
+                break
+            if fault.startswith(FOREIGN) and not state_is_done(folder):
+                raise InputError(
+                    f"{folder}: {fault} that has not ended. Set that back to go on with it; to start anew, delete the "
+                    f"folder {STATE_FOLDER}, or take another checkpoint folder"
+                )
+            print(f"passing over {folder}: {fault}")
+            if fault.startswith(FOREIGN):
+                break  # it has ended; those before it are its own
+    return found[max(found)] if found else None
 
 
 def state_is_done(folder: Path) -> bool:

@@ -46,6 +46,7 @@ class Plan:
     dtype: str
     cores: int
     scaling: list[int]
+    training_pictures: int
     versions: dict[str, str]
 
 

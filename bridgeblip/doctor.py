@@ -107,7 +107,7 @@ def check(
     try:
         _check_machine(found, stage)
         _check_versions(found, stage)
-        _check_gpu(found)
+        _check_gpu(found, "warning" if stage == "export" else "problem")
         if stage == "train":
             csv = Path(csv or "competition/train.csv")
             _check_train(found, csv, base, folder, layers, bridge, settings, revision, dtype, limit)
@@ -235,7 +235,7 @@ def _check_versions(found: Findings, stage: str) -> None:
         found.add("problem", what, "pip uninstall -y torchao (nothing here needs it), then restart")
 
 
-def _check_gpu(found: Findings) -> None:
+def _check_gpu(found: Findings, level: str) -> None:
     import torch
 
     if not torch.cuda.is_available():
@@ -243,7 +243,7 @@ def _check_gpu(found: Findings) -> None:
         return
     if fault := _fault_of_gpu():
         what = f"this torch can't compute on {torch.cuda.get_device_name()} ({fault})"
-        found.add("problem", what, "take another GPU (on Kaggle T4, not P100), or a torch built for this one")
+        found.add(level, what, "take another GPU (on Kaggle T4, not P100), or a torch built for this one")
         return
     (major, minor), (free, total) = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()
     memory = f"{_size(total)} memory, {_size(free)} of it free"

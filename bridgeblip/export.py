@@ -65,6 +65,7 @@ def restore(
     base: str | Path | None = None,
     layers: Sequence[int] = DEFAULT_DECODER_LAYERS,
     dtype: str | None = None,
+    device: str | None = "cpu",
 ) -> Restored:
     """Rebuild the trained model: slice the base again and put the trained tensors in.
 
@@ -72,6 +73,7 @@ def restore(
         base: folder or hub id; by default the one that the weights name.
         layers: the kept layers, for a complete state dict, which does not name them.
         dtype: of the frozen weights; by default the one that they were trained in.
+        device: where the model is to be; None for ``export_device``.
 
     Raises:
         InputError: if the file can't be read, was trained with another processor than the base's,
@@ -87,7 +89,7 @@ def restore(
     if manifest.get("processor", processor.fingerprint) != processor.fingerprint:
         raise InputError(f"{weights} was trained with another tokenizer or image processor than {base} has")
     dtype = getattr(torch, dtype or manifest.get("dtype", "float32"))
-    device = export_device(dtype)
+    device = device or export_device(dtype)
     sliced = load_sliced(base, processor.letter_ids, manifest["layers"], dtype=dtype, device=device, revision=revision)
     return Restored(_put_weights(sliced, loaded), processor, manifest, dtype)
 
@@ -303,7 +305,7 @@ def export_bundle(
         ParityError: if rebuilt, merged or reloaded logits part from the trained ones; nothing is written then.
     """
     out = Path(out)
-    restored = restore(weights, base, dtype=dtype)
+    restored = restore(weights, base, dtype=dtype, device=None)
     probe = restored.manifest.get("probe", {})
     gate = ParityGate(probe.get("inputs") or example_batch(restored.processor), restored.model, restored.dtype)
     if probe:

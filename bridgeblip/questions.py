@@ -91,6 +91,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
             raise InputError(f"{path} is no CSV table ({reason}): expected a header line and rows") from error
         if table.empty:
             raise InputError(f"{path} has no rows: expected one question a line below the header")
+        if encoding == "cp949":
+            warnings.warn(f"{path} is not UTF-8: read as cp949, Korean Windows; is it that?", stacklevel=2)
         return table.fillna("")  # a row that ends early
     raise InputError(f"{path} is neither UTF-8 nor cp949 text: save it as UTF-8")
 

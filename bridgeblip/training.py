@@ -182,9 +182,10 @@ def train(
     process = PartialState(cpu=not torch.cuda.is_available())
     for place in places if process.is_main_process else ():
         require_writable(place)
-    run = _prepare(train_csv, base, settings, bridge, layers, revision, budget_limit, features, process)
-    resumed = newest_state(places, run.identity)
-    trainer, keeper = _trainer(run, places, settings)
+    plan = _plan(train_csv, base, revision, decoder_layers(layers), settings, bridge, budget_limit, process)
+    resumed = newest_state(places, plan.identity)
+    model, pictures, blank = _load(plan, features, process)
+    trainer, keeper = _trainer(plan, model, pictures, places)
     if process.is_main_process and not (resumed and state_is_done(resumed)):
         trainer.add_callback(_tensorboard(checkpoint_dir))
     trainer.go(resumed, keeper.stopper)
@@ -193,45 +194,43 @@ def train(
             f"stopped on request after step {trainer.state.global_step} of {trainer.state.max_steps}; all is saved in "
             f"{checkpoint_dir / STATE_FOLDER}: run the same again to go on"
         )
-    return _conclude(trainer, run, places, process)
+    return _conclude(trainer, plan, blank, places, process)
 
 
 @dataclass(frozen=True)
-class _Run:
-    """All that is decided before the first step."""
+class _Plan:
+    """All that is decided before anything long starts."""
 
+    base: str | Path
+    revision: str | None
+    layers: list[int]
+    settings: TrainSettings
+    bridge: BridgeSettings
     training: list[Question]
     validation: list[Question]
+    picture_keys: dict[Path, str]
+    """Content key of each picture."""
     processor: QuestionProcessor
-    model: nn.Module
-    """Sliced, with bridge and head to be trained."""
+    device: torch.device
     dtype: torch.dtype
-    pictures: CachedPictures | None
-    """Reads cached image features; None encodes anew in every epoch."""
-    blank: "BlankPictures"
     manifest: dict[str, Any]
     """What each weights file says of itself."""
     identity: dict[str, Any]
     """What a saved state must agree with."""
 
 
-def _prepare(train_csv, base, settings, bridge, layers, revision, budget_limit, features, process) -> _Run:
-    """Read and split the questions, load and bridge the model, encode the pictures; arguments as for ``train``."""
-    layers = decoder_layers(layers)
+def _plan(train_csv, base, revision, layers, settings, bridge, budget_limit, process) -> _Plan:
+    """Read and split the questions, look at the base and at this machine; arguments as for ``train``."""
     questions = read_questions(train_csv, need_answers=True)
     training, validation = split_by_picture(questions, settings.validation_fraction, settings.seed)
     folder = resolve_base(base, revision)
     processor = QuestionProcessor.from_base(folder)
     processor.encode_prompts([q.prompt for q in questions])  # refuses too long prompts now rather than in mid-epoch
-    (enable_full_determinism if settings.deterministic else set_seed)(settings.seed)
     config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
     budget = certify_budget(config, budget_limit)
     device = process.device if process.device.type == "cuda" else torch.device("cpu")  # it may say cpu:0
     precision = choose_precision(device, budget["total"])
     process.print(f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}")
-    sliced = load_sliced(base, processor.letter_ids, layers, bridge.head_init, precision.dtype, device, revision)
-    sliced.label_smoothing = settings.label_smoothing
-    keys = picture_keys(q.image for q in questions)
     manifest = {
         "base": str(base),
         "revision": revision,
@@ -242,41 +241,53 @@ def _prepare(train_csv, base, settings, bridge, layers, revision, budget_limit, 
         "budget": budget | {"limit": budget_limit},
         "config": config.to_json_string(),
     } | _contract(processor)
-    return _Run(
-        training,
-        validation,
-        processor,
-        pictures=_cached_pictures(features, sliced, processor, keys, settings.batch_size, process),
-        blank=BlankPictures(sliced.encode_image(processor.blank_pixels[None].to(device)).detach().cpu()),
-        model=attach_bridge(sliced, bridge),
-        dtype=precision.dtype,
-        manifest=manifest,
-        identity=_identity(manifest, questions, keys, process.num_processes),
-    )
+    keys = picture_keys(q.image for q in questions)
+    identity = _identity(manifest, questions, keys, process.num_processes)
+    return _Plan(
+        base, revision, layers, settings, bridge, training, validation, keys, processor, device, precision.dtype,
+        manifest, identity,
+    )  # fmt: skip
 
 
-def _trainer(run: _Run, places: list[Path], settings: TrainSettings) -> tuple["BridgeTrainer", StateKeeper]:
+def _load(plan: _Plan, features: str | Path | None, process: PartialState):
+    """Return the sliced model with its bridge, the reader of cached image features or None, and blank pictures."""
+    settings, bridge = plan.settings, plan.bridge
+    (enable_full_determinism if settings.deterministic else set_seed)(settings.seed)
+    letter_ids, init = plan.processor.letter_ids, bridge.head_init
+    sliced = load_sliced(plan.base, letter_ids, plan.layers, init, plan.dtype, plan.device, plan.revision)
+    sliced.label_smoothing = settings.label_smoothing
+    pictures = _cached_pictures(features, sliced, plan.processor, plan.picture_keys, settings.batch_size, process)
+    blank = BlankPictures(sliced.encode_image(plan.processor.blank_pixels[None].to(plan.device)).detach().cpu())
+    return attach_bridge(sliced, bridge), pictures, blank
+
+
+def _trainer(
+    plan: _Plan, model: nn.Module, pictures: CachedPictures | None, places: list[Path]
+) -> tuple["BridgeTrainer", StateKeeper]:
+    settings, collate = plan.settings, plan.processor.collate
     trainer = BridgeTrainer(
-        run.model,
-        training_arguments(places[0], settings, run.dtype),
-        train_dataset=TrainingQuestions(run.training, settings.seed, settings.shuffle_choices),
-        eval_dataset=run.validation,
-        data_collator=partial(run.processor.collate, pictures=run.pictures),
+        model,
+        training_arguments(places[0], settings, plan.dtype),
+        train_dataset=TrainingQuestions(plan.training, settings.seed, settings.shuffle_choices),
+        eval_dataset=plan.validation,
+        data_collator=partial(collate, pictures=pictures),
         compute_metrics=accuracy,
-        optimizers=(optimizer(run.model, settings), None),
+        optimizers=(optimizer(model, settings), None),
         average=settings.average,
     )
-    keeper = StateKeeper(places, run.identity, trainer.averages, Stopper(), settings.save_minutes)
-    trainer.add_callback(SelfCheck(run.model))
+    keeper = StateKeeper(places, plan.identity, trainer.averages, Stopper(), settings.save_minutes)
+    trainer.add_callback(SelfCheck(model))
     trainer.add_callback(Progress(live=in_notebook()))
-    trainer.add_callback(WeightsKeeper(places, run.manifest, run.processor.collate(run.validation[:PROBE_SIZE])))
+    trainer.add_callback(WeightsKeeper(places, plan.manifest, collate(plan.validation[:PROBE_SIZE])))
     trainer.add_callback(keeper)
     if settings.patience:
         trainer.add_callback(Patience(settings.patience))
     return trainer, keeper
 
 
-def _conclude(trainer: "BridgeTrainer", run: _Run, places: list[Path], process: PartialState) -> TrainResult:
+def _conclude(
+    trainer: "BridgeTrainer", plan: _Plan, blank: "BlankPictures", places: list[Path], process: PartialState
+) -> TrainResult:
     """Measure the best epoch's weights, those that exporting takes, and write the report."""
     history = history_table(trainer.state.log_history)
     before, *accuracies = history["accuracy"].dropna().tolist()
@@ -291,22 +302,23 @@ def _conclude(trainer: "BridgeTrainer", run: _Run, places: list[Path], process: 
             "train anew"
         )
     trainer.averages.take(load_weights(weights[best_epoch(accuracies)]).tensors)
-    once = trainer.answer(run.validation)
-    blank = trainer.answer(run.validation, partial(run.processor.collate, pictures=run.blank))
-    views = ask_in_orders(run.validation, once, range(len(once)), lambda rows, shown: trainer.answer(shown))
+    questions = plan.validation
+    once = trainer.answer(questions)
+    unseen = trainer.answer(questions, partial(plan.processor.collate, pictures=blank))
+    views = ask_in_orders(questions, once, range(len(once)), lambda rows, shown: trainer.answer(shown))
     often = np.array([np.mean(seen, axis=0) for seen in views])
-    margin = choose_permutation_margin(once, often, [q.answer for q in run.validation])
+    margin = choose_permutation_margin(once, often, [q.answer for q in questions])
     pays = f"pays below a margin of {margin:.2f}" if margin else "does not pay"
     process.print(f"asking in other orders too {pays}")
     if process.is_main_process:
         report = places[0] / REPORT_FILE
         facts = write_report(
             report,
-            run.validation,
+            questions,
             once,
-            blank_probabilities=blank,
+            blank_probabilities=unseen,
             references={"sliced, not yet bridged": before},
-            manifest={key: run.manifest[key] for key in ("base", "revision", "layers", "bridge", "train", "dtype")},
+            manifest={key: plan.manifest[key] for key in ("base", "revision", "layers", "bridge", "train", "dtype")},
         )
         for place in places:
             save_best(place, accuracies, margin)
@@ -314,7 +326,7 @@ def _conclude(trainer: "BridgeTrainer", run: _Run, places: list[Path], process: 
             for path in (report, report.with_suffix(".json")):
                 copy_verified(path, place / path.name)
         print(f"{facts['verdict']['sentence']} More in {report}")
-    return TrainResult(history, run.validation, once, blank, weights)
+    return TrainResult(history, questions, once, unseen, weights)
 
 
 class TrainingQuestions(Dataset):
@@ -478,8 +490,6 @@ def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings, dtyp
         fp16=gpu and dtype == torch.float16,  # scales the loss; autocast, which comes with it, stops at the model
         use_cpu=not gpu,
         eval_strategy="epoch",
-        metric_for_best_model="accuracy",
-        greater_is_better=True,
         save_strategy="no",  # StateKeeper says when
         logging_steps=1,
         disable_tqdm=True,  # Progress has the bars

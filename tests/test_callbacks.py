@@ -303,6 +303,9 @@ def test_two_processes_train_as_one(base, competition, tmp_path):
     assert len(one) == len(two) > 10
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
     assert one_accuracy == two_accuracy
+    one, two = (json.loads((tmp_path / f"{n}/checkpoint/best.json").read_text()) for n in (1, 2))
+    assert (one["best"], one["validation_accuracy"]) == (two["best"], two["validation_accuracy"])
+    assert one["permute_below"] == pytest.approx(two["permute_below"], abs=1e-4)
     assert sorted(p.name for p in (tmp_path / "2/checkpoint").glob("weights-*")) == ["weights-0.pt", "weights-1.pt"]
 
 

@@ -136,9 +136,11 @@ def test_another_run_that_has_not_ended_is_not_lost(tmp_path, capsys):
         newest_state([tmp_path], run | {"base": "other"})
     assert newest_state([tmp_path], run).name == "step-3"
     stage(tmp_path, 6, run, done=True)
-    (tmp_path / "state" / "step-3" / "optimizer.pt").write_bytes(b"")  # a torn one is lost anyway
     assert newest_state([tmp_path], run | {"base": "other"}) is None
     assert "step-6: it belongs to another run (other base)" in capsys.readouterr().out
+    stage(tmp_path / "second", 3, run | {"base": "other"})
+    with pytest.raises(InputError, match=r"second.*has not ended"):  # a copy would replace it
+        newest_state([tmp_path, tmp_path / "second"], run)
 
 
 def test_states_of_a_later_step_are_an_earlier_runs(tmp_path):

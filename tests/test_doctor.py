@@ -274,6 +274,7 @@ def test_every_distinct_picture_is_decoded_once(home, monkeypatch):
 
 def no_half_precision(home, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.mark.parametrize("stage, dtype", [("export", "float16"), ("export", "bfloat16"), ("export", "float32")])

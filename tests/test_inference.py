@@ -396,7 +396,7 @@ def test_large_tensors_get_large_pages():
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     """
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not pages.is_file() or "[never]" in pages.read_text():
-        pytest.skip("this system has no transparent huge pages")
+    if not pages.is_file() or "[madvise]" not in pages.read_text():
+        pytest.skip("this system gives large pages to all, or to none")
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True)
     assert int(done.stdout) < 2**26 / 2**12 / 2, done

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,6 +140,19 @@ def test_bad_input_stops_before_the_model_is_loaded(competition, tmp_path, monke
         train(competition / "test.csv", "tiny", tmp_path)
     with pytest.raises(InputError, match="base model"):
         train(competition / "train.csv", "nowhere", tmp_path, SETTINGS)
+
+
+def test_an_unfinished_run_of_other_settings_is_refused_before_anything_long(
+    result, base, competition, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(result.weights[0].parent, tmp_path / "checkpoint")
+    for path in folder.glob("state/*/state.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"done": False}))
+    monkeypatch.setattr("bridgeblip.training.load_sliced", lambda *a: pytest.fail("loading started"))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"another run \(other settings\) that has not ended.*delete the folder state"):
+        train(competition / "train.csv", base, folder, replace(SETTINGS, seed=7), BridgeSettings(rank=192), LAYERS)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 KILLED = """
