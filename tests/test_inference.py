@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,7 +257,11 @@ def test_unusable_bundles_are_one_clear_error(bundle, bundle_path, tmp_path, dam
         path.write_bytes(content)
         path.with_name("torchscript.pt.sha256").write_text(f"{'0' * 64}  torchscript.pt\n")
     elif damage in ("torn", "text", "flipped"):
-        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        with zipfile.ZipFile(bundle_path) as archive:  # a bit of a tensor: between the files there is only padding
+            tensors = [part for part in archive.infolist() if "/data/" in part.filename]
+            tensor = archive.read(max(tensors, key=lambda part: part.file_size))
+        place = content.index(tensor) + len(tensor) // 2
+        flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
         path.write_bytes({"torn": content[:middle], "text": b"hello", "flipped": flipped}[damage])
     elif damage != "missing":
         manifest = json.dumps(bundle.manifest | changes.get(damage, {}))
