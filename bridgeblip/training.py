@@ -220,12 +220,13 @@ class _Plan:
 
 
 def _plan(train_csv, base, revision, layers, settings, bridge, budget_limit, process) -> _Plan:
-    """Read and split the questions, look at the base and at this machine; arguments as for ``train``."""
+    """Seed, read and split the questions, look at base and machine; arguments as for ``train``."""
     questions = read_questions(train_csv, need_answers=True)
     training, validation = split_by_picture(questions, settings.validation_fraction, settings.seed)
     folder = resolve_base(base, revision)
     processor = QuestionProcessor.from_base(folder)
     processor.encode_prompts([q.prompt for q in questions])  # refuses too long prompts now rather than in mid-epoch
+    (enable_full_determinism if settings.deterministic else set_seed)(settings.seed)
     config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
     budget = certify_budget(config, budget_limit)
     device = process.device if process.device.type == "cuda" else torch.device("cpu")  # it may say cpu:0
@@ -252,7 +253,6 @@ def _plan(train_csv, base, revision, layers, settings, bridge, budget_limit, pro
 def _load(plan: _Plan, features: str | Path | None, process: PartialState):
     """Return the sliced model with its bridge, the reader of cached image features or None, and blank pictures."""
     settings, bridge = plan.settings, plan.bridge
-    (enable_full_determinism if settings.deterministic else set_seed)(settings.seed)
     letter_ids, init = plan.processor.letter_ids, bridge.head_init
     sliced = load_sliced(plan.base, letter_ids, plan.layers, init, plan.dtype, plan.device, plan.revision)
     sliced.label_smoothing = settings.label_smoothing
