@@ -132,6 +132,11 @@ class SelfCheck(TrainerCallback):
         self.frozen, self.sums = {}, {}
 
 
+def _accuracies(state) -> list[float]:
+    """The validation accuracy of each epoch so far, by ``Trainer``'s log."""
+    return [entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry]
+
+
 class WeightsKeeper(TrainerCallback):
     """Writes ``weights-N.pt`` after the validation of epoch N, and ``best.json``; the main process alone."""
 
@@ -141,7 +146,7 @@ class WeightsKeeper(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, model, **kwargs):
         if "eval_accuracy" not in metrics or not state.is_world_process_zero:
             return
-        accuracies = [entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry]
+        accuracies = _accuracies(state)
         path = weights_path(self.folders[0], len(accuracies) - 1)
         measured = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
         manifest = self.manifest | {"validation": measured}
@@ -214,7 +219,7 @@ class StateKeeper(TrainerCallback):
             torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
         due, self.asked = map(bool, wishes)
         if state.epoch % 1 == 0:
-            return  # an epoch ends here: on_epoch_end has the say
+            return  # an epoch ends here: on_epoch_end and on_save have the say
         if self.asked:
             self.leaving = control.should_training_stop = True
         control.should_save = due or self.leaving
@@ -250,7 +255,7 @@ class Patience(TrainerCallback):
         self.epochs = epochs
 
     def on_evaluate(self, args, state, control, **kwargs):
-        accuracies = [entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry]
+        accuracies = _accuracies(state)
         if accuracies and len(accuracies) - 1 - best_epoch(accuracies) >= self.epochs:
             control.should_training_stop = True
 
