@@ -10,20 +10,20 @@ FURTHER_ARMS = ("with-last", "head-only", "full", "head-init", "targets", "ranks
 
 
 def demo(args):
-    from bridgeblip.demo import run_demo
+    from bridgeblip.embedded.demo import run_demo
 
     run_demo(args.out)
 
 
 def doctor(args):
-    from bridgeblip.doctor import check, print_findings
+    from bridgeblip.hosting.doctor import check, print_findings
 
     findings = check(args.stage, args.csv, args.base, args.checkpoint_dir, layers=args.layers)
     return 0 if print_findings(findings) else 1
 
 
 def prepare(args):
-    from bridgeblip.datasets import join, prepare
+    from bridgeblip.data.prepare import join, prepare
 
     if args.source == "csv":
         print(join(args.files, args.out))
@@ -32,8 +32,8 @@ def prepare(args):
 
 
 def train(args):
-    from bridgeblip.config import BridgeSettings
-    from bridgeblip.training import TrainSettings, train
+    from bridgeblip.bridge.config import BridgeSettings
+    from bridgeblip.bridge.train import TrainSettings, train
 
     names = ("epochs", "batch_size", "accumulation", "learning_rate", "patience", "seed", "workers", "save_minutes")
     given = {name: getattr(args, name) for name in names}
@@ -48,7 +48,7 @@ def train(args):
 
 
 def features(args):
-    from bridgeblip.features import clear, default_folder
+    from bridgeblip.bridge.features import clear, default_folder
 
     count, size = clear(dry_run=not args.clear)
     verb = "removed" if args.clear else "holds"
@@ -56,14 +56,14 @@ def features(args):
 
 
 def export(args):
-    from bridgeblip.export import export_bundle
+    from bridgeblip.bridge.export import export_bundle
 
     out, parity = export_bundle(_weights("exporting", args), args.out, args.base, args.dtype)
     print(f"{parity.to_string(index=False)}\nwrote {out}")
 
 
 def share(args):
-    from bridgeblip.adapter import write_adapter
+    from bridgeblip.bridge.share import write_adapter
 
     out = write_adapter(_weights("sharing", args), args.out)
     print(f"wrote {out}: a PEFT adapter, its README.md says how to load it")
@@ -71,7 +71,7 @@ def share(args):
 
 def _weights(doing, args):
     """The weights that were asked for, or the best ones beside ``--out``."""
-    from bridgeblip.checkpoints import choose_weights
+    from bridgeblip.training.weights import choose_weights
 
     weights, why = (args.weights, "as asked") if args.weights else choose_weights(args.out.parent)
     print(f"{doing} {weights}: {why}")
@@ -79,9 +79,9 @@ def _weights(doing, args):
 
 
 def predict(args):
-    from bridgeblip.inference import best_device, find_bundle, load_bundle, predict, process_rank
-    from bridgeblip.questions import read_questions
-    from bridgeblip.submission import describe, find_sample, read_sample, write_submission
+    from bridgeblip.bundle.predict import best_device, find_bundle, load_bundle, predict, process_rank
+    from bridgeblip.data.questions import read_questions
+    from bridgeblip.evidence.submission import describe, find_sample, read_sample, write_submission
 
     find_bundle(args.model)
     questions = read_questions(args.csv, strict=False)
@@ -97,9 +97,9 @@ def predict(args):
 
 
 def ablate(args):
-    from bridgeblip.ablation import ablate
-    from bridgeblip.demo import TINY_RATE
-    from bridgeblip.training import TrainSettings
+    from bridgeblip.bridge.train import TrainSettings
+    from bridgeblip.embedded.demo import TINY_RATE
+    from experiments.ablation import ablate
 
     rate = args.learning_rate or (TINY_RATE if args.base == "tiny" else TrainSettings.learning_rate)
     settings = TrainSettings(batch_size=args.batch_size, learning_rate=rate, head_learning_rate=rate)
@@ -109,14 +109,20 @@ def ablate(args):
 
 
 def blend(args):
-    from bridgeblip.submission import blend
+    from bridgeblip.evidence.submission import blend
 
     print(f"wrote {args.out}: {len(blend(args.files, args.sample, args.out))} answers from {len(args.files)} files")
 
 
 def evaluate(args):
-    from bridgeblip.questions import read_questions
-    from bridgeblip.report import read_probabilities, read_weights, with_answers, write_comparison, write_report
+    from bridgeblip.data.questions import read_questions
+    from bridgeblip.evidence.report import (
+        read_probabilities,
+        read_weights,
+        with_answers,
+        write_comparison,
+        write_report,
+    )
 
     out = args.out or Path("comparison.html" if len(args.results) == 2 else "report.html")
     if len(args.results) > 2 or out.suffix != ".html":
@@ -131,7 +137,7 @@ def evaluate(args):
     elif runs:
         facts = write_report(out, questions, runs[0][0], flags=runs[0][1], weights=weights)
     else:
-        from bridgeblip.inference import process_rank
+        from bridgeblip.bundle.predict import process_rank
 
         given = _answer(args.model, questions)
         if process_rank()[0] > 0:
@@ -145,8 +151,8 @@ def _answer(model, questions):
     """What ``write_report`` wants to know of a bundle's answers."""
     import time
 
-    from bridgeblip.inference import best_device, find_bundle, load_bundle, predict
-    from bridgeblip.submission import problem_table
+    from bridgeblip.bundle.predict import best_device, find_bundle, load_bundle, predict
+    from bridgeblip.evidence.submission import problem_table
 
     bundle, began = load_bundle(find_bundle(model), best_device()), time.perf_counter()
     answers = predict(bundle, questions)
@@ -164,7 +170,7 @@ def _answer(model, questions):
 def bench(args):
     import shlex
 
-    from bridgeblip.bench import run_bench
+    from experiments.bench import run_bench
 
     command = shlex.join(["python", "-m", "bridgeblip", *sys.argv[1:]])
     run_bench(args.base, args.out, args.rounds, args.training_rounds, args.pictures, args.batch_size, args.only,

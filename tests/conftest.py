@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
-from bridgeblip.base import TINY_BASE
-from bridgeblip.digits import write_competition
-from bridgeblip.processing import QuestionProcessor
-from bridgeblip.questions import read_questions
+from bridgeblip.bridge.base import TINY_BASE
+from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.data.questions import read_questions
+from bridgeblip.embedded.digits import write_competition
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the products are too small to share; for the processes that tests start, too
 torch.set_num_threads(1)

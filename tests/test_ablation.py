@@ -12,7 +12,15 @@ from PIL import Image
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import FURTHER_ARMS, build_parser, main
-from bridgeblip.ablation import (
+from bridgeblip.bridge.base import TINY_BASE
+from bridgeblip.bridge.config import decoder_layers
+from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
+from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.train import TrainSettings
+from bridgeblip.data.questions import read_questions, split_by_picture
+from bridgeblip.evidence.metrics import picture_groups
+from bridgeblip.machine import NonFiniteError
+from experiments.ablation import (
     CLAIMED,
     FURTHER,
     SELECTIONS,
@@ -22,14 +30,6 @@ from bridgeblip.ablation import (
     judge_claim,
     summarise,
 )
-from bridgeblip.base import TINY_BASE
-from bridgeblip.config import decoder_layers
-from bridgeblip.metrics import picture_groups
-from bridgeblip.model import BridgeBlipForMultipleChoice, load_sliced
-from bridgeblip.precision import NonFiniteError
-from bridgeblip.processing import QuestionProcessor
-from bridgeblip.questions import read_questions, split_by_picture
-from bridgeblip.training import TrainSettings
 
 SETTINGS = TrainSettings(batch_size=8, learning_rate=3e-3, head_learning_rate=3e-3)
 

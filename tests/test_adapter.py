@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
-from bridgeblip.adapter import FILES, _public_name, write_adapter
-from bridgeblip.base import REAL_BASE, REAL_REVISION
-from bridgeblip.checkpoints import load_weights, save_weights
-from bridgeblip.config import BridgeBlipConfig, BridgeSettings
-from bridgeblip.export import restore
-from bridgeblip.model import load_sliced, merge_bridge
-from bridgeblip.training import TrainSettings, train
+from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION
+from bridgeblip.bridge.config import BridgeBlipConfig, BridgeSettings
+from bridgeblip.bridge.export import restore
+from bridgeblip.bridge.model import load_sliced, merge_bridge
+from bridgeblip.bridge.share import FILES, _public_name, write_adapter
+from bridgeblip.bridge.train import TrainSettings, train
+from bridgeblip.training.weights import load_weights, save_weights
 
 FRESH = """
 import sys, torch

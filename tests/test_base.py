@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bridgeblip import InputError
-from bridgeblip.base import LM_HEAD, TINY_BASE, TensorReader, resolve_base, source_name
+from bridgeblip.bridge.base import LM_HEAD, TINY_BASE, TensorReader, resolve_base, source_name
 
 
 def test_names():
@@ -30,7 +30,7 @@ def test_unreachable_hub_id_says_what_to_do(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr("bridgeblip.base.snapshot_download", fail)
+    monkeypatch.setattr("bridgeblip.bridge.base.snapshot_download", fail)
     with pytest.raises(InputError, match=r"no network.*folder of a copy"):
         resolve_base("Salesforce/instructblip-flan-t5-xl")
 
@@ -38,7 +38,7 @@ def test_unreachable_hub_id_says_what_to_do(monkeypatch):
 def test_a_download_that_breaks_off_says_what_to_do(base, tmp_path, monkeypatch):
     """The small files of a hub id are there; a shard is not, or there are none in safetensors."""
     shutil.copytree(base, tmp_path / "hub", ignore=shutil.ignore_patterns("*.safetensors"))
-    monkeypatch.setattr("bridgeblip.base.snapshot_download", lambda *args, **kwargs: str(tmp_path / "hub"))
+    monkeypatch.setattr("bridgeblip.bridge.base.snapshot_download", lambda *args, **kwargs: str(tmp_path / "hub"))
     with pytest.raises(InputError, match=r"base some/model has no model-.*expected weights in safetensors"):
         TensorReader("some/model").read(["query_tokens"], lambda name: torch.float32)
 
@@ -47,7 +47,7 @@ def test_a_download_that_breaks_off_says_what_to_do(base, tmp_path, monkeypatch)
             raise OSError("No space left on device")
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr("bridgeblip.base.snapshot_download", download)
+    monkeypatch.setattr("bridgeblip.bridge.base.snapshot_download", download)
     with pytest.raises(InputError, match=r"No space left on device.*the disk's space"):
         TensorReader("some/model").read(["query_tokens"], lambda name: torch.float32)
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
-from bridgeblip.base import TINY_BASE
-from bridgeblip.bench import check_logits, markdown, order_of, run_bench
-from bridgeblip.contenders import Watched, count_operations, kept, stored_parameters, write_photo_questions
-from bridgeblip.questions import picture_keys, read_questions
+from bridgeblip.bridge.base import TINY_BASE
+from bridgeblip.data.questions import picture_keys, read_questions
+from experiments.bench import check_logits, markdown, order_of, run_bench
+from experiments.contenders import Watched, count_operations, kept, stored_parameters, write_photo_questions
 
 FEW, MANY = 100, 2_000
 
@@ -113,7 +113,7 @@ def test_start_up_is_quick(results):
 
 
 def test_importing_the_package_and_the_bench_loads_nothing_heavy():
-    script = "import sys, bridgeblip, bridgeblip.bench; " \
+    script = "import sys, bridgeblip, experiments.bench; " \
              "print([m for m in ('torch', 'numpy', 'pandas', 'transformers', 'PIL') if m in sys.modules])"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -174,8 +174,8 @@ def change_head(base):
     """Swap two letters' rows of the LM head in the file."""
     from safetensors.torch import load_file, save_file
 
-    from bridgeblip.base import LM_HEAD
-    from bridgeblip.processing import QuestionProcessor
+    from bridgeblip.bridge.base import LM_HEAD
+    from bridgeblip.bridge.processing import QuestionProcessor
 
     file = next(base.glob("*.safetensors"))
     tensors, (first, second, *_) = load_file(file), QuestionProcessor.from_base(base).letter_ids
@@ -184,7 +184,7 @@ def change_head(base):
 
 
 def plan_of(out):
-    from bridgeblip.contenders import Plan
+    from experiments.contenders import Plan
 
     return Plan(**json.loads((out / "plan.json").read_text()))
 

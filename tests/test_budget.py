@@ -6,12 +6,12 @@ from conftest import LAYERS, ROOT
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.budget import certify_budget, count_parts, count_trained, held_memory
-from bridgeblip.callbacks import Averages
-from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, slice_config
-from bridgeblip.export import TraceableModel
-from bridgeblip.model import attach_bridge, empty_model, load_sliced, merge_bridge, trained_tensors
-from bridgeblip.training import TrainSettings, optimizer
+from bridgeblip.bridge.budget import certify_budget, count_parts, count_trained, held_memory
+from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, slice_config
+from bridgeblip.bridge.export import TraceableModel
+from bridgeblip.bridge.model import attach_bridge, empty_model, load_sliced, merge_bridge, trained_tensors
+from bridgeblip.bridge.train import TrainSettings, optimizer
+from bridgeblip.training.callbacks import Averages
 from tools.make_full_size_base import FULL_SIZE_CONFIG
 
 

@@ -11,11 +11,11 @@ import torch
 from conftest import LAYERS, ROOT
 
 from bridgeblip import InputError
-from bridgeblip.callbacks import Averages, Patience, SelfCheck, TrainingError
-from bridgeblip.checkpoints import load_weights
-from bridgeblip.config import BridgeSettings
-from bridgeblip.model import attach_bridge, load_sliced
-from bridgeblip.training import TrainingQuestions, TrainSettings, train
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.model import attach_bridge, load_sliced
+from bridgeblip.bridge.train import TrainingQuestions, TrainSettings, train
+from bridgeblip.training.callbacks import Averages, Patience, SelfCheck, TrainingError
+from bridgeblip.training.weights import load_weights
 
 SETTINGS = TrainSettings(epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0)
 BRIDGE = BridgeSettings(rank=192)
@@ -117,9 +117,9 @@ def test_choices_are_in_a_fresh_order_every_epoch(questions):
 
 RUN = """
 import sys
-import bridgeblip.training as training
+import bridgeblip.bridge.train as training
 from bridgeblip import InputError
-from bridgeblip.config import BridgeSettings
+from bridgeblip.bridge.config import BridgeSettings
 {plan}
 settings = training.TrainSettings(
     epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0, workers={workers}
@@ -193,7 +193,7 @@ def test_asked_to_stop_in_the_last_step_of_an_epoch(base, competition, tmp_path,
 
 
 FULL_DISK = """
-import resource, bridgeblip.callbacks as callbacks
+import resource, bridgeblip.training.callbacks as callbacks
 publish, count = callbacks.publish_state, []
 def fill_up(*args):
     count.append(publish(*args))
@@ -255,11 +255,11 @@ def test_a_folder_that_cannot_be_written_is_refused_first(base, competition, tmp
 
 TWO = """
 import json, os, signal, sys
-from bridgeblip.config import BridgeSettings
-from bridgeblip.training import TrainSettings, train
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.train import TrainSettings, train
 size, kill = int(sys.argv[4]), sys.argv[5]
 if kill == "kill":
-    import bridgeblip.callbacks as callbacks
+    import bridgeblip.training.callbacks as callbacks
     old = callbacks.Averages.on_step_end
     def on_step_end(self, args, state, control, **kwargs):
         old(self, args, state, control, **kwargs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bridgeblip import InputError
-from bridgeblip.checkpoints import (
+from bridgeblip.training.weights import (
     choose_weights,
     copy_missing,
     copy_state,

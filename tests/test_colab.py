@@ -20,8 +20,8 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from bridgeblip.demo import NOTEBOOKS, PARAMETERS_TAG
-from bridgeblip.digits import write_competition
+from bridgeblip.embedded.demo import NOTEBOOKS, PARAMETERS_TAG
+from bridgeblip.embedded.digits import write_competition
 
 TRAIN, EXPORT, ANSWER = NOTEBOOKS
 CONTENT = Path("/content")  # the notebooks know Drive's place below it, as all of Colab does

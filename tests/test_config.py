@@ -2,7 +2,7 @@ import pytest
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.config import (
+from bridgeblip.bridge.config import (
     LAYER_SELECTIONS,
     BridgeBlipConfig,
     BridgeSettings,

@@ -10,11 +10,11 @@ import pytest
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
-from bridgeblip.base import TINY_BASE
-from bridgeblip.datasets import join, prepare, read_annotations, write_questions
-from bridgeblip.digits import digit_pictures
-from bridgeblip.processing import QuestionProcessor
-from bridgeblip.questions import read_questions
+from bridgeblip.bridge.base import TINY_BASE
+from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.data.prepare import join, prepare, read_annotations, write_questions
+from bridgeblip.data.questions import read_questions
+from bridgeblip.embedded.digits import digit_pictures
 
 AOKVQA = [
     {

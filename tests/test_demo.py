@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bridgeblip import InputError
-from bridgeblip.demo import NOTEBOOKS, run_demo, run_notebook
+from bridgeblip.embedded.demo import NOTEBOOKS, run_demo, run_notebook
 
 
 @pytest.fixture(scope="module")

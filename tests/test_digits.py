@@ -5,8 +5,8 @@ from collections import Counter
 
 import pandas as pd
 
-from bridgeblip.digits import KINDS, NUMBERS, DigitQuestion, digit_pictures, make_question, split_questions
-from bridgeblip.questions import picture_keys, read_questions
+from bridgeblip.data.questions import picture_keys, read_questions
+from bridgeblip.embedded.digits import KINDS, NUMBERS, DigitQuestion, digit_pictures, make_question, split_questions
 
 
 def test_no_picture_is_in_two_splits():

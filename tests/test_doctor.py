@@ -13,13 +13,15 @@ import pytest
 import torch
 from conftest import LAYERS, ROOT
 
-from bridgeblip import InputError, doctor, questions
-from bridgeblip.checkpoints import save_weights
-from bridgeblip.config import BridgeSettings
-from bridgeblip.doctor import Finding, check, print_findings
-from bridgeblip.export import export_bundle
-from bridgeblip.model import attach_bridge, load_sliced, trained_tensors
-from bridgeblip.training import TrainSettings
+from bridgeblip import InputError
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.export import export_bundle
+from bridgeblip.bridge.model import attach_bridge, load_sliced, trained_tensors
+from bridgeblip.bridge.train import TrainSettings
+from bridgeblip.data import questions
+from bridgeblip.hosting import doctor
+from bridgeblip.hosting.doctor import Finding, check, print_findings
+from bridgeblip.training.weights import save_weights
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +321,7 @@ def test_packages_that_a_stage_does_not_need_are_no_problem(home, monkeypatch):
 
 
 def test_importing_is_light_and_a_stage_must_exist():
-    light = "import sys, bridgeblip.doctor; sys.exit('torch' in sys.modules)"
+    light = "import sys, bridgeblip.hosting.doctor; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", light], check=True, cwd=ROOT)
     with pytest.raises(InputError, match="stage 'test' does not exist: expected one of train, export, predict"):
         check("test")

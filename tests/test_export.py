@@ -8,11 +8,11 @@ from conftest import LAYERS, row
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bridgeblip import InputError, export
-from bridgeblip.base import SINGLE_FILE, TINY_BASE, TensorReader
-from bridgeblip.checkpoints import load_weights, save_best, save_weights
-from bridgeblip.config import BridgeSettings
-from bridgeblip.export import (
+from bridgeblip import InputError
+from bridgeblip.bridge import export
+from bridgeblip.bridge.base import SINGLE_FILE, TINY_BASE, TensorReader
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.export import (
     SCORE_INPUTS,
     ParityError,
     ParityGate,
@@ -22,9 +22,10 @@ from bridgeblip.export import (
     restore,
     trace,
 )
-from bridgeblip.inference import load_bundle
-from bridgeblip.model import attach_bridge, load_sliced, merge_bridge, trained_tensors
-from bridgeblip.training import TrainSettings, train
+from bridgeblip.bridge.model import attach_bridge, load_sliced, merge_bridge, trained_tensors
+from bridgeblip.bridge.train import TrainSettings, train
+from bridgeblip.bundle.predict import load_bundle
+from bridgeblip.training.weights import load_weights, save_best, save_weights
 
 
 @pytest.fixture(scope="module")

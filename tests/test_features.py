@@ -2,12 +2,12 @@ import pytest
 import torch
 from conftest import LAYERS
 
-from bridgeblip.checkpoints import load_weights
-from bridgeblip.config import BridgeSettings
-from bridgeblip.features import CachedPictures, FeatureCache, clear, default_folder, encoder_key, fill
-from bridgeblip.model import load_sliced
-from bridgeblip.questions import picture_keys
-from bridgeblip.training import TrainSettings, train
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.features import CachedPictures, FeatureCache, clear, default_folder, encoder_key, fill
+from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.train import TrainSettings, train
+from bridgeblip.data.questions import picture_keys
+from bridgeblip.training.weights import load_weights
 
 
 @pytest.fixture(scope="module")

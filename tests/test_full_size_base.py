@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
 
 from bridgeblip import InputError
-from bridgeblip.base import INDEX_FILE, LM_HEAD
-from bridgeblip.config import DEFAULT_DECODER_LAYERS, slice_config
-from bridgeblip.model import BridgeBlipForMultipleChoice, load_sliced
-from bridgeblip.processing import QuestionProcessor
+from bridgeblip.bridge.base import INDEX_FILE, LM_HEAD
+from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, slice_config
+from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
+from bridgeblip.bridge.processing import QuestionProcessor
 from tools.make_full_size_base import FULL_SIZE_CONFIG, main, stored_tensors, write_base
 
 SHARED = "language_model.shared.weight"

@@ -18,13 +18,13 @@ import torch
 from conftest import LAYERS, ROOT
 from torch import nn
 
-from bridgeblip import InputError, inference
+from bridgeblip import InputError
 from bridgeblip.__main__ import main
-from bridgeblip.checkpoints import file_digest, save_weights
-from bridgeblip.config import BridgeSettings
-from bridgeblip.digits import write_competition
-from bridgeblip.export import export_bundle, restore
-from bridgeblip.inference import (
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.export import export_bundle, restore
+from bridgeblip.bridge.model import attach_bridge, load_sliced, trained_tensors
+from bridgeblip.bundle import predict as inference
+from bridgeblip.bundle.predict import (
     Bundle,
     choose_permutation_margin,
     kept_folder,
@@ -33,8 +33,9 @@ from bridgeblip.inference import (
     margins,
     predict,
 )
-from bridgeblip.model import attach_bridge, load_sliced, trained_tensors
-from bridgeblip.questions import cyclic_orders, read_questions
+from bridgeblip.data.questions import cyclic_orders, read_questions
+from bridgeblip.embedded.digits import write_competition
+from bridgeblip.training.weights import file_digest, save_weights
 
 KILLS = int(os.environ.get("BRIDGEBLIP_KILLS", 2))  # more of them for a long check
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}  # the same sums in every process

@@ -7,8 +7,8 @@ from scipy.stats import bootstrap
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
-from bridgeblip import metrics
-from bridgeblip.metrics import (
+from bridgeblip.evidence import metrics
+from bridgeblip.evidence.metrics import (
     LONG,
     OTHER_OPENERS,
     accuracy_by,

@@ -6,9 +6,9 @@ from conftest import DECODER_LAYERS, LAYERS, row, without
 from peft.tuners.lora import LoraLayer
 
 from bridgeblip import InputError
-from bridgeblip.base import source_name
-from bridgeblip.config import BridgeSettings
-from bridgeblip.model import (
+from bridgeblip.bridge.base import source_name
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.model import (
     BridgeBlipForMultipleChoice,
     attach_bridge,
     load_sliced,

@@ -11,11 +11,11 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from bridgeblip.checkpoints import BEST_FILE, STATE_FOLDER, weights_path
-from bridgeblip.config import decoder_layers
-from bridgeblip.demo import NOTEBOOKS, PARAMETERS_TAG
-from bridgeblip.submission import PROBABILITIES_FILE, PROBLEMS_FILE, SAMPLE_FILE
-from bridgeblip.training import REPORT_FILE, TrainSettings
+from bridgeblip.bridge.config import decoder_layers
+from bridgeblip.bridge.train import REPORT_FILE, TrainSettings
+from bridgeblip.embedded.demo import NOTEBOOKS, PARAMETERS_TAG
+from bridgeblip.evidence.submission import PROBABILITIES_FILE, PROBLEMS_FILE, SAMPLE_FILE
+from bridgeblip.training.weights import BEST_FILE, STATE_FOLDER, weights_path
 
 WRITTEN_BY_HAND = {"competition/train.csv", "competition/test.csv", f"competition/{SAMPLE_FILE}", "competition/"}
 WRITTEN_BY_NOTEBOOKS = {"checkpoint/", "checkpoint/torchscript.pt", "torchscript.pt", "torchscript.pt.sha256",

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from bridgeblip import page
-from bridgeblip.metrics import Estimate
-from bridgeblip.report import write_comparison, write_report
+from bridgeblip.evidence import page
+from bridgeblip.evidence.metrics import Estimate
+from bridgeblip.evidence.report import write_comparison, write_report
 
 HOSTILE = "<script>alert(1)</script> & \"'"
 

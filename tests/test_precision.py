@@ -2,9 +2,9 @@ import pytest
 import torch
 from conftest import LAYERS
 
-from bridgeblip.config import BridgeSettings
-from bridgeblip.model import attach_bridge, load_sliced
-from bridgeblip.precision import LARGE, NonFiniteError, choose_precision, slow_format
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.model import attach_bridge, load_sliced
+from bridgeblip.machine import LARGE, NonFiniteError, choose_precision, slow_format
 
 
 @pytest.mark.parametrize(

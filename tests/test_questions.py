@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from bridgeblip import InputError
-from bridgeblip.questions import (
+from bridgeblip.data.questions import (
     Question,
     cyclic_orders,
     picture_key,

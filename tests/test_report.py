@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 from test_inference import make_bundle
 
-from bridgeblip import InputError, metrics
+from bridgeblip import InputError
 from bridgeblip.__main__ import main
-from bridgeblip.digits import write_competition
-from bridgeblip.inference import Answers
-from bridgeblip.metrics import Bin, Estimate
-from bridgeblip.questions import LETTERS, read_questions
-from bridgeblip.report import (
+from bridgeblip.bundle.predict import Answers
+from bridgeblip.data.questions import LETTERS, read_questions
+from bridgeblip.embedded.digits import write_competition
+from bridgeblip.evidence import metrics
+from bridgeblip.evidence.metrics import Bin, Estimate
+from bridgeblip.evidence.report import (
     accuracy_of,
     answer_figure,
     confusion_figure,
@@ -29,7 +30,7 @@ from bridgeblip.report import (
     write_comparison,
     write_report,
 )
-from bridgeblip.submission import write_submission
+from bridgeblip.evidence.submission import write_submission
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import torch
 from conftest import LAYERS
 from PIL import Image
 
-from bridgeblip.inference import Bundle, predict
-from bridgeblip.model import load_sliced
-from bridgeblip.questions import read_questions
-from bridgeblip.submission import find_sample, read_sample, write_submission
+from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bundle.predict import Bundle, predict
+from bridgeblip.data.questions import read_questions
+from bridgeblip.evidence.submission import find_sample, read_sample, write_submission
 
 CHOICES = ("one", "two", "three", "four")
 

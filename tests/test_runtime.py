@@ -10,9 +10,10 @@ import packaging
 import pytest
 from conftest import ROOT
 
-from bridgeblip import InputError, doctor, runtime
-from bridgeblip.digits import write_competition
-from bridgeblip.runtime import local_copy
+from bridgeblip import InputError
+from bridgeblip.embedded.digits import write_competition
+from bridgeblip.hosting import doctor, runtime
+from bridgeblip.hosting.runtime import local_copy
 
 
 @pytest.fixture
@@ -225,7 +226,7 @@ def set_up_with(machine: Path, *wanted: str) -> str:
     """Code that sets up with these requirements."""
     (machine / "wanted.txt").write_text("# as in requirements.txt\n" + "\n".join(wanted))
     path = str(machine / "wanted.txt")
-    return f"from pathlib import Path; from bridgeblip.runtime import set_up; set_up(Path({path!r}))"
+    return f"from pathlib import Path; from bridgeblip.hosting.runtime import set_up; set_up(Path({path!r}))"
 
 
 def test_set_up_installs_what_is_missing_and_a_second_time_nothing(machine):
@@ -274,17 +275,20 @@ def test_an_old_torchao_goes_on_a_hosted_machine_only(machine):
 
 def test_set_up_imports_nothing_heavy(machine):
     heavy = "torch transformers peft numpy pandas PIL matplotlib tqdm"
-    code = "from bridgeblip.runtime import set_up; set_up(); import sys; print(sorted(sys.modules.keys() & set(heavy)))"
+    code = "from bridgeblip.hosting.runtime import set_up; set_up()"
+    code += "; import sys; print(sorted(sys.modules.keys() & set(heavy)))"
     assert run(machine, f"heavy = {heavy.split()}; {code}").splitlines()[-1] == "[]"
 
 
 def test_results_go_where_the_kernel_is_if_the_repository_can_not_be_written(machine):
-    code = "from bridgeblip import runtime; runtime.HOME = Path('/no such folder'); runtime.set_up()"
+    code = "from bridgeblip.hosting import runtime; runtime.HOME = Path('/no such folder'); runtime.set_up()"
     printed = run(machine, f"from pathlib import Path; {code}")
     assert printed.splitlines()[0].endswith(f"working in {(machine / 'work').resolve()}")
 
 
 def test_on_colab_the_hub_looks_for_no_secret(machine):
-    code = "from bridgeblip.runtime import set_up; set_up(); from huggingface_hub.utils import build_hf_headers; "
+    code = (
+        "from bridgeblip.hosting.runtime import set_up; set_up(); from huggingface_hub.utils import build_hf_headers; "
+    )
     printed = run(machine, code + "print(build_hf_headers().get('authorization'))", colab=True, HF_TOKEN="secret")
     assert printed.splitlines()[-1] == "None"

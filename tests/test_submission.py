@@ -3,9 +3,9 @@ import pandas as pd
 import pytest
 
 from bridgeblip import InputError
-from bridgeblip.inference import Answers, kept_folder
-from bridgeblip.questions import Question
-from bridgeblip.submission import blend, describe, find_sample, read_sample, write_submission
+from bridgeblip.bundle.predict import Answers, kept_folder
+from bridgeblip.data.questions import Question
+from bridgeblip.evidence.submission import blend, describe, find_sample, read_sample, write_submission
 
 LOWER = ("a", "b", "c", "d")
 QUESTIONS = [Question(f"00{i}, {i}", None, "?", ("w", "x", "y", "z"), line=i + 2) for i in range(4)]

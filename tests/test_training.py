@@ -15,13 +15,13 @@ from conftest import LAYERS, ROOT
 from transformers import Trainer
 
 from bridgeblip import InputError
-from bridgeblip.checkpoints import choose_weights, load_weights
-from bridgeblip.config import BridgeSettings
-from bridgeblip.export import restore
-from bridgeblip.inference import Bundle, predict
-from bridgeblip.model import attach_bridge, load_sliced, trained_tensors
-from bridgeblip.report import accuracy_of
-from bridgeblip.training import TrainSettings, optimizer, train, training_arguments
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.export import restore
+from bridgeblip.bridge.model import attach_bridge, load_sliced, trained_tensors
+from bridgeblip.bridge.train import TrainSettings, optimizer, train, training_arguments
+from bridgeblip.bundle.predict import Bundle, predict
+from bridgeblip.evidence.report import accuracy_of
+from bridgeblip.training.weights import choose_weights, load_weights
 
 SETTINGS = TrainSettings(epochs=2, batch_size=16, validation_fraction=0.25, learning_rate=1e-3)
 
@@ -63,7 +63,7 @@ def test_a_run_that_has_ended_is_not_run_again(base, competition, tmp_path, caps
 
 def test_result_report_and_margin_are_those_of_the_best_epoch(base, competition, tmp_path, monkeypatch):
     measured = iter((0.2, 0.9, 0.5))  # before training and after each epoch
-    monkeypatch.setattr("bridgeblip.training.accuracy", lambda prediction: {"accuracy": next(measured, 0.0)})
+    monkeypatch.setattr("bridgeblip.bridge.train.accuracy", lambda prediction: {"accuracy": next(measured, 0.0)})
     result = train(competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192), LAYERS)
     first, last = (
         predict(Bundle(restored.model, restored.processor, {}, torch.device("cpu")), result.validation).probabilities
@@ -133,7 +133,7 @@ def test_head_only(base, competition, tmp_path):
 
 
 def test_bad_input_stops_before_the_model_is_loaded(competition, tmp_path, monkeypatch):
-    monkeypatch.setattr("bridgeblip.training.load_sliced", lambda *a: pytest.fail("loading started"))
+    monkeypatch.setattr("bridgeblip.bridge.train.load_sliced", lambda *a: pytest.fail("loading started"))
     with pytest.raises(InputError, match="not found"):
         train(tmp_path / "train.csv", "tiny", tmp_path)
     with pytest.raises(InputError, match="lacks the column answer"):
@@ -148,7 +148,7 @@ def test_an_unfinished_run_of_other_settings_is_refused_before_anything_long(
     folder = shutil.copytree(result.weights[0].parent, tmp_path / "checkpoint")
     for path in folder.glob("state/*/state.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"done": False}))
-    monkeypatch.setattr("bridgeblip.training.load_sliced", lambda *a: pytest.fail("loading started"))
+    monkeypatch.setattr("bridgeblip.bridge.train.load_sliced", lambda *a: pytest.fail("loading started"))
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=r"another run \(other settings\) that has not ended.*delete the folder state"):
         train(competition / "train.csv", base, folder, replace(SETTINGS, seed=7), BridgeSettings(rank=192), LAYERS)
@@ -157,8 +157,8 @@ def test_an_unfinished_run_of_other_settings_is_refused_before_anything_long(
 
 KILLED = """
 import sys
-from bridgeblip.config import BridgeSettings
-from bridgeblip.training import TrainSettings, train
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.train import TrainSettings, train
 csv, base, epochs, folder, features = sys.argv[1:]
 settings = TrainSettings(epochs=int(epochs), batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0)
 train(csv, base, folder, settings, BridgeSettings(rank=192), (0, 2, 5), features=features)

@@ -21,16 +21,16 @@ from transformers import InstructBlipForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bridgeblip.base import TensorReader
-from bridgeblip.config import DEFAULT_DECODER_LAYERS
-from bridgeblip.contenders import PeakMemory, bridge_epochs, write_photo_questions
-from bridgeblip.export import export_bundle
-from bridgeblip.inference import load_bundle, predict
-from bridgeblip.model import load_sliced
-from bridgeblip.processing import QuestionProcessor
-from bridgeblip.questions import read_questions
-from bridgeblip.submission import write_submission
-from bridgeblip.training import TrainSettings, train
+from bridgeblip.bridge.base import TensorReader
+from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS
+from bridgeblip.bridge.export import export_bundle
+from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.train import TrainSettings, train
+from bridgeblip.bundle.predict import load_bundle, predict
+from bridgeblip.data.questions import read_questions
+from bridgeblip.evidence.submission import write_submission
+from experiments.contenders import PeakMemory, bridge_epochs, write_photo_questions
 
 INPUTS = ("pixel_values", "qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
 

@@ -34,8 +34,8 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's path starts at its own folder
 
 from bridgeblip import InputError
-from bridgeblip.base import INDEX_FILE
-from bridgeblip.processing import QuestionProcessor
+from bridgeblip.bridge.base import INDEX_FILE
+from bridgeblip.bridge.processing import QuestionProcessor
 
 FULL_SIZE_CONFIG = {
     "architectures": ["InstructBlipForConditionalGeneration"],

@@ -2,10 +2,10 @@
 
     python tools/train_tiny_base.py start --out /tmp/start
     python tools/train_tiny_base.py deepen --init /tmp/start --out /tmp/deepen
-    python tools/train_tiny_base.py bind --init /tmp/deepen --out bridgeblip/tiny
+    python tools/train_tiny_base.py bind --init /tmp/deepen --out bridgeblip/embedded/tiny
 
 The model names the digit of a picture and answers questions about it as InstructBLIP does: by
-generating text. It sees only the "pretrain" pictures of ``bridgeblip.digits``; its scores are taken on
+generating text. It sees only the "pretrain" pictures of ``bridgeblip.embedded.digits``; its scores are taken on
 the "train" pictures, which it has not seen.
 
 Three runs, because a decoder of 24 layers is far more than digits need, and one that is merely trained hardly
@@ -46,8 +46,16 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bridgeblip.digits import KINDS, NUMBERS, WORDS, DigitQuestion, digit_pictures, make_question, split_questions
-from bridgeblip.questions import LETTERS, render_prompt
+from bridgeblip.data.questions import LETTERS, render_prompt
+from bridgeblip.embedded.digits import (
+    KINDS,
+    NUMBERS,
+    WORDS,
+    DigitQuestion,
+    digit_pictures,
+    make_question,
+    split_questions,
+)
 
 IMAGE_SIDE = 32
 QUERY_TOKENS = 4

@@ -50,7 +50,7 @@ def check_tiny_base() -> list[tuple[str, str, str, bool]]:
     sys.path.insert(0, str(ROOT / "tools"))
     from train_tiny_base import generative_accuracy
 
-    from bridgeblip.base import TINY_BASE
+    from bridgeblip.bridge.base import TINY_BASE
 
     accuracy, count = generative_accuracy(TINY_BASE, "test")
     size = sum(f.stat().st_size for f in TINY_BASE.rglob("*") if f.is_file()) / 1e6

@@ -40,19 +40,19 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
-from bridgeblip.base import REAL_BASE, REAL_REVISION, SMALL_FILES, resolve_base
-from bridgeblip.checkpoints import write_text
-from bridgeblip.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig
-from bridgeblip.datasets import prepare
-from bridgeblip.demo import NOTEBOOKS, ROOT, run_notebook
-from bridgeblip.export import MERGING_SHARE, PARITY_BOUND
-from bridgeblip.inference import Bundle, best_device, predict
-from bridgeblip.metrics import Estimate, measure, picture_groups
-from bridgeblip.model import load_sliced
-from bridgeblip.precision import choose_precision
-from bridgeblip.processing import QuestionProcessor
-from bridgeblip.questions import LETTERS, read_questions, read_table, render_prompt
-from bridgeblip.runtime import local_copy
+from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, SMALL_FILES, resolve_base
+from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig
+from bridgeblip.bridge.export import MERGING_SHARE, PARITY_BOUND
+from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bundle.predict import Bundle, best_device, predict
+from bridgeblip.data.prepare import prepare
+from bridgeblip.data.questions import LETTERS, read_questions, read_table, render_prompt
+from bridgeblip.embedded.demo import NOTEBOOKS, ROOT, run_notebook
+from bridgeblip.evidence.metrics import Estimate, measure, picture_groups
+from bridgeblip.hosting.runtime import local_copy
+from bridgeblip.machine import choose_precision
+from bridgeblip.training.weights import write_text
 from tools.full_size import write_photo_questions
 
 REAL_PARAMETERS = {"whole": 4_022_969_088, "sliced": 2_916_893_444}
@@ -267,7 +267,8 @@ def check_parity(run: Run) -> tuple[list[Check], dict]:
     """Compare the inputs with those of the base's own processor, then the letter logits of all decoder layers.
 
     The bounds are those of an export. In half precision one step of rounding of the largest logit comes on top: Hugging
-    Face rounds the logits, ours stay in fp32, and in the Q-Former the two round in other places (``bridgeblip.model``).
+    Face rounds the logits, ours stay in fp32, and in the Q-Former the two round in other places; see
+    ``bridgeblip.bridge.model``.
     """
     pictures, prompts, inputs = model_inputs(run)
     processor = hugging_face_processor(run.folder)
@@ -377,7 +378,7 @@ RESULTS: dict[str, tuple[Callable[[Run], tuple[list[Check], dict]], tuple[str, .
 def circumstances(run: Run, arguments: tuple[str, ...]) -> dict:
     """What a result was measured on and with; one measured on anything else is measured again."""
     code = hashlib.sha256()
-    for path in sorted([*(ROOT / "bridgeblip").glob("*.py"), Path(__file__)]):
+    for path in sorted([*(ROOT / "bridgeblip").rglob("*.py"), Path(__file__)]):
         code.update(path.read_bytes())
     is_gpu = run.device != "cpu"
     values = vars(run.args) | {"dtype": str(run.dtype).removeprefix("torch.")}

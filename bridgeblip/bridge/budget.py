@@ -1,0 +1,94 @@
+"""The parameter budget: what inference loads, counted by part, against a competition's limit; and it in bytes."""
+
+import re
+
+import torch
+from torch import nn
+
+from bridgeblip import InputError
+from bridgeblip.bridge.config import BridgeBlipConfig, BridgeSettings
+from bridgeblip.bridge.model import BRIDGED_LINEARS, empty_model
+from bridgeblip.machine import stored_dtype
+
+BUDGET_LIMIT = 3_000_000_000
+"""The usual rule: all parameters of all models loaded for inference, summed, stay under three billion."""
+
+PARTS = {
+    "vision_model": "vision tower",
+    "query_tokens": "Q-Former",
+    "qformer": "Q-Former",
+    "language_projection": "projection",
+    "language_model.shared": "embeddings",
+    "language_model.encoder": "T5 encoder",
+    "language_model.decoder": "T5 decoder",
+    "head": "head",
+}
+LEFT_OUT = r"language_model\.decoder\..*\.SelfAttention\.(q|k|relative_attention_bias)\.weight"
+"""What an export leaves out: over the decoder's single token it does nothing."""
+
+
+def count_parts(model: nn.Module) -> dict[str, int]:
+    """Return the parameters of an unbridged model by part.
+
+    Counted logically: a shared tensor once, and by shape, whatever the storage packs into a byte.
+    """
+    counts = dict.fromkeys(PARTS.values(), 0)
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" not in name:  # these are language_model.shared
+            counts[next(part for prefix, part in PARTS.items() if name.startswith(prefix))] += parameter.numel()
+    return counts
+
+
+def count_trained(model: nn.Module, bridge: BridgeSettings, idle: bool = False) -> int:
+    """Return how many numbers training changes, adapters and head, without making adapters.
+
+    Args:
+        idle: count adapters on self-attention's q and k too, which a single decoder token leaves idle.
+    """
+    pattern = BRIDGED_LINEARS[bridge.targets]
+    if idle:
+        pattern = pattern.replace(r"SelfAttention\.(v|o)", r"SelfAttention\.(q|k|v|o)")
+        pattern = pattern.replace(r"SelfAttention\.v", r"SelfAttention\.(q|v)")
+    rank = bridge.rank_for(model.config.text_config.d_model)
+    linears = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+    return rank * sum(m.in_features + m.out_features for m in linears) + sum(p.numel() for p in model.head.parameters())
+
+
+def certify_budget(config: BridgeBlipConfig, limit: int = BUDGET_LIMIT) -> dict[str, int]:
+    """Return the parameters of the merged model by part, and their "total".
+
+    Raises:
+        InputError: if the total is above ``limit``.
+    """
+    parts = count_parts(empty_model(config))
+    total = sum(parts.values())
+    if total > limit:
+        listed = ", ".join(f"{name} {count:,}" for name, count in parts.items())
+        raise InputError(f"{total:,} parameters are above the limit of {limit:,} ({listed}): keep fewer decoder layers")
+    return parts | {"total": total}
+
+
+def held_memory(config: BridgeBlipConfig, dtype: torch.dtype, bridge: BridgeSettings | None = None) -> dict[str, int]:
+    """Return the bytes that are held all the time, by part, and their "total": by an exported model in ``dtype``, or,
+    with a bridge, by its training.
+
+    This is what shapes and number formats tell. What comes and goes is not in it: activations, pictures, buffers.
+    """
+    model = empty_model(config)
+    stored = {
+        name: parameter.numel() * stored_dtype(name, dtype).itemsize
+        for name, parameter in model.named_parameters()
+        if "embed_tokens" not in name  # these are language_model.shared
+    }
+    if bridge is None:
+        total = sum(size for name, size in stored.items() if not re.fullmatch(LEFT_OUT, name))
+        return {"weights": total, "total": total}
+    trained = count_trained(model, bridge) * torch.float32.itemsize
+    parts = {
+        "frozen weights": sum(size for name, size in stored.items() if not name.startswith("head.")),
+        "adapters and head": trained,
+        "their gradients": trained,
+        "AdamW's two moments": 2 * trained,
+        "averaged adapters and head": trained,
+    }
+    return parts | {"total": sum(parts.values())}

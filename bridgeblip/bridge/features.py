@@ -1,0 +1,175 @@
+"""The frozen vision tower, paid for once: image features on disk, by content of the picture.
+
+One small safetensors file a picture: it appears whole or not at all, is mapped and not read, and may be
+written by several processes at once, for all write the same. Files of another encoder lie in another folder.
+"""
+
+import hashlib
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from bridgeblip.bridge.processing import LOADERS, QuestionProcessor, load_ahead
+from bridgeblip.data.questions import Question
+from bridgeblip.training.weights import write_atomically
+
+DEFAULT_LIMIT = 40 * 10**9  # bytes of features on disk: some 55,000 pictures of the real model
+SPARE_DISK = 10**9  # bytes that the cache leaves free
+
+
+def default_folder() -> Path:
+    """A folder of our own in ``$BRIDGEBLIP_CACHE``, or in the user's cache: a local disk, where Drive would be slow."""
+    return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache").expanduser() / "bridgeblip"
+
+
+def encoder_key(model: nn.Module, processor: QuestionProcessor, parts: tuple[str, ...] = ("vision_model.",)) -> str:
+    """SHA-256 over the processor and the weights whose names begin with ``parts``: equal keys give equal features."""
+    digest = hashlib.sha256(processor.fingerprint.encode())
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(parts):
+            continue
+        digest.update(f"{name} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Features of pictures under one encoder, (patches + 1, vision width) each."""
+
+    def __init__(self, folder: str | Path, encoder: str):
+        self.root = Path(folder)
+        self.folder = self.root / encoder[:32]
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def write(self, key: str, features: torch.Tensor) -> None:
+        """Store the features of the picture with content ``key``, with their checksum."""
+        features = features.detach().cpu().contiguous()
+        checksum = {"crc32": str(_crc32(features))}
+
+        def write(partial: Path):
+            save_file({"features": features}, partial, checksum)
+
+        def verify(partial: Path):
+            if _read(partial) is None:
+                raise OSError(f"{partial} was not stored as written: is the disk full?")
+
+        write_atomically(self.path(key), write, verify, tag=f".{os.getpid()}")
+
+    def has(self, key: str) -> bool:
+        """Whether whole features of this picture are there; torn ones count as none."""
+        return _read(self.path(key)) is not None
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return a picture's features, mapped from the disk."""
+        with safe_open(self.path(key), framework="pt") as file:
+            return file.get_tensor("features")
+
+
+def _read(path: Path) -> torch.Tensor | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            features = file.get_tensor("features")
+            return features if file.metadata()["crc32"] == str(_crc32(features)) else None
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.view(torch.uint8).numpy())
+
+
+@torch.no_grad()
+def fill(
+    cache: FeatureCache,
+    model: nn.Module,
+    processor: QuestionProcessor,
+    pictures: dict[str, Path],
+    batch_size: int,
+    limit: int = DEFAULT_LIMIT,
+    share: tuple[int, int] = (0, 1),
+) -> bool:
+    """Encode the pictures whose features are not there yet; return False if they would not fit.
+
+    Batches are the same whatever is there already, so that an interrupted run goes on with the same numbers.
+
+    Args:
+        pictures: content key -> a file with that content.
+        limit: most bytes of all features together; those used longest ago make room.
+        share: (rank, processes): each process encodes its part of the batches.
+    """
+    keys = list(pictures)
+    quiet = share[0] > 0
+    with ThreadPoolExecutor(LOADERS) as pool:
+        checked = tqdm(pool.map(cache.has, keys), "checking cached pictures", len(keys), disable=quiet, leave=False)
+        missing = {key for key, is_there in zip(keys, checked, strict=True) if not is_there}
+    chunks = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)][share[0] :: share[1]]
+    chunks = [chunk for chunk in chunks if missing.intersection(chunk)]
+    device = next(model.parameters()).device
+    roomy, count = False, sum(map(len, chunks))
+    with (
+        ThreadPoolExecutor(LOADERS) as pool,
+        tqdm(total=count, desc="encoding pictures", unit="picture", disable=quiet or not count) as bar,
+    ):
+        loaded = load_ahead(lambda key: processor.load_pixels(pictures[key]), chunks)
+        for chunk, pixels in zip(chunks, loaded, strict=True):
+            features = dict(zip(chunk, model.encode_image(torch.stack(pixels).to(device)).cpu(), strict=True))
+            if not roomy and not _make_room(cache, keys, features[chunk[0]].nbytes, len(missing), limit):
+                return False
+            roomy = True
+            fresh = list(missing.intersection(chunk))
+            list(pool.map(cache.write, fresh, [features[key] for key in fresh]))  # raises what a write does
+            bar.update(len(chunk))
+    for key in keys[share[0] :: share[1]]:
+        if key not in missing:
+            os.utime(cache.path(key))  # used now: the last to make room
+    return True
+
+
+def _make_room(cache: FeatureCache, keys: Sequence[str], size: int, missing: int, limit: int) -> bool:
+    """Delete features used longest ago until those ``missing`` fit, ``size`` bytes each; False if they can't."""
+    if size * len(keys) > limit:
+        return False
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    wanted = {cache.path(key) for key in keys}
+    found = [
+        (path.stat().st_mtime, path.stat().st_size, path)
+        for path in cache.root.glob(f"{'[0-9a-f]' * 32}/*.safetensors")
+    ]
+    free = shutil.disk_usage(cache.folder).free - SPARE_DISK
+    excess = max(sum(stored for _, stored, _ in found) + size * missing - limit, size * missing - free)
+    for _, stored, path in sorted(found):
+        if excess > 0 and path not in wanted:
+            path.unlink(missing_ok=True)
+            excess -= stored
+    return excess <= 0
+
+
+def clear(dry_run: bool = False) -> tuple[int, int]:
+    """Remove all that the default folder holds; return how many files of features and how many bytes it is."""
+    count = len(list(default_folder().glob("*/*.safetensors")))
+    size = sum(path.stat().st_size for path in default_folder().rglob("*") if path.is_file())
+    if not dry_run:
+        for folder in default_folder().glob("*/"):
+            shutil.rmtree(folder)
+    return count, size
+
+
+class CachedPictures:
+    """Reads ``image_embeds`` of questions from the cache, for ``QuestionProcessor.collate``."""
+
+    def __init__(self, cache: FeatureCache, key_of: dict[Path, str]):
+        self.cache, self.key_of = cache, key_of
+
+    def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        return {"image_embeds": torch.stack([self.cache.read(self.key_of[q.image]) for q in questions])}

@@ -1,0 +1,384 @@
+"""The sliced InstructBLIP with a classification head, and the LoRA bridge over its cut layers."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    InstructBlipConfig,
+    InstructBlipPreTrainedModel,
+    InstructBlipQFormerModel,
+    InstructBlipVisionModel,
+    T5Model,
+)
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from bridgeblip import InputError
+from bridgeblip.bridge.base import LM_HEAD, TensorReader, source_name
+from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, slice_config
+from bridgeblip.machine import NonFiniteError, first_non_finite_module, stored_dtype
+
+# With a single decoder token, self-attention is o(v(x)): its q and k get no gradient and do no work.
+_LAYERS = r"language_model\.decoder\.block\.\d+\.layer\."
+BRIDGED_LINEARS = {
+    "all": _LAYERS + r"(0\.SelfAttention\.(v|o)|1\.EncDecAttention\.(q|k|v|o)|2\.DenseReluDense\.(wi|wi_0|wi_1|wo))",
+    "q,v": _LAYERS + r"(0\.SelfAttention\.v|1\.EncDecAttention\.(q|v))",
+}
+"""Which linears get adapters, by the name that ``BridgeSettings.targets`` has for them."""
+
+
+class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
+    """InstructBLIP with a sliced decoder and a linear head over the choices where text generation was.
+
+    The decoder reads one start token; its last hidden state goes to the head (EncT5, Liu et al. 2021,
+    is the closest precedent). Only LoRA adapters and the head are ever trained: all other modules stay
+    in ``eval()``, dropout included, whatever ``train()`` says, so that cached and uncached features,
+    one process and two, give the same numbers.
+    """
+
+    config: BridgeBlipConfig
+    config_class = BridgeBlipConfig
+    main_input_name = "pixel_values"
+    _tied_weights_keys: ClassVar = {
+        "language_model.encoder.embed_tokens.weight": "language_model.shared.weight",
+        "language_model.decoder.embed_tokens.weight": "language_model.shared.weight",
+    }
+    label_smoothing = 0.0
+    """Share of the target that training spreads evenly over the choices that exist."""
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer must divide by the accumulation steps
+
+    def __init__(self, config: BridgeBlipConfig):
+        super().__init__(config)
+        self.vision_model = InstructBlipVisionModel._from_config(config.vision_config)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
+        self.qformer = InstructBlipQFormerModel._from_config(config.qformer_config)
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+        for linear in [*self.qformer.modules(), self.language_projection]:
+            if isinstance(linear, nn.Linear):
+                linear.register_forward_pre_hook(_make_contiguous)
+        self.language_model = T5Model._from_config(config.text_config)
+        self.head = nn.Linear(config.text_config.hidden_size, config.num_choices)
+        self.loss_type = "ForSequenceClassification"  # transformers guesses it from the class name, and warns
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True):
+        """Set the training flag; of the modules below, only the adapters' dropout follows it."""
+        super().train(False)
+        self.training = mode
+        for name, module in self.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
+        return self
+
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Run the vision tower: (B, 3, S, S) normalised pictures to (B, patches + 1, vision width)."""
+        dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
+        return self.vision_model(pixel_values=pixel_values.to(dtype)).last_hidden_state
+
+    def encode(
+        self,
+        image_embeds: torch.Tensor,
+        qformer_input_ids: torch.Tensor,
+        qformer_attention_mask: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the encoder's states (B, queries + L, T5 width): all that the decoder sees of a question.
+
+        Args:
+            image_embeds: (B, patches + 1, vision width), from ``encode_image``.
+            qformer_input_ids: (B, Lq) prompt in the Q-Former's vocabulary; its mask is 1 on real tokens.
+            input_ids: (B, queries + L) image placeholders and prompt in T5's vocabulary; mask likewise.
+        """
+        queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
+        query_mask = torch.ones(queries.shape[:2], dtype=torch.long, device=image_embeds.device)
+        # The instruction goes to the Q-Former as well: this is what makes it InstructBLIP and not BLIP-2.
+        seen = self.qformer(
+            input_ids=qformer_input_ids,
+            attention_mask=torch.cat([query_mask, qformer_attention_mask], dim=1),
+            query_embeds=queries,
+            encoder_hidden_states=image_embeds,
+        ).last_hidden_state[:, : queries.shape[1]]
+        pictured = self.language_projection(seen)  # (B, queries, T5 width)
+        embeds = self.get_input_embeddings()(input_ids)
+        is_image = (input_ids == self.config.image_token_index).unsqueeze(-1)
+        embeds = embeds.masked_scatter(is_image, pictured.to(embeds.dtype))
+        return self.language_model.encoder(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
+
+    def decode(self, encoder_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, choices) of what ``encode`` gives; the mask is that of ``input_ids``."""
+        start = torch.full(
+            (encoder_states.shape[0], 1),
+            self.config.text_config.decoder_start_token_id,
+            dtype=torch.long,
+            device=encoder_states.device,
+        )
+        decoded = self.language_model.decoder(
+            input_ids=start,
+            encoder_hidden_states=encoder_states,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+        ).last_hidden_state  # (B, 1, T5 width)
+        return self.head(decoded[:, 0].to(self.head.weight.dtype))
+
+    def score(
+        self,
+        image_embeds: torch.Tensor,
+        qformer_input_ids: torch.Tensor,
+        qformer_attention_mask: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the logits (B, choices) of questions about encoded pictures; takes what ``encode`` does."""
+        states = self.encode(image_embeds, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask)
+        return self.decode(states, attention_mask)
+
+    def forward(
+        self,
+        qformer_input_ids: torch.Tensor,
+        qformer_attention_mask: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        choice_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        """Return logits (B, choices), in fp32, and the mean cross-entropy if ``labels`` (B,) are given.
+
+        Pictures come as ``pixel_values`` or already encoded as ``image_embeds``. Where ``choice_mask``
+        (B, choices) is False there is no such choice: its logit is minus infinity.
+        """
+        texts = (qformer_input_ids, qformer_attention_mask, input_ids, attention_mask)
+        with without_autocast(self):
+            if image_embeds is None:
+                image_embeds = self.encode_image(pixel_values)
+            logits = self.score(image_embeds, *texts).float()
+            if not torch.isfinite(logits).all():
+                self._name_the_culprit(pixel_values, image_embeds, texts)
+        return self.judge(logits, choice_mask, labels)
+
+    def judge(
+        self, logits: torch.Tensor, choice_mask: torch.Tensor | None, labels: torch.Tensor | None
+    ) -> SequenceClassifierOutput:
+        """Return ``forward``'s output for finite logits (B, choices)."""
+        if choice_mask is not None:
+            logits = logits.masked_fill(~choice_mask, float("-inf"))
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss = choice_loss(logits, labels, smoothing) if labels is not None else None
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _name_the_culprit(self, pixel_values, image_embeds, texts):
+        def again():
+            embeds = image_embeds if pixel_values is None else self.encode_image(pixel_values)
+            self.score(embeds, *texts)
+
+        name = first_non_finite_module(self, again)
+        raise NonFiniteError(
+            f"the logits are not finite; the first module with a NaN or infinite output is {name!r}. "
+            "In float16, use bfloat16 or float32; while training, lower the learning rate."
+        )
+
+
+def _make_contiguous(linear: nn.Linear, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """The Q-Former cuts queries and text out of one tensor. Of a linear that is given such a slice, torch copies the
+    weights for every row of the batch, and in bfloat16 it rounds before the bias, too, unless the batch has one row."""
+    return (inputs[0].contiguous(),)
+
+
+def without_autocast(model: nn.Module) -> torch.autocast:
+    """Every weight has the format it computes well in: autocast would take T5's ``wo`` from fp32 back to fp16, where
+    it overflows."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
+
+
+def choice_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Mean cross-entropy of logits (B, choices) at ``labels`` (B,); minus infinity marks a choice that isn't there.
+
+    Label smoothing (Szegedy et al. 2016) spreads over the choices that are: torch's own would give infinity.
+    """
+    logs = logits.log_softmax(-1)
+    right = F.nll_loss(logs, labels)
+    if not smoothing:
+        return right
+    there = logits.isfinite()
+    even = (logs.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)).mean()
+    return (1 - smoothing) * right - smoothing * even
+
+
+AutoConfig.register("bridgeblip", BridgeBlipConfig)
+AutoModel.register(BridgeBlipConfig, BridgeBlipForMultipleChoice)
+
+
+def empty_model(config: BridgeBlipConfig) -> BridgeBlipForMultipleChoice:
+    """Return the sliced model without any weight in memory: names and shapes only."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return BridgeBlipForMultipleChoice(config)
+
+
+def load_sliced(
+    base: str | Path,
+    letter_ids: Sequence[int],
+    layers: Sequence[int] = DEFAULT_DECODER_LAYERS,
+    head_init: str = "lm_head",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> BridgeBlipForMultipleChoice:
+    """Return the sliced model, reading only the kept tensors; nothing is trained yet.
+
+    The cut decoder layers never exist in memory, nor does the LM head but for the rows of
+    ``letter_ids``, one row a choice, which start the head ("random" starts it from noise).
+    In half precision the head stays in fp32, in fp16 T5's overflowing products too.
+
+    Raises:
+        InputError: if the layers can't be kept, or the base is no InstructBLIP with a T5 or lacks a tensor.
+    """
+    reader = TensorReader(base, revision, device)
+    config = slice_config(InstructBlipConfig.from_pretrained(reader.folder), layers)
+    model = empty_model(config)
+    shapes = {
+        name: parameter.shape
+        for name, parameter in model.named_parameters()
+        if not name.startswith("head.") and "embed_tokens" not in name
+    }
+    source_of = {name: source_name(name, config.kept_decoder_layers) for name in shapes}
+    read = reader.read(list(source_of.values()), lambda name: stored_dtype(name, dtype))
+    state = {name: read.pop(source) for name, source in source_of.items()}
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise InputError(
+                f"tensor {source_of[name]!r} of the base has shape {tuple(state[name].shape)}; "
+                f"its config.json asks for {tuple(shape)}"
+            )
+    state |= _start_head(reader, config, letter_ids, head_init, dtype)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    if unexpected or any("embed_tokens" not in name for name in missing):
+        raise RuntimeError(f"slicing left tensors over: missing {missing}, unexpected {unexpected}")
+    model.language_model.set_input_embeddings(model.language_model.shared)
+    model.requires_grad_(False)
+    return model.to(device).eval()  # moves the few buffers; all weights are there
+
+
+def _start_head(reader, config, letter_ids, head_init, dtype) -> dict[str, torch.Tensor]:
+    width = config.text_config.d_model
+    if len(letter_ids) != config.num_choices:
+        raise InputError(f"{len(letter_ids)} letter ids for {config.num_choices} choices: expected one each")
+    if head_init == "random":
+        weight = torch.randn(config.num_choices, width, device=reader.device) * width**-0.5
+    else:
+        weight = reader.read_rows(LM_HEAD, letter_ids)
+        if config.text_config.scale_decoder_outputs:  # T5 1.0, with a tied LM head, scales its last state
+            weight = weight * width**-0.5
+    kept = stored_dtype("head.weight", dtype)
+    return {
+        "head.weight": weight.to(kept),
+        "head.bias": torch.zeros(config.num_choices, device=weight.device, dtype=kept),
+    }
+
+
+def attach_bridge(model: BridgeBlipForMultipleChoice, settings: BridgeSettings) -> PeftModel | nn.Module:
+    """Put LoRA adapters on the kept decoder layers and make them and the head trainable, in fp32.
+
+    Rank and alpha are the settings' share of this decoder's width. With rank 0 only the head is
+    trainable, and the model itself is returned. LoRA: Hu et al. 2021.
+    """
+    width = model.config.text_config.d_model
+    rank = settings.rank_for(width)
+    if rank == 0:
+        model.requires_grad_(False)
+        model.head.float().requires_grad_(True)
+        return model
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=settings.alpha_for(width),
+        lora_dropout=settings.dropout,
+        target_modules=BRIDGED_LINEARS[settings.targets],
+        modules_to_save=["head"],
+    )
+    with warnings.catch_warnings():  # peft asks transformers a question by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        bridged = get_peft_model(model, config)
+    for parameter in bridged.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return bridged
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors that training changes, by name: adapters and head, in fp32, on the CPU."""
+    return {
+        name: parameter.detach().to("cpu", torch.float32).clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy ``trained_tensors`` of an equally built model into ``model``.
+
+    Raises:
+        InputError: if a tensor is missing, left over or of another shape; nothing is changed then.
+    """
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise InputError(
+            f"the weights do not fit this model: {len(wrong)} tensors missing, left over or of another shape, "
+            f"the first is {wrong[0]!r}. They were trained with another base, layer selection or rank."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def round_fairly(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Cast fp32 ``values`` to ``dtype``; to bfloat16 by stochastic rounding, up or down by the distance to each.
+
+    A LoRA update is often smaller than half a step of bfloat16. Rounding to the nearest would then give the old
+    weight back nearly everywhere, and the low-rank update, small in each weight but alike in all, would shrink.
+    Rounded stochastically it is there in the mean (Gupta et al. 2015).
+    """
+    if dtype != torch.bfloat16:
+        return values.to(dtype)
+    noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, generator=generator).to(values.device)
+    bits = values.contiguous().view(torch.int32) + noise  # bfloat16 is the upper half of fp32
+    return (bits & -(1 << 16)).view(torch.float32).to(dtype)
+
+
+@torch.no_grad()
+def merge_bridge(model: nn.Module) -> BridgeBlipForMultipleChoice:
+    """Return the plain model with the adapters merged into its linears and the trained head in place.
+
+    Each product is added in fp32 and only then cast to the model's own format: adding in half precision
+    would round the update away.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_base_layer().weight
+            update = layer.get_delta_weight("default")  # fp32, as the adapters are
+            weight.copy_(round_fairly(weight.float() + update, weight.dtype, generator))
+    dtype = model.get_input_embeddings().weight.dtype
+    merged = model.unload()
+    merged.head.to(stored_dtype("head.weight", dtype))
+    return merged

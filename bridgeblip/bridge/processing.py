@@ -1,0 +1,266 @@
+"""Questions to tensors, by ``tokenizers`` and Pillow alone: one path for training and inference.
+
+Equal to the bit to ``InstructBlipProcessor`` with its Pillow image processor, but without transformers,
+so that the exported file's reader stays small and pixels do not depend on torchvision being there.
+"""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from tokenizers import Tokenizer
+
+from bridgeblip import InputError
+from bridgeblip.data.questions import LETTERS, Question
+
+PROCESSOR_FILES = ("processor.json", "tokenizer.json", "qformer_tokenizer.json")
+IMAGE_TOKEN = "<image>"
+LOADERS = 4  # threads that decode pictures: Pillow lets go of Python's lock meanwhile
+
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+
+
+class QuestionProcessor:
+    """Turns pictures and prompts into the model's inputs.
+
+    Args:
+        files: the text of each of ``PROCESSOR_FILES``, as ``from_base`` makes them and a bundle holds them.
+    """
+
+    def __init__(self, files: dict[str, str]):
+        self.files = files
+        settings = json.loads(files["processor.json"])
+        self.image_size = tuple(settings["image_size"])  # height, width
+        self.num_query_tokens = settings["num_query_tokens"]
+        self.image_token_id = settings["image_token_id"]
+        self.prompt_limit = settings["prompt_limit"]
+        self.resample = Image.Resampling(settings["resample"])
+        self.tokenizer = _tokenizer(files["tokenizer.json"], settings["pad_token"])
+        self.qformer_tokenizer = _tokenizer(files["qformer_tokenizer.json"], settings["qformer_pad_token"])
+        # A pixel has 256 values a channel: rescaling and normalising is a table look-up, (3, 256) in fp32.
+        levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)
+        mean, std = (np.array(settings[key], dtype=np.float32)[:, None] for key in ("image_mean", "image_std"))
+        self.levels = (levels - mean) / std
+
+    @classmethod
+    def from_base(cls, folder: str | Path) -> "QuestionProcessor":
+        """Read the processor of a base model folder, in the layout of transformers 4 or 5.
+
+        Raises:
+            InputError: if a file is missing, or the image processor does something that this one can't.
+        """
+        folder = Path(folder)
+        config = json.loads(_read(folder / "config.json"))
+        settings = json.loads(_read(folder / "processor_config.json"))
+        image = settings.get("image_processor") or json.loads(_read(folder / "preprocessor_config.json"))
+        if not (image["do_resize"] and image["do_rescale"] and image["do_normalize"]) or image.get("do_center_crop"):
+            raise InputError(f"the image processor in {folder} does not just resize, rescale and normalise: {image}")
+        queries = config.get("num_query_tokens", 32)
+        files = {
+            "tokenizer.json": _read(folder / "tokenizer.json"),
+            "qformer_tokenizer.json": _read(folder / "qformer_tokenizer" / "tokenizer.json"),
+            "processor.json": json.dumps(
+                {
+                    "image_size": [image["size"]["height"], image["size"]["width"]],
+                    "resample": image.get("resample", Image.Resampling.BICUBIC),
+                    "rescale_factor": image.get("rescale_factor", 1 / 255),
+                    "image_mean": image["image_mean"],
+                    "image_std": image["image_std"],
+                    "num_query_tokens": queries,
+                    "image_token_id": config["image_token_index"],
+                    "prompt_limit": config["qformer_config"].get("max_position_embeddings", 512),
+                    "pad_token": "<pad>",
+                    "qformer_pad_token": "[PAD]",
+                }
+            ),
+        }
+        processor = cls(files)
+        known = processor.tokenizer.token_to_id(IMAGE_TOKEN)
+        if known is not None and known != processor.image_token_id:
+            raise InputError(f"{folder}: the tokenizer has {IMAGE_TOKEN} at {known}, config.json elsewhere")
+        return processor
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the processor's files: equal fingerprints turn equal questions into equal tensors."""
+        return hashlib.sha256("\0".join(self.files[name] for name in PROCESSOR_FILES).encode()).hexdigest()
+
+    @property
+    def letter_ids(self) -> list[int]:
+        """Ids, in T5's vocabulary, of the tokens that the LM head answers A, B, C and D with.
+
+        Raises:
+            InputError: if a letter is not a single known token.
+        """
+        ids = [self.tokenizer.encode(letter, add_special_tokens=False).ids for letter in LETTERS]
+        unknown = self.tokenizer.token_to_id("<unk>")
+        if any(len(letter) != 1 or letter[0] == unknown for letter in ids):
+            raise InputError(f"the letters {LETTERS} are not one token each in this vocabulary: {ids}")
+        return [letter[0] for letter in ids]
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """Return a picture as (3, height, width), normalised, fp32.
+
+        Transparency is laid on white, 16 bits are scaled to 8, of an animation the first frame is taken.
+        """
+        image.load()  # a PNG may tell its orientation behind its pixels
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else the photo would be copied for nothing
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = _eight_bits(image)
+        if image.mode != "RGB":
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+        height, width = self.image_size
+        grid = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3), uint8
+        pixels = np.empty((3, height, width), dtype=np.float32)
+        for c in range(3):
+            self.levels[c].take(grid[..., c], out=pixels[c], mode="clip")  # without a mode, take would buffer
+        return torch.from_numpy(pixels)
+
+    def load_pixels(self, path: Path) -> torch.Tensor:
+        """Return the picture of a file as ``pixels`` does.
+
+        Raises:
+            InputError: if the file is no readable picture.
+        """
+        try:
+            with Image.open(path) as image:
+                return self.pixels(image)
+        except Exception as error:  # each of Pillow's decoders raises its own
+            raise InputError(f"picture {path} can't be read ({error}): replace it by a whole one") from error
+
+    @property
+    def blank_pixels(self) -> torch.Tensor:
+        """What stands for no picture: the mean grey, (3, height, width)."""
+        return torch.zeros(3, *self.image_size)
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """How long each prompt is for the language model, placeholders of the image included."""
+        return [self.num_query_tokens + len(self.tokenizer.encode(prompt)) for prompt in prompts]
+
+    def fit(self, question: Question) -> Question:
+        """Return the question, its text cut at the front, visibly, until its prompt has no more tokens than the
+        Q-Former can read, for the language model neither: its memory grows with the square of the length.
+
+        The choices stay whole, unless they alone are too long: then the question goes, and all are cut alike.
+        """
+        longest = max(map(len, question.choices))
+
+        def cut(question_length: int, choice_length: int) -> Question:
+            choices = tuple(_last(choice, choice_length) for choice in question.choices)
+            return replace(question, question=_last(question.question, question_length), choices=choices)
+
+        def tokens(shortened: Question) -> int:
+            return max(len(reader.encode(shortened.prompt)) for reader in (self.tokenizer, self.qformer_tokenizer))
+
+        def most(shorten: Callable[[int], Question], length: int) -> int:
+            """The most characters, below ``length``, that fit; -1 if not even none do."""
+            return bisect_right(range(length), self.prompt_limit, key=lambda n: tokens(shorten(n))) - 1
+
+        if tokens(question) <= self.prompt_limit:
+            return question
+        kept = most(lambda n: cut(n, longest), len(question.question))
+        if kept >= 0:
+            return cut(kept, longest)
+        return cut(0, max(0, most(lambda n: cut(0, n), longest)))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the four text inputs of ``score``, (B, L) int64, padded on the right to the longest.
+
+        Raises:
+            InputError: if a prompt is longer than the Q-Former can read: nothing is ever cut off.
+        """
+        text = self.tokenizer.encode_batch(list(prompts))
+        seen = self.qformer_tokenizer.encode_batch(list(prompts))
+        lengths = [sum(row.attention_mask) for row in seen]
+        if max(lengths) > self.prompt_limit:
+            raise InputError(
+                f"a prompt has {max(lengths)} tokens, the Q-Former reads at most {self.prompt_limit}; "
+                f"shorten the question: {prompts[int(np.argmax(lengths))][:80]!r}..."
+            )
+        placeholders = torch.full((len(prompts), self.num_query_tokens), self.image_token_id)
+        ids, mask = _stack(text)
+        qformer_ids, qformer_mask = _stack(seen)
+        return {
+            "qformer_input_ids": qformer_ids,
+            "qformer_attention_mask": qformer_mask,
+            "input_ids": torch.cat([placeholders, ids], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(placeholders), mask], dim=1),
+        }
+
+    def load_pictures(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        """Return ``pixel_values`` (B, 3, height, width) of the questions' pictures."""
+        return {"pixel_values": torch.stack([self.load_pixels(q.image) for q in questions])}
+
+    def collate(
+        self,
+        questions: Sequence[Question],
+        pictures: Callable[[Sequence[Question]], dict[str, torch.Tensor]] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return a training batch: the pictures, the text inputs, ``choice_mask`` and ``labels``.
+
+        Args:
+            pictures: gives the pictures of questions in another form, such as cached ``image_embeds``.
+        """
+        batch = self.encode_prompts([q.prompt for q in questions]) | (pictures or self.load_pictures)(questions)
+        batch["choice_mask"] = torch.tensor([q.choice_mask for q in questions])
+        if all(q.answer is not None for q in questions):
+            batch["labels"] = torch.tensor([q.answer for q in questions])
+        return batch
+
+
+def load_ahead(load: Callable[[Item], Loaded], groups: Iterable[Sequence[Item]]) -> Iterator[list[Loaded]]:
+    """Yield what ``load`` makes of each group's items; threads load the next group while this one is worked on.
+
+    A GPU works about as quickly as a few threads decode: loaded in turn, each would wait for the other.
+    """
+    with ThreadPoolExecutor(LOADERS) as pool:
+        begun = deque()
+        for group in groups:
+            begun.append(pool.map(load, group))
+            if len(begun) > 1:
+                yield list(begun.popleft())
+        yield from map(list, begun)
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"{path} is missing: copy the whole folder of the base model, processor included")
+    return path.read_text(encoding="utf-8")
+
+
+def _tokenizer(text: str, pad_token: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad_token), pad_token=pad_token)
+    return tokenizer
+
+
+def _last(text: str, length: int) -> str:
+    """The end of a text, with dots where its beginning is cut off."""
+    return text if len(text) <= length else "..." + text[len(text) - length :]
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16 bits of grey to 8, where ``convert`` would make white of all but the darkest."""
+    grey = np.asarray(image)
+    sixteen = image.mode.startswith("I;16") or grey.max() > 255  # mode "I" holds 32 bits, whatever the file had
+    return Image.fromarray((grey / 257 if sixteen else grey).clip(0, 255).round().astype(np.uint8))
+
+
+def _stack(encodings) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([row.ids for row in encodings])
+    return ids, torch.tensor([row.attention_mask for row in encodings])

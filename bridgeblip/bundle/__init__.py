@@ -1,0 +1,1 @@
+"""The one file that answers anywhere: trace, prove parity, pack, load, answer."""

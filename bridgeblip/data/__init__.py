@@ -1,0 +1,1 @@
+"""What is asked: questions, pictures, orders of the choices, published sets."""

@@ -1,0 +1,442 @@
+"""What people look at: the training curve, questions beside their pictures, and the page that judges a run."""
+
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score
+
+from bridgeblip import InputError
+from bridgeblip.data.questions import LETTERS, Question, read_table
+from bridgeblip.evidence import metrics
+from bridgeblip.evidence.metrics import Bin, Comparison
+from bridgeblip.evidence.page import comparison_page, points, report_page
+from bridgeblip.evidence.submission import PROBABILITIES_FILE
+from bridgeblip.training.weights import write_text
+
+RIGHT, WRONG, NEUTRAL = "#1a7f37", "#cf222e", "#57606a"
+SMOOTHING = 0.9  # weight of the past in the smoothed loss
+DECIMALS = 6  # of probabilities.csv
+SHOWN = 12  # questions that a section shows with their pictures
+FEW_PICTURES = 30
+GUESSING = "guessing"
+FLAG_NOTES = {
+    "blank": "questions answered without looking",
+    "shortened": "questions whose text was shortened",
+}  # flags of probabilities.csv that speak of the data
+
+
+def accuracy_of(questions: Sequence[Question], probabilities: np.ndarray) -> float:
+    """Share of questions whose most probable choice is the answer."""
+    return float(accuracy_score([q.answer for q in questions], probabilities.argmax(-1)))
+
+
+def smoothed(loss: pd.Series) -> pd.Series:
+    """An exponential moving average over the steps; the first steps weigh what they are."""
+    return loss.ewm(alpha=1 - SMOOTHING).mean()
+
+
+def training_figure(history: pd.DataFrame) -> Figure:
+    """Loss by step, raw and smoothed, and validation accuracy from before training to the end."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    loss = history.dropna(subset="loss")
+    left.plot(loss["step"], loss["loss"], color="#54aeff", alpha=0.35, linewidth=1, label="each step")
+    left.plot(loss["step"], smoothed(loss["loss"]), color="#0969da", linewidth=2, label="smoothed")
+    left.axhline(np.log(len(LETTERS)), color=NEUTRAL, linestyle=":", label="guessing")
+    left.set(xlabel="training step", ylabel="cross-entropy", title="Training loss", ylim=(0, None))
+    left.legend(frameon=False)
+    accuracy = history.dropna(subset="accuracy")
+    right.plot(accuracy["epoch"], accuracy["accuracy"], "o-", color=RIGHT)
+    for _, row in accuracy.iterrows():
+        right.annotate(
+            f"{row.accuracy:.2f}", (row.epoch, row.accuracy), xytext=(0, 8), textcoords="offset points", ha="center"
+        )
+    right.axhline(1 / len(LETTERS), color=NEUTRAL, linestyle=":", label="guessing")
+    right.set(xlabel="epoch (0: sliced, not yet bridged)", ylabel="accuracy", title="Validation", ylim=(0, 1.08))
+    right.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def confusion_figure(questions: Sequence[Question], probabilities: np.ndarray) -> Figure:
+    """Right letter against given letter; an even diagonal means that no letter is favoured."""
+    figure = Figure(figsize=(4.2, 3.8), layout="constrained")
+    axes = figure.subplots()
+    ConfusionMatrixDisplay.from_predictions(
+        [LETTERS[q.answer] for q in questions],
+        [LETTERS[i] for i in probabilities.argmax(-1)],
+        labels=LETTERS,
+        cmap="Blues",
+        colorbar=False,
+        ax=axes,
+    )
+    share = accuracy_of(questions, probabilities)
+    axes.set(xlabel="answer given", ylabel="right answer", title=f"{share:.1%} of {len(questions)} right")
+    return figure
+
+
+def question_sheet(
+    questions: Sequence[Question], probabilities: np.ndarray | None = None, count: int = 8, columns: int = 4
+) -> Figure:
+    """Pictures with question and choices, ``count`` of them from all over the set.
+
+    The answer given is marked, green if right, red if wrong; a tick stands at the right one, if known.
+    """
+    shown = range(0, len(questions), max(1, -(-len(questions) // count)))
+    rows = max(1, -(-len(shown) // columns))
+    figure = Figure(figsize=(3.2 * columns, 4.6 * rows), layout="constrained")
+    grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 2] * rows)
+    for axes in grid.ravel():
+        axes.axis("off")
+    for place, i in enumerate(shown):
+        row, column = divmod(place, columns)
+        _draw_picture(grid[2 * row, column], questions[i].image)
+        grid[2 * row, column].set_title(questions[i].id, fontsize=9, color=NEUTRAL)
+        text, colour = _caption(questions[i], None if probabilities is None else probabilities[i])
+        grid[2 * row + 1, column].text(0, 1, text, va="top", fontsize=9, color=colour)
+    return figure
+
+
+def _draw_picture(axes: Axes, path: Path | None) -> None:
+    try:
+        with Image.open(path) as picture:
+            axes.imshow(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        axes.text(0.5, 0.5, "no readable picture", ha="center", va="center", color=NEUTRAL)
+
+
+def _caption(question: Question, probabilities: np.ndarray | None) -> tuple[str, str]:
+    """The question with its choices, and the colour of the verdict."""
+    given = None if probabilities is None else int(probabilities.argmax())
+    lines = textwrap.wrap(question.question, 36)
+    for j, choice in enumerate(question.choices):
+        sure = "" if probabilities is None else f"  {probabilities[j]:.0%}"
+        mark = {given: "▶ "}.get(j, "") + ("✓ " if j == question.answer else "")
+        lines += textwrap.wrap(f"{mark}{LETTERS[j]}. {choice}{sure}", 36)
+    if given is None or question.answer is None:
+        return "\n".join(lines), NEUTRAL
+    return "\n".join(lines), RIGHT if given == question.answer else WRONG
+
+
+def answer_figure(probabilities: np.ndarray) -> Figure:
+    """How often each letter is given, and how sure the answers are."""
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    counts = np.bincount(probabilities.argmax(-1), minlength=len(LETTERS))
+    left.bar_label(left.bar(LETTERS, counts, color="#54aeff"))
+    left.axhline(len(probabilities) / len(LETTERS), color=NEUTRAL, linestyle=":", label="evenly spread")
+    left.set(xlabel="answer given", ylabel="questions", title="Letters", ylim=(0, counts.max() * 1.3))
+    left.legend(frameon=False, loc="upper right")
+    right.hist(probabilities.max(-1), bins=np.linspace(1 / len(LETTERS), 1, 31), color="#54aeff")
+    right.set(xlabel="probability of the answer given", ylabel="questions", title="How sure")
+    return figure
+
+
+def reliability_figure(bins: Sequence[Bin]) -> Figure:
+    """How often answers are right against how sure they are; below, how many are so sure."""
+    figure = Figure(figsize=(4.2, 4.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot([0, 1], [0, 1], color=NEUTRAL, linestyle=":", label="as often right as sure")
+    share = np.array([[b.accuracy.value, b.accuracy.low, b.accuracy.high] for b in bins]).T
+    sure = [b.confidence for b in bins]
+    upper.errorbar(sure, share[0], np.abs(share[1:] - share[0]), fmt="o-", color="#0969da", elinewidth=1, capsize=3)
+    upper.set(ylabel="share right", xlim=(0, 1), ylim=(0, 1.03))
+    upper.legend(frameon=False, loc="upper left")
+    lower.bar([b.above for b in bins], [b.rows for b in bins], [b.up_to - b.above for b in bins], align="edge",
+              color="#54aeff", edgecolor="white")  # fmt: skip
+    lower.set(xlabel="probability of the answer given", ylabel="answers")
+    return figure
+
+
+def read_probabilities(path: str | Path, questions: Sequence[Question]) -> tuple[np.ndarray, list[list[str]] | None]:
+    """Read what a prediction wrote; rows of other questions are passed over.
+
+    Args:
+        path: ``probabilities.csv``, or a folder that holds it.
+
+    Returns:
+        The probabilities (N, 4) in the order of the questions; and the flags of each, None in a file without.
+
+    Raises:
+        InputError: if the file is missing, lacks a column or a question, or holds something else than probabilities.
+    """
+    path = Path(path)
+    path = path / PROBABILITIES_FILE if path.is_dir() else path
+    table = _by_id(path, ["id", *(letter.lower() for letter in LETTERS)], questions)
+    values = table[[letter.lower() for letter in LETTERS]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    wrong = ~(np.isclose(values.sum(1), 1, atol=1e-3) & (values >= 0).all(1))
+    if wrong.any():
+        raise InputError(
+            f"{path}: {wrong.sum()} rows are no probabilities, the first has ID {questions[wrong.argmax()].id}; "
+            "expected four numbers that sum to 1: predict again"
+        )
+    return values, [words.split() for words in table["flags"]] if "flags" in table else None
+
+
+def with_answers(questions: Sequence[Question], path: str | Path) -> list[Question]:
+    """Return the questions with the answers of a file of their own: columns ID and answer.
+
+    Raises:
+        InputError: if the file is missing, lacks a column or a question, or an answer is no letter of a choice.
+    """
+    letters = _by_id(Path(path), ["id", "answer"], questions)["answer"].str.strip().str.upper()
+    for question, letter in zip(questions, letters, strict=True):
+        if letter not in LETTERS or not question.choice_mask[LETTERS.index(letter)]:
+            raise InputError(f"{path}: answer {letter!r} of ID {question.id} is not the letter of a choice: correct it")
+    return [replace(q, answer=LETTERS.index(letter)) for q, letter in zip(questions, letters, strict=True)]
+
+
+def read_weights(path: str | Path, column: str, questions: Sequence[Question]) -> np.ndarray:
+    """Return a column of a CSV as the weights (N,) of the questions.
+
+    Raises:
+        InputError: if the column or a question is missing, a weight is no number or negative, or all are 0.
+    """
+    table = _by_id(Path(path), ["id", column.lower()], questions)
+    weights = pd.to_numeric(table[column.lower()], errors="coerce").to_numpy(float)
+    wrong = ~(np.isfinite(weights) & (weights >= 0))
+    if wrong.any() or not weights.any():
+        first = f"ID {questions[wrong.argmax()].id} has {table[column.lower()].iloc[wrong.argmax()]!r}"
+        raise InputError(f"{path}: column {column} holds no weights ({first}); expected numbers from 0, not all 0")
+    return weights
+
+
+def _by_id(path: Path, wanted: list[str], questions: Sequence[Question]) -> pd.DataFrame:
+    """Read the rows of the questions from a CSV, in their order; column names are matched in any letter case."""
+    table = read_table(path)
+    table.columns = [name.strip().lower() for name in table.columns]
+    lacking = [name for name in wanted if name not in table.columns]
+    if lacking:
+        raise InputError(f"{path} lacks the column {lacking[0]}: it has {', '.join(table.columns)}")
+    if table["id"].duplicated().any():
+        raise InputError(f"{path} has the ID {table['id'][table['id'].duplicated()].iloc[0]!r} twice: make it unique")
+    unknown = [q.id for q in questions if q.id not in set(table["id"])]
+    if unknown:
+        raise InputError(
+            f"{path} lacks {len(unknown)} of {len(questions)} questions, the first is {unknown[0]!r}: "
+            "take files of the same question set"
+        )
+    return table.set_index("id").loc[[q.id for q in questions]]
+
+
+def write_report(
+    out: str | Path,
+    questions: Sequence[Question],
+    probabilities: np.ndarray,
+    *,
+    flags: Sequence[Sequence[str]] | None = None,
+    blank_probabilities: np.ndarray | None = None,
+    references: dict[str, float] | None = None,
+    weights: Sequence[float] | None = None,
+    problems: pd.DataFrame | None = None,
+    cost: dict[str, Any] | None = None,
+    manifest: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the page that says whether to believe a score, and its numbers as JSON beside it.
+
+    What is not given is named on the page as not measured.
+
+    Args:
+        out: the HTML file; the JSON gets its name, but for the end.
+        questions: with answers.
+        probabilities: (N, 4); rounded to the decimals of ``probabilities.csv``, so that each number can be found again.
+        flags: of each question, as ``inference.Answers`` has them.
+        blank_probabilities: (N, 4), answered without looking.
+        references: accuracies of simpler ways to answer the same questions, by name.
+        weights: (N,) of the questions in the score.
+        problems: one row a problem of the data.
+        cost: seconds, sizes and the like by name.
+        manifest: where the model comes from; plain values.
+
+    Returns:
+        What the JSON holds; ``["verdict"]["sentence"]`` is the judgement in one sentence.
+    """
+    probabilities = np.asarray(probabilities, dtype=float).round(DECIMALS)
+    answers, groups = [q.answer for q in questions], metrics.picture_groups(questions)
+    right = probabilities.argmax(-1) == answers
+    measures = metrics.measure(answers, probabilities, groups, weights)
+    blank = (
+        None if blank_probabilities is None else metrics.compare(answers, blank_probabilities, probabilities, groups)
+    )
+    letters = np.bincount(answers, minlength=len(LETTERS))
+    chance = {
+        GUESSING: metrics.guessing(questions),
+        f"always {LETTERS[letters.argmax()]}, the most frequent right letter": float(letters.max() / len(answers)),
+    }
+    ordered = np.sort(probabilities, axis=1)
+    mistakes = [i for i in np.argsort(-ordered[:, -1], kind="stable") if not right[i]]
+    facts = {
+        "measures": measures,
+        "chance": chance,
+        "references": references,
+        "blank": blank,
+        "orders": None if flags is None else _orders(flags, right, groups),
+        "openers": metrics.accuracy_by(metrics.openers(questions), right, groups),
+        "choice_lengths": metrics.accuracy_by(metrics.choice_lengths(questions), right, groups),
+        "mistakes": [questions[i].id for i in mistakes[:SHOWN]],
+        "least_certain": [questions[i].id for i in np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")[:SHOWN]],
+        "data": _data_notes(questions, groups, flags),
+        "problems": None if problems is None else problems.to_dict("records"),
+        "cost": cost,
+        "manifest": manifest,
+    }
+    facts = {"verdict": judge(facts)} | facts
+    figures = confusion_figure(questions, probabilities), reliability_figure(measures.reliability)
+    _write(out, report_page(facts, questions, probabilities, *figures), facts)
+    return facts
+
+
+def judge(facts: dict[str, Any]) -> dict[str, str]:
+    """Say in one sentence whether to believe a score, and of what kind that is: good, doubt or bad."""
+    measures, blank = facts["measures"], facts["blank"]
+    score, others = measures.accuracy, facts["chance"] | (facts["references"] or {})
+    if measures.collapse:
+        given = sum(row[LETTERS.index(measures.collapse)] for row in measures.confusion) / measures.questions
+        return _verdict("bad", f"Don't believe this score: {given:.0%} of all answers are {measures.collapse}.")
+    guessing = others[GUESSING]
+    if score.low <= guessing:
+        return _verdict("bad", f"Don't believe this score: its interval reaches down to guessing, {guessing:.1%}.")
+    if blank and blank.difference.low <= 0:
+        return _verdict(
+            "bad", f"Don't believe that it looks at the pictures: without them it scores {blank.first.value:.1%}."
+        )
+    doubts = []
+    if measures.pictures < FEW_PICTURES:
+        doubts.append(f"{measures.pictures} pictures are few")
+    if not blank:
+        doubts.append("whether it looks at the pictures was not measured")
+    best = max(others, key=others.get)
+    if others[best] >= score.low:
+        doubts.append(f"it is not shown to beat '{best}', {others[best]:.1%}")
+    if doubts:
+        return _verdict(
+            "doubt", f"Believe it with care, between {score.low:.1%} and {score.high:.1%}: {_listed(doubts)}."
+        )
+    looking = f"looking at the pictures is worth {100 * blank.difference.value:.1f} points"
+    return _verdict(
+        "good",
+        f"Believe it, for questions and pictures like these: between {score.low:.1%} and {score.high:.1%}, better than "
+        f"each simpler way below, and {looking}.",
+    )
+
+
+def _verdict(kind: str, sentence: str) -> dict[str, str]:
+    return {"kind": kind, "sentence": sentence}
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
+
+
+def _orders(flags: Sequence[Sequence[str]], right: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
+    """What asking again with the choices in other orders showed."""
+    again = np.array(["permuted" in words for words in flags])
+    depends = np.array(["order" in words for words in flags])
+    kinds = np.where(depends, "the answer depends on the order", "the same answer in every order")
+    kinds = np.where(again, kinds, "asked in one order only")
+    consistent = metrics.clustered_mean(~depends[again], groups[again]) if again.any() else None
+    parts = metrics.accuracy_by(kinds, right, groups)
+    return {"asked_again": int(again.sum()), "consistent": consistent, "accuracy": parts}
+
+
+def _data_notes(
+    questions: Sequence[Question], groups: np.ndarray, flags: Sequence[Sequence[str]] | None
+) -> dict[str, int]:
+    """Count what a reader should know of the questions, by what it is."""
+    table = pd.DataFrame({"picture": groups, "question": [q.question for q in questions]})
+    table["choices"] = ["\n".join(sorted(q.choices)) for q in questions]
+    table["right"] = [q.choices[q.answer] for q in questions]
+    same = ["picture", "question", "choices"]
+    notes = {
+        "questions": len(questions),
+        "distinct pictures": int(table["picture"].nunique()),
+        "picture files; the same picture may lie under several names": len({q.image for q in questions if q.image}),
+        "questions asked again, word for word, of the same picture": int(table.duplicated(same).sum()),
+        "of these, with another right answer": int((table.drop_duplicates()[same].duplicated()).sum()),
+        "questions with fewer than four choices": sum(not all(q.choices) for q in questions),
+        "questions with the same choice twice": sum(
+            len(set(filter(None, q.choices))) < sum(map(bool, q.choices)) for q in questions
+        ),
+        "questions without a usable picture in the file": sum(q.image is None for q in questions),
+    }
+    for word, what in FLAG_NOTES.items():
+        if flags is not None:
+            notes[what] = sum(word in words for words in flags)
+    return notes
+
+
+def write_comparison(
+    out: str | Path,
+    questions: Sequence[Question],
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    names: tuple[str, str] = ("first", "second"),
+    weights: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Write the page that says whether one run is better than another, and its numbers as JSON beside it.
+
+    Args:
+        out: the HTML file; the JSON gets its name, but for the end.
+        questions: with answers.
+        first: probabilities (N, 4) of one run.
+        second: of the other.
+        names: of the runs, for the page.
+        weights: (N,) of the questions in the score.
+
+    Returns:
+        What the JSON holds; ``["verdict"]["sentence"]`` is the judgement in one sentence.
+    """
+    answers, runs = np.array([q.answer for q in questions]), [np.asarray(p, dtype=float) for p in (first, second)]
+    comparison = metrics.compare(answers, *runs, metrics.picture_groups(questions), weights)
+    before, after = (p.argmax(-1) for p in runs)
+    changed = [
+        {
+            "ID": questions[i].id,
+            "right": LETTERS[answers[i]],
+            "first": LETTERS[before[i]],
+            "second": LETTERS[after[i]],
+            "what": "mended" if after[i] == answers[i] else "spoiled" if before[i] == answers[i] else "still wrong",
+        }
+        for i in np.flatnonzero(before != after)
+    ]
+    facts = {
+        "verdict": judge_difference(comparison),
+        "names": dict(zip(("first", "second"), names, strict=True)),
+        "weighted": weights is not None,
+        "comparison": comparison,
+        "changed": changed,
+    }
+    _write(out, comparison_page(facts, questions, runs[1], SHOWN), facts)
+    return facts
+
+
+def judge_difference(comparison: Comparison) -> dict[str, str]:
+    """Say in one sentence whether a gain is noise, and of what kind that is: good, doubt or bad."""
+    change = comparison.difference
+    interval = f"{points(change.value)} points, 95% interval {points(change.low)} to {points(change.high)}"
+    rows = f"{comparison.gained} answers mended, {comparison.lost} spoiled"
+    if not comparison.changed:
+        return _verdict("doubt", f"Both runs give the same letter to all {comparison.questions:,} questions.")
+    if change.low > 0:
+        return _verdict("good", f"The second run is better, and that is more than noise: {interval}; {rows}.")
+    if change.high < 0:
+        return _verdict("bad", f"The second run is worse, and that is more than noise: {interval}; {rows}.")
+    return _verdict("doubt", f"The difference may be noise, for its interval holds zero: {interval}; {rows}.")
+
+
+def _write(out: str | Path, html: str, facts: dict[str, Any]) -> None:
+    out = Path(out)
+    numbers = json.dumps(
+        facts, ensure_ascii=False, indent=1, default=lambda v: asdict(v) if is_dataclass(v) else str(v)
+    )
+    write_text(out.with_suffix(".json"), numbers + "\n")
+    write_text(out, html)

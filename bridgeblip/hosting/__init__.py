@@ -1,0 +1,1 @@
+"""Colab, Kaggle, Jupyter; and the check-up before a stage."""

@@ -1,0 +1,1 @@
+"""Hugging Face's Trainer for any model: averaging, resuming, stopping, showing; it knows no family."""
