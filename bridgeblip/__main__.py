@@ -33,7 +33,8 @@ def prepare(args):
 
 def train(args):
     from bridgeblip.bridge.config import BridgeSettings
-    from bridgeblip.bridge.train import TrainSettings, train
+    from bridgeblip.bridge.train import train
+    from bridgeblip.training.settings import TrainSettings
 
     names = ("epochs", "batch_size", "accumulation", "learning_rate", "patience", "seed", "workers", "save_minutes")
     given = {name: getattr(args, name) for name in names}
@@ -79,9 +80,11 @@ def _weights(doing, args):
 
 
 def predict(args):
-    from bridgeblip.bundle.predict import best_device, find_bundle, load_bundle, predict, process_rank
+    from bridgeblip.bundle.format import find_bundle, load_bundle
+    from bridgeblip.bundle.predict import predict
     from bridgeblip.data.questions import read_questions
     from bridgeblip.evidence.submission import describe, find_sample, read_sample, write_submission
+    from bridgeblip.machine import best_device, process_rank
 
     find_bundle(args.model)
     questions = read_questions(args.csv, strict=False)
@@ -97,8 +100,8 @@ def predict(args):
 
 
 def ablate(args):
-    from bridgeblip.bridge.train import TrainSettings
     from bridgeblip.embedded.demo import TINY_RATE
+    from bridgeblip.training.settings import TrainSettings
     from experiments.ablation import ablate
 
     rate = args.learning_rate or (TINY_RATE if args.base == "tiny" else TrainSettings.learning_rate)
@@ -137,7 +140,7 @@ def evaluate(args):
     elif runs:
         facts = write_report(out, questions, runs[0][0], flags=runs[0][1], weights=weights)
     else:
-        from bridgeblip.bundle.predict import process_rank
+        from bridgeblip.machine import process_rank
 
         given = _answer(args.model, questions)
         if process_rank()[0] > 0:
@@ -151,8 +154,10 @@ def _answer(model, questions):
     """What ``write_report`` wants to know of a bundle's answers."""
     import time
 
-    from bridgeblip.bundle.predict import best_device, find_bundle, load_bundle, predict
+    from bridgeblip.bundle.format import find_bundle, load_bundle
+    from bridgeblip.bundle.predict import predict
     from bridgeblip.evidence.submission import problem_table
+    from bridgeblip.machine import best_device
 
     bundle, began = load_bundle(find_bundle(model), best_device()), time.perf_counter()
     answers = predict(bundle, questions)

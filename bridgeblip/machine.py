@@ -1,10 +1,15 @@
 """Which number format to compute in, and finding the module where numbers stop being finite."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+# TorchScript turns torch's errors into plain ones.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 LARGE = 10**9  # parameters from which a CPU's memory and time matter more than the last digits
 
@@ -59,17 +64,6 @@ def slow_format(device: str | torch.device, dtype: torch.dtype) -> str:
     return "" if supported else f"this CPU has no quick way to multiply in {name}"
 
 
-def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The format of a tensor in a model of ``dtype``.
-
-    In half precision the head stays in fp32, as it was trained: rounded logits would make ties of close answers. In
-    fp16 T5's ``wo`` does, too: its products overflow.
-    """
-    is_head = name.endswith(("head.weight", "head.bias"))
-    overflows = name.endswith("DenseReluDense.wo.weight") and dtype == torch.float16
-    return torch.float32 if is_head or overflows else dtype
-
-
 @torch.no_grad()
 def first_non_finite_module(model: nn.Module, run: Callable[[], None]) -> str | None:
     """Call ``run``, which runs ``model``, and return the name of the first module whose output is not finite."""
@@ -92,3 +86,17 @@ def first_non_finite_module(model: nn.Module, run: Callable[[], None]) -> str | 
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
+
+
+def best_device() -> str:
+    """ "cuda:N" where there is a GPU, with N this process's own of several; else "cpu"."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def process_rank() -> tuple[int, int]:
+    """Which of how many processes this is, as ``accelerate launch`` and ``torchrun`` tell; (0, 1) without them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return any(words in str(error) for words in OUT_OF_MEMORY)

@@ -36,30 +36,20 @@ from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.budget import count_parts
 from bridgeblip.bridge.config import BridgeSettings, decoder_layers, slice_config
 from bridgeblip.bridge.features import SPARE_DISK, CachedPictures, FeatureCache, default_folder, encoder_key, fill
-from bridgeblip.bridge.model import (
-    BridgeBlipForMultipleChoice,
-    attach_bridge,
-    empty_model,
-    load_sliced,
-    without_autocast,
-)
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, empty_model, load_sliced, without_autocast
 from bridgeblip.bridge.processing import QuestionProcessor
-from bridgeblip.bridge.train import (
-    BridgeTrainer,
-    TrainingQuestions,
-    TrainSettings,
-    accuracy,
-    optimizer,
-    training_arguments,
-)
-from bridgeblip.data.questions import LETTERS, Question, picture_keys, read_questions, split_by_picture
+from bridgeblip.data.pictures import picture_keys
+from bridgeblip.data.questions import LETTERS, Question, read_questions, split_by_picture
 from bridgeblip.embedded.digits import write_competition
+from bridgeblip.evidence.figures import NEUTRAL, smoothed
 from bridgeblip.evidence.metrics import clustered_mean, picture_groups
 from bridgeblip.evidence.page import points
-from bridgeblip.evidence.report import NEUTRAL, smoothed
+from bridgeblip.files import require_writable, write_text
 from bridgeblip.machine import NonFiniteError, choose_precision
 from bridgeblip.training.callbacks import Progress, SelfCheck, history_table
-from bridgeblip.training.weights import require_writable, write_text
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.trainer import BridgeTrainer, TrainingQuestions, accuracy, optimizer, training_arguments
 
 CLAIMED = "0,3,...,21"
 FROZEN = ("vision_model.", "query_tokens", "qformer.", "language_projection.", "language_model.shared",

@@ -119,8 +119,7 @@ def _base_folder(base: str | Path | None, out: Path) -> Path:
 def _plan(base: Path, pictures: int, batch_size: int, scaling: Sequence[int]) -> Plan:
     import torch
 
-    from bridgeblip.bundle.predict import best_device
-    from bridgeblip.machine import choose_precision
+    from bridgeblip.machine import best_device, choose_precision
 
     device, files = best_device(), sorted(base.glob("*.safetensors"))
     precision = choose_precision(device, stored_parameters(str(base)))
@@ -151,7 +150,7 @@ def _agree(plan: Plan, out: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    from bridgeblip.training.weights import write_text
+    from bridgeblip.files import write_text
 
     write_text(path, text)
 
@@ -198,7 +197,7 @@ def check_logits(plan: Plan, out: Path) -> None:
     """
     import torch
 
-    from bridgeblip.bridge.export import PARITY_BOUND, RELOADING_SHARE
+    from bridgeblip.bundle.gate import PARITY_BOUND, RELOADING_SHARE
 
     stored = prepared(out)["stored_parameters"]
     pairs = {"check generate": "check unsliced", "check generate sliced": "check bundle"}

@@ -304,7 +304,7 @@ def check_generate(plan: Plan, out: Path, began: float, sliced: bool) -> dict:
 def _load_bundle(plan: Plan, out: Path):
     from dataclasses import replace
 
-    from bridgeblip.bundle.predict import load_bundle
+    from bridgeblip.bundle.format import load_bundle
 
     bundle = load_bundle(out / "work" / "torchscript.pt", plan.device)
     watched = Watched(bundle.model)
@@ -328,7 +328,8 @@ def answer_with_bundle(plan: Plan, out: Path, began: float, orders: bool) -> dic
 def check_bundle(plan: Plan, out: Path, began: float, orders: bool) -> dict:
     import torch
 
-    from bridgeblip.bundle.predict import margins, predict
+    from bridgeblip.bundle.predict import predict
+    from bridgeblip.evidence.answers import margins
 
     bundle, watched = _load_bundle(plan, out)
     questions, found = _questions(out), []
@@ -459,10 +460,11 @@ def bridge_epochs(base, questions: list, settings, dtype, work: Path, cached: bo
     """
     from bridgeblip.bridge.config import BridgeSettings
     from bridgeblip.bridge.features import CachedPictures, FeatureCache, encoder_key, fill
-    from bridgeblip.bridge.model import attach_bridge, load_sliced
+    from bridgeblip.bridge.lora import attach_bridge
+    from bridgeblip.bridge.model import load_sliced
     from bridgeblip.bridge.processing import QuestionProcessor
-    from bridgeblip.bridge.train import BridgeTrainer, TrainingQuestions, accuracy, optimizer, training_arguments
-    from bridgeblip.data.questions import picture_keys
+    from bridgeblip.data.pictures import picture_keys
+    from bridgeblip.training.trainer import BridgeTrainer, TrainingQuestions, accuracy, optimizer, training_arguments
 
     processor, pictures, filled = QuestionProcessor.from_base(base), None, 0.0
     sliced = load_sliced(base, processor.letter_ids, dtype=dtype, device=device)
@@ -492,7 +494,7 @@ def bridge_epochs(base, questions: list, settings, dtype, work: Path, cached: bo
 def train_bridge(plan: Plan, out: Path, began: float) -> dict:
     import torch
 
-    from bridgeblip.bridge.train import TrainSettings
+    from bridgeblip.training.settings import TrainSettings
 
     questions = _questions(out, "train.csv")[: TRAINING_PICTURES * EACH]
     settings = TrainSettings(epochs=TRAINING_EPOCHS, batch_size=TRAINING_BATCH)
@@ -545,7 +547,8 @@ def preprocess(plan: Plan, out: Path, began: float) -> dict:
     import torch
     from PIL import Image
 
-    from bridgeblip.bridge.processing import LOADERS, QuestionProcessor, load_ahead
+    from bridgeblip.bridge.processing import QuestionProcessor
+    from bridgeblip.data.pictures import LOADERS, load_ahead
 
     processor = QuestionProcessor.from_base(plan.base)
     height, width = processor.image_size
@@ -606,7 +609,8 @@ def answer_many(plan: Plan, out: Path, began: float, rows: int) -> dict:
     from dataclasses import replace
     from tempfile import TemporaryDirectory
 
-    from bridgeblip.bundle.predict import load_bundle, predict
+    from bridgeblip.bundle.format import load_bundle
+    from bridgeblip.bundle.predict import predict
     from bridgeblip.data.questions import read_questions
     from bridgeblip.evidence.submission import write_submission
 
@@ -682,9 +686,10 @@ def write_bundle(base: str, folder: Path, dtype) -> Path:
     from bridgeblip.bridge.base import resolve_base
     from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings
     from bridgeblip.bridge.export import export_bundle
-    from bridgeblip.bridge.model import attach_bridge, load_sliced, trained_tensors
+    from bridgeblip.bridge.lora import attach_bridge
+    from bridgeblip.bridge.model import load_sliced
     from bridgeblip.bridge.processing import QuestionProcessor
-    from bridgeblip.training.weights import save_weights
+    from bridgeblip.training.weights import save_weights, trained_tensors
 
     bundle, bridge = folder / "torchscript.pt", BridgeSettings(rank=0)
     if not bundle.is_file():
@@ -710,7 +715,7 @@ def count_floor(config, processor, questions: list) -> int:
 
     from bridgeblip.bridge.export import TraceableModel
     from bridgeblip.bridge.model import BridgeBlipForMultipleChoice
-    from bridgeblip.data.questions import picture_keys
+    from bridgeblip.data.pictures import picture_keys
 
     pictures = set(picture_keys(question.image for question in questions).values())
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), no_init_weights():
@@ -760,7 +765,7 @@ WORKERS = {
 
 def work_once(name: str, out: Path, result: Path, began: float) -> None:
     """Do one measurement in this process and write what it found; ``began`` is when the process was started."""
-    from bridgeblip.training.weights import write_text
+    from bridgeblip.files import write_text
 
     plan = Plan(**json.loads((out / "plan.json").read_text(encoding="utf-8")))
     write_text(result, json.dumps(WORKERS[name](plan, out, began)))

@@ -18,13 +18,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip.bridge.export import restore
-from bridgeblip.bridge.train import TrainSettings, train
-from bridgeblip.bundle.predict import Bundle, predict
+from bridgeblip.bridge.train import train
+from bridgeblip.bundle.format import Bundle
+from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import LETTERS, read_questions, read_table
 from bridgeblip.embedded.demo import TINY_BATCH, TINY_EPOCHS, TINY_RATE
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.metrics import measure, picture_groups
 from bridgeblip.evidence.report import with_answers
+from bridgeblip.training.settings import TrainSettings
 
 RATES = {"learning_rate": TINY_RATE, "head_learning_rate": TINY_RATE}
 DEFAULT = TrainSettings(epochs=TINY_EPOCHS, batch_size=TINY_BATCH, **RATES)

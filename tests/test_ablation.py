@@ -16,10 +16,10 @@ from bridgeblip.bridge.base import TINY_BASE
 from bridgeblip.bridge.config import decoder_layers
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
-from bridgeblip.bridge.train import TrainSettings
 from bridgeblip.data.questions import read_questions, split_by_picture
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.machine import NonFiniteError
+from bridgeblip.training.settings import TrainSettings
 from experiments.ablation import (
     CLAIMED,
     FURTHER,

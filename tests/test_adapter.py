@@ -14,9 +14,11 @@ from bridgeblip.__main__ import main
 from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION
 from bridgeblip.bridge.config import BridgeBlipConfig, BridgeSettings
 from bridgeblip.bridge.export import restore
-from bridgeblip.bridge.model import load_sliced, merge_bridge
+from bridgeblip.bridge.lora import merge_bridge
+from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.share import FILES, _public_name, write_adapter
-from bridgeblip.bridge.train import TrainSettings, train
+from bridgeblip.bridge.train import train
+from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.weights import load_weights, save_weights
 
 FRESH = """

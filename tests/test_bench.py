@@ -11,7 +11,8 @@ from torch import nn
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.bridge.base import TINY_BASE
-from bridgeblip.data.questions import picture_keys, read_questions
+from bridgeblip.data.pictures import picture_keys
+from bridgeblip.data.questions import read_questions
 from experiments.bench import check_logits, markdown, order_of, run_bench
 from experiments.contenders import Watched, count_operations, kept, stored_parameters, write_photo_questions
 

@@ -9,9 +9,12 @@ from bridgeblip import InputError
 from bridgeblip.bridge.budget import certify_budget, count_parts, count_trained, held_memory
 from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, slice_config
 from bridgeblip.bridge.export import TraceableModel
-from bridgeblip.bridge.model import attach_bridge, empty_model, load_sliced, merge_bridge, trained_tensors
-from bridgeblip.bridge.train import TrainSettings, optimizer
+from bridgeblip.bridge.lora import attach_bridge, merge_bridge
+from bridgeblip.bridge.model import empty_model, load_sliced
 from bridgeblip.training.callbacks import Averages
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.trainer import optimizer
+from bridgeblip.training.weights import trained_tensors
 from tools.make_full_size_base import FULL_SIZE_CONFIG
 
 

@@ -12,9 +12,12 @@ from conftest import LAYERS, ROOT
 
 from bridgeblip import InputError
 from bridgeblip.bridge.config import BridgeSettings
-from bridgeblip.bridge.model import attach_bridge, load_sliced
-from bridgeblip.bridge.train import TrainingQuestions, TrainSettings, train
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.train import train
 from bridgeblip.training.callbacks import Averages, Patience, SelfCheck, TrainingError
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.trainer import TrainingQuestions
 from bridgeblip.training.weights import load_weights
 
 SETTINGS = TrainSettings(epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0)
@@ -256,7 +259,8 @@ def test_a_folder_that_cannot_be_written_is_refused_first(base, competition, tmp
 TWO = """
 import json, os, signal, sys
 from bridgeblip.bridge.config import BridgeSettings
-from bridgeblip.bridge.train import TrainSettings, train
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.bridge.train import train
 size, kill = int(sys.argv[4]), sys.argv[5]
 if kill == "kill":
     import bridgeblip.training.callbacks as callbacks

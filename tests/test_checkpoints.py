@@ -4,18 +4,15 @@ import pytest
 import torch
 
 from bridgeblip import InputError
+from bridgeblip.files import copy_missing, write_atomically
+from bridgeblip.training.state import copy_state, newest_state, publish_state
 from bridgeblip.training.weights import (
     choose_weights,
-    copy_missing,
-    copy_state,
     load_weights,
-    newest_state,
     permutation_margin,
-    publish_state,
     save_best,
     save_weights,
     weights_path,
-    write_atomically,
 )
 
 TENSORS = {"head.weight": torch.arange(8.0).view(4, 2), "lora_A": torch.ones(3)}

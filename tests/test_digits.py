@@ -5,7 +5,8 @@ from collections import Counter
 
 import pandas as pd
 
-from bridgeblip.data.questions import picture_keys, read_questions
+from bridgeblip.data.pictures import picture_keys
+from bridgeblip.data.questions import read_questions
 from bridgeblip.embedded.digits import KINDS, NUMBERS, DigitQuestion, digit_pictures, make_question, split_questions
 
 

@@ -16,12 +16,13 @@ from conftest import LAYERS, ROOT
 from bridgeblip import InputError
 from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.export import export_bundle
-from bridgeblip.bridge.model import attach_bridge, load_sliced, trained_tensors
-from bridgeblip.bridge.train import TrainSettings
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import load_sliced
 from bridgeblip.data import questions
 from bridgeblip.hosting import doctor
 from bridgeblip.hosting.doctor import Finding, check, print_findings
-from bridgeblip.training.weights import save_weights
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.weights import save_weights, trained_tensors
 
 
 @pytest.fixture(scope="module")

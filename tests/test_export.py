@@ -12,20 +12,15 @@ from bridgeblip import InputError
 from bridgeblip.bridge import export
 from bridgeblip.bridge.base import SINGLE_FILE, TINY_BASE, TensorReader
 from bridgeblip.bridge.config import BridgeSettings
-from bridgeblip.bridge.export import (
-    SCORE_INPUTS,
-    ParityError,
-    ParityGate,
-    SingleTokenSelfAttention,
-    export_bundle,
-    graphs,
-    restore,
-    trace,
-)
-from bridgeblip.bridge.model import attach_bridge, load_sliced, merge_bridge, trained_tensors
-from bridgeblip.bridge.train import TrainSettings, train
-from bridgeblip.bundle.predict import load_bundle
-from bridgeblip.training.weights import load_weights, save_best, save_weights
+from bridgeblip.bridge.export import SingleTokenSelfAttention, export_bundle, restore, trace
+from bridgeblip.bridge.lora import attach_bridge, merge_bridge
+from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.train import train
+from bridgeblip.bundle.format import load_bundle
+from bridgeblip.bundle.gate import SCORE_INPUTS, ParityError, ParityGate
+from bridgeblip.bundle.trace import graphs
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.weights import load_weights, save_best, save_weights, trained_tensors
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from conftest import LAYERS
 from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.features import CachedPictures, FeatureCache, clear, default_folder, encoder_key, fill
 from bridgeblip.bridge.model import load_sliced
-from bridgeblip.bridge.train import TrainSettings, train
-from bridgeblip.data.questions import picture_keys
+from bridgeblip.bridge.train import train
+from bridgeblip.data.pictures import picture_keys
+from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.weights import load_weights
 
 

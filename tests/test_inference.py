@@ -22,20 +22,17 @@ from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.export import export_bundle, restore
-from bridgeblip.bridge.model import attach_bridge, load_sliced, trained_tensors
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bundle import predict as inference
-from bridgeblip.bundle.predict import (
-    Bundle,
-    choose_permutation_margin,
-    kept_folder,
-    letters_of,
-    load_bundle,
-    margins,
-    predict,
-)
-from bridgeblip.data.questions import cyclic_orders, read_questions
+from bridgeblip.bundle.format import Bundle, load_bundle
+from bridgeblip.bundle.predict import kept_folder, predict
+from bridgeblip.data.orders import cyclic_orders
+from bridgeblip.data.questions import read_questions
 from bridgeblip.embedded.digits import write_competition
-from bridgeblip.training.weights import file_digest, save_weights
+from bridgeblip.evidence.answers import choose_permutation_margin, letters_of, margins
+from bridgeblip.files import file_digest
+from bridgeblip.training.weights import save_weights, trained_tensors
 
 KILLS = int(os.environ.get("BRIDGEBLIP_KILLS", 2))  # more of them for a long check
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}  # the same sums in every process

@@ -8,15 +8,9 @@ from peft.tuners.lora import LoraLayer
 from bridgeblip import InputError
 from bridgeblip.bridge.base import source_name
 from bridgeblip.bridge.config import BridgeSettings
-from bridgeblip.bridge.model import (
-    BridgeBlipForMultipleChoice,
-    attach_bridge,
-    load_sliced,
-    load_trained,
-    merge_bridge,
-    round_fairly,
-    trained_tensors,
-)
+from bridgeblip.bridge.lora import attach_bridge, merge_bridge, round_fairly
+from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
+from bridgeblip.training.weights import load_trained, trained_tensors
 
 
 @pytest.fixture

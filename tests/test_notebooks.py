@@ -12,10 +12,12 @@ import pytest
 from conftest import ROOT
 
 from bridgeblip.bridge.config import decoder_layers
-from bridgeblip.bridge.train import REPORT_FILE, TrainSettings
+from bridgeblip.bridge.train import REPORT_FILE
 from bridgeblip.embedded.demo import NOTEBOOKS, PARAMETERS_TAG
 from bridgeblip.evidence.submission import PROBABILITIES_FILE, PROBLEMS_FILE, SAMPLE_FILE
-from bridgeblip.training.weights import BEST_FILE, STATE_FOLDER, weights_path
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.state import STATE_FOLDER
+from bridgeblip.training.weights import BEST_FILE, weights_path
 
 WRITTEN_BY_HAND = {"competition/train.csv", "competition/test.csv", f"competition/{SAMPLE_FILE}", "competition/"}
 WRITTEN_BY_NOTEBOOKS = {"checkpoint/", "checkpoint/torchscript.pt", "torchscript.pt", "torchscript.pt.sha256",

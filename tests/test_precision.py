@@ -3,7 +3,8 @@ import torch
 from conftest import LAYERS
 
 from bridgeblip.bridge.config import BridgeSettings
-from bridgeblip.bridge.model import attach_bridge, load_sliced
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import load_sliced
 from bridgeblip.machine import LARGE, NonFiniteError, choose_precision, slow_format
 
 

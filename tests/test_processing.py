@@ -10,7 +10,8 @@ from transformers import InstructBlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from bridgeblip import InputError
-from bridgeblip.bridge.processing import QuestionProcessor, load_ahead
+from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.data.pictures import load_ahead
 
 
 @pytest.fixture(scope="module")

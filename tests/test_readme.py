@@ -17,7 +17,8 @@ from bridgeblip.__main__ import build_parser, main
 from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, TINY_BASE
 from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget, held_memory
 from bridgeblip.bridge.config import LAYER_SELECTIONS, BridgeBlipConfig, BridgeSettings
-from bridgeblip.bundle.predict import load_bundle, predict
+from bridgeblip.bundle.format import load_bundle
+from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import read_questions
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.submission import write_submission

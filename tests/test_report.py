@@ -11,21 +11,22 @@ from test_inference import make_bundle
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
-from bridgeblip.bundle.predict import Answers
 from bridgeblip.data.questions import LETTERS, read_questions
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence import metrics
-from bridgeblip.evidence.metrics import Bin, Estimate
-from bridgeblip.evidence.report import (
-    accuracy_of,
+from bridgeblip.evidence.answers import Answers
+from bridgeblip.evidence.figures import (
     answer_figure,
     confusion_figure,
-    judge,
     question_sheet,
-    read_probabilities,
-    read_weights,
     reliability_figure,
     training_figure,
+)
+from bridgeblip.evidence.metrics import Bin, Estimate, accuracy_of
+from bridgeblip.evidence.report import (
+    judge,
+    read_probabilities,
+    read_weights,
     with_answers,
     write_comparison,
     write_report,

@@ -12,7 +12,8 @@ from conftest import LAYERS
 from PIL import Image
 
 from bridgeblip.bridge.model import load_sliced
-from bridgeblip.bundle.predict import Bundle, predict
+from bridgeblip.bundle.format import Bundle
+from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import read_questions
 from bridgeblip.evidence.submission import find_sample, read_sample, write_submission
 

@@ -3,8 +3,9 @@ import pandas as pd
 import pytest
 
 from bridgeblip import InputError
-from bridgeblip.bundle.predict import Answers, kept_folder
+from bridgeblip.bundle.predict import kept_folder
 from bridgeblip.data.questions import Question
+from bridgeblip.evidence.answers import Answers
 from bridgeblip.evidence.submission import blend, describe, find_sample, read_sample, write_submission
 
 LOWER = ("a", "b", "c", "d")

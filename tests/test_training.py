@@ -17,11 +17,15 @@ from transformers import Trainer
 from bridgeblip import InputError
 from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.export import restore
-from bridgeblip.bridge.model import attach_bridge, load_sliced, trained_tensors
-from bridgeblip.bridge.train import TrainSettings, optimizer, train, training_arguments
-from bridgeblip.bundle.predict import Bundle, predict
-from bridgeblip.evidence.report import accuracy_of
-from bridgeblip.training.weights import choose_weights, load_weights
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.train import train
+from bridgeblip.bundle.format import Bundle
+from bridgeblip.bundle.predict import predict
+from bridgeblip.evidence.metrics import accuracy_of
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.trainer import optimizer, training_arguments
+from bridgeblip.training.weights import choose_weights, load_weights, trained_tensors
 
 SETTINGS = TrainSettings(epochs=2, batch_size=16, validation_fraction=0.25, learning_rate=1e-3)
 
@@ -158,7 +162,8 @@ def test_an_unfinished_run_of_other_settings_is_refused_before_anything_long(
 KILLED = """
 import sys
 from bridgeblip.bridge.config import BridgeSettings
-from bridgeblip.bridge.train import TrainSettings, train
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.bridge.train import train
 csv, base, epochs, folder, features = sys.argv[1:]
 settings = TrainSettings(epochs=int(epochs), batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0)
 train(csv, base, folder, settings, BridgeSettings(rank=192), (0, 2, 5), features=features)

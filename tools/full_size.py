@@ -26,10 +26,12 @@ from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS
 from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
-from bridgeblip.bridge.train import TrainSettings, train
-from bridgeblip.bundle.predict import load_bundle, predict
+from bridgeblip.bridge.train import train
+from bridgeblip.bundle.format import load_bundle
+from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import read_questions
 from bridgeblip.evidence.submission import write_submission
+from bridgeblip.training.settings import TrainSettings
 from experiments.contenders import PeakMemory, bridge_epochs, write_photo_questions
 
 INPUTS = ("pixel_values", "qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")

@@ -42,17 +42,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bridgeblip import InputError
 from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, SMALL_FILES, resolve_base
 from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig
-from bridgeblip.bridge.export import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
-from bridgeblip.bundle.predict import Bundle, best_device, predict
+from bridgeblip.bundle.format import Bundle
+from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
+from bridgeblip.bundle.predict import predict
 from bridgeblip.data.prepare import prepare
 from bridgeblip.data.questions import LETTERS, read_questions, read_table, render_prompt
 from bridgeblip.embedded.demo import NOTEBOOKS, ROOT, run_notebook
 from bridgeblip.evidence.metrics import Estimate, measure, picture_groups
+from bridgeblip.files import write_text
 from bridgeblip.hosting.runtime import local_copy
-from bridgeblip.machine import choose_precision
-from bridgeblip.training.weights import write_text
+from bridgeblip.machine import best_device, choose_precision
 from tools.full_size import write_photo_questions
 
 REAL_PARAMETERS = {"whole": 4_022_969_088, "sliced": 2_916_893_444}

@@ -142,3 +142,14 @@ def source_name(name: str, kept_layers: Sequence[int]) -> str:
     if match is None or match[2].endswith("relative_attention_bias.weight"):
         return name
     return f"language_model.decoder.block.{kept_layers[int(match[1])]}.{match[2]}"
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The format of a tensor in a model of ``dtype``.
+
+    In half precision the head stays in fp32, as it was trained: rounded logits would make ties of close answers. In
+    fp16 T5's ``wo`` does, too: its products overflow.
+    """
+    is_head = name.endswith(("head.weight", "head.bias"))
+    overflows = name.endswith("DenseReluDense.wo.weight") and dtype == torch.float16
+    return torch.float32 if is_head or overflows else dtype

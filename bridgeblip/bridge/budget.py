@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from bridgeblip import InputError
+from bridgeblip.bridge.base import stored_dtype
 from bridgeblip.bridge.config import BridgeBlipConfig, BridgeSettings
-from bridgeblip.bridge.model import BRIDGED_LINEARS, empty_model
-from bridgeblip.machine import stored_dtype
+from bridgeblip.bridge.lora import BRIDGED_LINEARS
+from bridgeblip.bridge.model import empty_model
 
 BUDGET_LIMIT = 3_000_000_000
 """The usual rule: all parameters of all models loaded for inference, summed, stay under three billion."""

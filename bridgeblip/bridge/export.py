@@ -17,35 +17,16 @@ from transformers import InstructBlipConfig
 from bridgeblip import InputError
 from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, compare_configs
-from bridgeblip.bridge.model import (
-    BridgeBlipForMultipleChoice,
-    attach_bridge,
-    load_sliced,
-    load_trained,
-    merge_bridge,
-)
+from bridgeblip.bridge.lora import attach_bridge, merge_bridge
+from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
-from bridgeblip.bundle.predict import BUNDLE_FORMAT, best_device, load_bundle
+from bridgeblip.bundle.format import BUNDLE_FORMAT, load_bundle
+from bridgeblip.bundle.gate import SCORE_INPUTS, ParityGate
+from bridgeblip.bundle.trace import free_devices
 from bridgeblip.data.questions import LETTERS, PROMPT_TEMPLATE
-from bridgeblip.machine import slow_format
-from bridgeblip.training.weights import (
-    Weights,
-    file_digest,
-    load_weights,
-    permutation_margin,
-    write_atomically,
-    write_text,
-)
-
-SCORE_INPUTS = ("qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
-PARITY_BOUND = 1e-4  # largest difference of a logit allowed between two forms of the model, in fp32
-MERGING_SHARE = 0.02  # the same in bfloat16 and float16, as a share of the spread of the logits: merging rounds
-TRAINED_SHARE = 0.2  # the same between two machines or number formats: another base parts by all of the spread
-RELOADING_SHARE = 0.01  # tracing, saving and loading round nothing; this is room for another order of sums
-
-
-class ParityError(RuntimeError):
-    """The exported model does not answer as the trained one does; the message shows where they part."""
+from bridgeblip.files import file_digest, write_atomically, write_text
+from bridgeblip.machine import best_device, slow_format
+from bridgeblip.training.weights import Weights, load_trained, load_weights, permutation_margin
 
 
 @dataclass(frozen=True)
@@ -190,104 +171,6 @@ def trace(model: BridgeBlipForMultipleChoice, example: dict[str, torch.Tensor]) 
     return traced
 
 
-def free_devices(traced: torch.jit.ScriptModule) -> None:
-    """Replace every device constant of the graphs by the device of that graph's first tensor input.
-
-    A trace freezes ``torch.zeros(..., device=x.device)`` to the machine it was made on; this is why a
-    file made on a GPU fails on a CPU.
-    """
-    for graph in graphs(traced):
-        constants = [n for n in graph.findAllNodes("prim::Constant") if n.output().type().kind() == "DeviceObjType"]
-        if not constants:
-            continue
-        tensor = next(value for value in graph.inputs() if value.type().kind() == "TensorType")
-        device = graph.create("prim::device", [tensor])
-        device.output().setType(constants[0].output().type())
-        graph.prependNode(device)
-        for constant in constants:
-            constant.output().replaceAllUsesWith(device.output())
-        torch._C._jit_pass_dce(graph)
-
-
-def graphs(traced: torch.jit.ScriptModule):
-    """Yield the graph of every method of every submodule."""
-    for module in traced.modules():
-        for name in module._c._method_names():
-            yield module._c._get_method(name).graph
-
-
-class ParityGate:
-    """Compares the forms that a model takes on its way to the file, on the same probe questions.
-
-    Two steps, two bounds. Merging changes numbers: in half precision it rounds every bridged weight, so the
-    merged model may part from the adapters by a share of the logits' spread. Tracing, saving and loading change
-    nothing: the file is held against the merged model, closely, in any precision.
-
-    Args:
-        probe: a padded batch, as the processor collates it.
-        model: the trained model, adapters apart: what all others must answer like.
-    """
-
-    def __init__(self, probe: dict[str, torch.Tensor], model: nn.Module, dtype: torch.dtype):
-        device = next(model.parameters()).device
-        self.probe = {name: tensor.to(device) for name, tensor in probe.items()}
-        self.dtype = dtype
-        self.reference = _logits_by_case(model, self.probe)
-        self.rows: list[dict] = []
-
-    def compare(self, form: str, logits_by_case: dict[str, torch.Tensor], share: float | None) -> None:
-        """Add a row a case: the largest difference of a logit, and letters that differ without being a tie.
-
-        Args:
-            share: of the spread of the batch's logits that they may part by; None holds them to ``PARITY_BOUND``.
-        """
-        whole = next(iter(self.reference.values()))  # a single row may spread by next to nothing
-        spread = (whole.max() - whole.min()).item()
-        bound = PARITY_BOUND if share is None else share * spread
-        for case, logits in logits_by_case.items():
-            expected = self.reference[case]
-            difference = (logits - expected).abs().max().item()
-            best = expected.topk(2).values
-            clear = best[:, 0] - best[:, 1] > 2 * bound
-            changed = int(((logits.argmax(-1) != expected.argmax(-1)) & clear).sum())
-            row = {"form": form, "case": case, "difference": difference, "bound": bound, "letters changed": changed}
-            self.rows.append(row | {"ok": difference <= bound and not changed})
-
-    def compare_trained(self, logits: torch.Tensor, dtype: str) -> None:
-        """Compare the model with what it gave for the probe when it was trained, in ``dtype`` and perhaps elsewhere.
-
-        Args:
-            logits: (rows, choices); minus infinity where a question has no such choice, which the probe does not mask.
-        """
-        case, expected = next(iter(self.reference.items()))
-        logits = torch.where(logits.isfinite(), logits, expected)
-        self.compare("as trained", {case: logits}, self._share(TRAINED_SHARE, dtype == "float32"))
-
-    def compare_merged(self, merged: nn.Module) -> None:
-        """Compare the merged model with the adapters; from now on it is what the file must answer like."""
-        logits = _logits_by_case(merged, self.probe)
-        self.compare("merged", logits, self._share(MERGING_SHARE))
-        self.reference = logits
-
-    def compare_reloaded(self, reloaded: nn.Module) -> None:
-        """Compare what was read back from the file with the merged model."""
-        self.compare("reloaded", _logits_by_case(reloaded, self.probe), self._share(RELOADING_SHARE))
-
-    def _share(self, of_half_precision: float, exact: bool = True) -> float | None:
-        return None if exact and self.dtype == torch.float32 else of_half_precision
-
-    @property
-    def table(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows)
-
-    def check(self, out: Path) -> None:
-        """Raise ParityError, with the table, if anything differs."""
-        if not self.table["ok"].all():
-            raise ParityError(
-                f"{out} was not written: it would not answer as the trained model does\n{self.table.to_string()}"
-            )
-
-
 def export_bundle(
     weights: str | Path, out: str | Path, base: str | Path | None = None, dtype: str | None = None
 ) -> tuple[Path, pd.DataFrame]:
@@ -357,22 +240,3 @@ def example_batch(processor: QuestionProcessor) -> dict[str, torch.Tensor]:
     prompts = ["Is it?", "What is seen in this picture here?", "Which of these words fits the picture?"]
     pixels = torch.randn(3, 3, *processor.image_size, generator=generator)
     return processor.encode_prompts(prompts) | {"pixel_values": pixels}
-
-
-@torch.no_grad()
-def _logits_by_case(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Logits of the probe: all rows at once; the shortest row alone, with its padding and without."""
-    padded = {name: probe[name] for name in ("pixel_values", *SCORE_INPUTS)}
-    shortest = int(probe["attention_mask"].sum(1).argmin())
-    alone = {name: tensor[shortest : shortest + 1] for name, tensor in padded.items()}
-    cut = dict(alone)
-    for kind in ("qformer_", ""):
-        length = int(alone[f"{kind}attention_mask"].sum())
-        for name in (f"{kind}input_ids", f"{kind}attention_mask"):
-            cut[name] = alone[name][:, :length]
-    cases = {f"batch {len(probe['input_ids'])}, padded": padded, "batch 1, padded": alone, "batch 1, unpadded": cut}
-    logits = {}
-    for case, inputs in cases.items():
-        output = model(**inputs)
-        logits[case] = getattr(output, "logits", output).float().cpu()
-    return logits

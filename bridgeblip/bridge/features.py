@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from bridgeblip.bridge.processing import LOADERS, QuestionProcessor, load_ahead
+from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.data.pictures import LOADERS, load_ahead
 from bridgeblip.data.questions import Question
-from bridgeblip.training.weights import write_atomically
+from bridgeblip.files import write_atomically
 
 DEFAULT_LIMIT = 40 * 10**9  # bytes of features on disk: some 55,000 pictures of the real model
 SPARE_DISK = 10**9  # bytes that the cache leaves free

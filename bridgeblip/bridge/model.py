@@ -1,14 +1,11 @@
 """The sliced InstructBLIP with a classification head, and the LoRA bridge over its cut layers."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -24,17 +21,9 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import LM_HEAD, TensorReader, source_name
-from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, slice_config
-from bridgeblip.machine import NonFiniteError, first_non_finite_module, stored_dtype
-
-# With a single decoder token, self-attention is o(v(x)): its q and k get no gradient and do no work.
-_LAYERS = r"language_model\.decoder\.block\.\d+\.layer\."
-BRIDGED_LINEARS = {
-    "all": _LAYERS + r"(0\.SelfAttention\.(v|o)|1\.EncDecAttention\.(q|k|v|o)|2\.DenseReluDense\.(wi|wi_0|wi_1|wo))",
-    "q,v": _LAYERS + r"(0\.SelfAttention\.v|1\.EncDecAttention\.(q|v))",
-}
-"""Which linears get adapters, by the name that ``BridgeSettings.targets`` has for them."""
+from bridgeblip.bridge.base import LM_HEAD, TensorReader, source_name, stored_dtype
+from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, slice_config
+from bridgeblip.machine import NonFiniteError, first_non_finite_module
 
 
 class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
@@ -291,94 +280,3 @@ def _start_head(reader, config, letter_ids, head_init, dtype) -> dict[str, torch
         "head.weight": weight.to(kept),
         "head.bias": torch.zeros(config.num_choices, device=weight.device, dtype=kept),
     }
-
-
-def attach_bridge(model: BridgeBlipForMultipleChoice, settings: BridgeSettings) -> PeftModel | nn.Module:
-    """Put LoRA adapters on the kept decoder layers and make them and the head trainable, in fp32.
-
-    Rank and alpha are the settings' share of this decoder's width. With rank 0 only the head is
-    trainable, and the model itself is returned. LoRA: Hu et al. 2021.
-    """
-    width = model.config.text_config.d_model
-    rank = settings.rank_for(width)
-    if rank == 0:
-        model.requires_grad_(False)
-        model.head.float().requires_grad_(True)
-        return model
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=settings.alpha_for(width),
-        lora_dropout=settings.dropout,
-        target_modules=BRIDGED_LINEARS[settings.targets],
-        modules_to_save=["head"],
-    )
-    with warnings.catch_warnings():  # peft asks transformers a question by its old name
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        bridged = get_peft_model(model, config)
-    for parameter in bridged.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return bridged
-
-
-def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors that training changes, by name: adapters and head, in fp32, on the CPU."""
-    return {
-        name: parameter.detach().to("cpu", torch.float32).clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy ``trained_tensors`` of an equally built model into ``model``.
-
-    Raises:
-        InputError: if a tensor is missing, left over or of another shape; nothing is changed then.
-    """
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wrong = sorted(own.keys() ^ tensors.keys())
-    wrong += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    if wrong:
-        raise InputError(
-            f"the weights do not fit this model: {len(wrong)} tensors missing, left over or of another shape, "
-            f"the first is {wrong[0]!r}. They were trained with another base, layer selection or rank."
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
-
-
-def round_fairly(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Cast fp32 ``values`` to ``dtype``; to bfloat16 by stochastic rounding, up or down by the distance to each.
-
-    A LoRA update is often smaller than half a step of bfloat16. Rounding to the nearest would then give the old
-    weight back nearly everywhere, and the low-rank update, small in each weight but alike in all, would shrink.
-    Rounded stochastically it is there in the mean (Gupta et al. 2015).
-    """
-    if dtype != torch.bfloat16:
-        return values.to(dtype)
-    noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, generator=generator).to(values.device)
-    bits = values.contiguous().view(torch.int32) + noise  # bfloat16 is the upper half of fp32
-    return (bits & -(1 << 16)).view(torch.float32).to(dtype)
-
-
-@torch.no_grad()
-def merge_bridge(model: nn.Module) -> BridgeBlipForMultipleChoice:
-    """Return the plain model with the adapters merged into its linears and the trained head in place.
-
-    Each product is added in fp32 and only then cast to the model's own format: adding in half precision
-    would round the update away.
-    """
-    if not isinstance(model, PeftModel):
-        return model
-    generator = torch.Generator().manual_seed(0)
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            weight = layer.get_base_layer().weight
-            update = layer.get_delta_weight("default")  # fp32, as the adapters are
-            weight.copy_(round_fairly(weight.float() + update, weight.dtype, generator))
-    dtype = model.get_input_embeddings().weight.dtype
-    merged = model.unload()
-    merged.head.to(stored_dtype("head.weight", dtype))
-    return merged

@@ -7,12 +7,9 @@ so that the exported file's reader stays small and pixels do not depend on torch
 import hashlib
 import json
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +21,6 @@ from bridgeblip.data.questions import LETTERS, Question
 
 PROCESSOR_FILES = ("processor.json", "tokenizer.json", "qformer_tokenizer.json")
 IMAGE_TOKEN = "<image>"
-LOADERS = 4  # threads that decode pictures: Pillow lets go of Python's lock meanwhile
-
-Item = TypeVar("Item")
-Loaded = TypeVar("Loaded")
 
 
 class QuestionProcessor:
@@ -220,20 +213,6 @@ class QuestionProcessor:
         if all(q.answer is not None for q in questions):
             batch["labels"] = torch.tensor([q.answer for q in questions])
         return batch
-
-
-def load_ahead(load: Callable[[Item], Loaded], groups: Iterable[Sequence[Item]]) -> Iterator[list[Loaded]]:
-    """Yield what ``load`` makes of each group's items; threads load the next group while this one is worked on.
-
-    A GPU works about as quickly as a few threads decode: loaded in turn, each would wait for the other.
-    """
-    with ThreadPoolExecutor(LOADERS) as pool:
-        begun = deque()
-        for group in groups:
-            begun.append(pool.map(load, group))
-            if len(begun) > 1:
-                yield list(begun.popleft())
-        yield from map(list, begun)
 
 
 def _read(path: Path) -> str:

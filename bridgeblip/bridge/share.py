@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from bridgeblip import InputError
 from bridgeblip.bridge.base import pinned_revision
 from bridgeblip.bridge.config import BridgeBlipConfig, BridgeSettings
-from bridgeblip.bridge.model import attach_bridge, empty_model, load_trained
-from bridgeblip.training.weights import load_weights, write_text
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import empty_model
+from bridgeblip.files import write_text
+from bridgeblip.training.weights import load_trained, load_weights
 
 CARD_FILE = "README.md"
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "config.json", CARD_FILE)

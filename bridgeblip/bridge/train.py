@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,38 +14,30 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from sklearn.metrics import accuracy_score
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import (
-    EvalPrediction,
     InstructBlipConfig,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
     enable_full_determinism,
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget
 from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings, decoder_layers, slice_config
 from bridgeblip.bridge.features import CachedPictures, FeatureCache, default_folder, encoder_key, fill
-from bridgeblip.bridge.model import attach_bridge, load_sliced, load_trained, trained_tensors
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
-from bridgeblip.bundle.predict import ask_in_orders, choose_permutation_margin
-from bridgeblip.data.questions import LETTERS, PROMPT_TEMPLATE, Question, picture_keys, read_questions, split_by_picture
+from bridgeblip.data.orders import ask_in_orders
+from bridgeblip.data.pictures import picture_keys
+from bridgeblip.data.questions import LETTERS, PROMPT_TEMPLATE, Question, read_questions, split_by_picture
+from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.report import write_report
+from bridgeblip.files import copy_missing, copy_verified, require_writable
 from bridgeblip.machine import choose_precision
 from bridgeblip.training.callbacks import (
-    Averages,
     Patience,
     Progress,
     SelfCheck,
@@ -56,80 +47,20 @@ from bridgeblip.training.callbacks import (
     history_table,
     in_notebook,
 )
-from bridgeblip.training.weights import (
-    STATE_FOLDER,
-    best_epoch,
-    copy_missing,
-    copy_verified,
-    load_weights,
-    newest_state,
-    require_writable,
-    save_best,
-    state_is_done,
-    weights_path,
+from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
+from bridgeblip.training.state import STATE_FOLDER, newest_state, state_is_done
+from bridgeblip.training.trainer import (
+    BridgeTrainer,
+    TrainingQuestions,
+    TrainingStopped,
+    accuracy,
+    optimizer,
+    training_arguments,
 )
+from bridgeblip.training.weights import best_epoch, load_weights, save_best, weights_path
 
 PROBE_SIZE = 3  # questions whose logits travel with the weights
-TRAINED_FILE = "trained.safetensors"
-STAGING_FOLDER = ".staging"
 REPORT_FILE = "report.html"
-
-
-class TrainingStopped(InputError):
-    """Training ended because it was asked to; its state is saved."""
-
-    exit_code = 130
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How long and how fast to train. The defaults suit a few thousand questions; ``choose(few=True)`` sixty."""
-
-    epochs: int = 1
-    """Passes over the training questions; each writes a weights file."""
-    batch_size: int = 16
-    """Questions a step on one device."""
-    accumulation: int = 1
-    """Steps whose gradients are added before the weights move."""
-    learning_rate: float = 2e-4
-    """Peak rate of the adapters."""
-    head_learning_rate: float = 2e-4
-    """Peak rate of the head, which starts from good rows and needs no more."""
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    """Share of all steps in which the rate rises to its peak; then it falls along a cosine."""
-    clip: float = 1.0
-    """Longest gradient that moves the weights; longer ones are scaled down."""
-    shuffle_choices: bool = True
-    """Show the choices in a fresh order in every epoch, so that no letter is learned by heart."""
-    label_smoothing: float = 0.05
-    """Share of the target spread over all choices: keeps the probabilities honest on few questions."""
-    average: float = 0.05
-    """Share of all steps that the moving average of the weights looks back; 0 takes the last weights as they are."""
-    patience: int = 0
-    """Epochs without a better validation accuracy after which training stops; 0 never stops early."""
-    validation_fraction: float = 0.1
-    """Share of the distinct pictures whose questions are only for measuring."""
-    seed: int = 0
-    deterministic: bool = False
-    """Use only operations that give the same bits each time, even where a GPU has quicker ones."""
-    workers: int = 0
-    """Processes that load pictures beside the training one."""
-    save_minutes: float = 5.0
-    """Time between two saved states, the most that a disconnect costs."""
-
-    @classmethod
-    def choose(cls, few: bool = False, **changes) -> "TrainSettings":
-        """The defaults or, if ``few``, the profile for some sixty questions; a change that is None changes nothing."""
-        profile = FEW if few else {}
-        return cls(**profile | {name: value for name, value in changes.items() if value is not None})
-
-
-# For sixty questions: more passes, a gentler start, more pictures to measure on.
-FEW = {"epochs": 8, "batch_size": 8, "warmup": 0.1, "label_smoothing": 0.1, "validation_fraction": 0.2}
-
-
-NOT_THE_RESULT = ("workers", "save_minutes")  # settings that a resumed run may change
 
 
 @dataclass(frozen=True)
@@ -329,98 +260,6 @@ def _conclude(
     return TrainResult(history, questions, once, unseen, weights)
 
 
-class TrainingQuestions(Dataset):
-    """The training questions; their choices in an order of their own in every epoch, the answer following.
-
-    The order depends on seed, epoch and row alone: neither a resumed run nor more loaders change it.
-    """
-
-    def __init__(self, questions: Sequence[Question], seed: int, shuffle_choices: bool):
-        self.questions, self.seed, self.shuffle_choices, self.epoch = questions, seed, shuffle_choices, 0
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def __getitem__(self, row: int) -> Question:
-        question = self.questions[row]
-        if not self.shuffle_choices:
-            return question
-        filled = [i for i, choice in enumerate(question.choices) if choice]
-        order = np.random.default_rng([self.seed, self.epoch, row]).permutation(filled)
-        return question.reordered(dict(zip(filled, order.tolist(), strict=True)))
-
-
-class Opening(TrainerCallback):
-    """Measures before the first step, and tells the training questions which epoch it is before their loader starts."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # Not before ``train``: a model that was evaluated first counts as prepared, and several processes would then
-        # train it without ever adding up their gradients.
-        if state.global_step == 0:
-            self.trainer.evaluate(metric_key_prefix="before")
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        train_dataloader.dataset.epoch = int(state.epoch)
-
-
-class BridgeTrainer(Trainer):
-    """``Trainer`` that validates with averaged weights, and whose checkpoints hold the trained tensors alone."""
-
-    def __init__(self, model, args, average: float = 0.0, **kwargs):
-        super().__init__(model, args, **kwargs)
-        self.averages = Averages(model, average)
-        self.remove_callback(PrinterCallback)
-        self.add_callback(self.averages)
-        self.add_callback(Opening(self))
-
-    def evaluate(self, *args, **kwargs):
-        with self.averages.applied():
-            return super().evaluate(*args, **kwargs)
-
-    def answer(self, questions: Sequence[Question], collate=None) -> np.ndarray:
-        """Return probabilities (questions, choices) by the averaged weights."""
-        usual, self.data_collator = self.data_collator, collate or self.data_collator
-        with self.averages.applied():
-            logits = self.predict(questions).predictions
-        self.data_collator = usual
-        return torch.from_numpy(logits).softmax(-1).numpy()
-
-    def go(self, resumed: Path | None, stopper: Stopper) -> None:
-        """Train, from a saved state if there is one.
-
-        Raises:
-            InputError: if the state can't be saved; that of before is still there.
-        """
-        if resumed:
-            self.averages.load(resumed)
-        if self.args.should_save:  # in one process of several
-            print(f"going on from {resumed}" if resumed else "starting from step 0")
-            shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a killed save has left
-        if resumed and state_is_done(resumed):  # at its end, or stopped early: only what it came to is wanted
-            self._load_from_checkpoint(resumed)
-            self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
-            return
-        try:
-            with stopper.listening():
-                self.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"training stopped at step {self.state.global_step}, a file could not be written ({error}): free some "
-                "space and run the same again; it goes on from the last whole state"
-            ) from error
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(trained_tensors(self.model), Path(output_dir) / TRAINED_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_trained(self.model, load_file(Path(resume_from_checkpoint) / TRAINED_FILE))
-
-
 class BlankPictures:
     """Gives every question the mean grey picture, encoded once."""
 
@@ -469,52 +308,3 @@ def _contract(processor: QuestionProcessor) -> dict:
         "processor": processor.fingerprint,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
     }
-
-
-def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings, dtype=torch.float32) -> TrainingArguments:
-    """The ``Trainer``'s arguments that follow from the settings.
-
-    No gradient checkpointing: gradients flow through the kept decoder layers alone, for a single token, so
-    that there are hardly any activations to recompute.
-    """
-    gpu = torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(Path(checkpoint_dir) / STATE_FOLDER / STAGING_FOLDER),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=2 * settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup,  # below 1 it is a share of all steps
-        max_grad_norm=settings.clip,
-        fp16=gpu and dtype == torch.float16,  # scales the loss; autocast, which comes with it, stops at the model
-        use_cpu=not gpu,
-        eval_strategy="epoch",
-        save_strategy="no",  # StateKeeper says when
-        logging_steps=1,
-        disable_tqdm=True,  # Progress has the bars
-        dataloader_num_workers=settings.workers,
-        dataloader_pin_memory=gpu,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=[],
-        seed=settings.seed,
-        full_determinism=settings.deterministic,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # several GPUs are for several processes, never for the threads of DataParallel
-    return arguments
-
-
-def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable tensors, adapters and head each with their own rate."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if "lora_" in name], "lr": settings.learning_rate},
-        {"params": [p for name, p in named if "lora_" not in name], "lr": settings.head_learning_rate},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float(accuracy_score(prediction.label_ids, prediction.predictions.argmax(-1)))}

@@ -5,11 +5,9 @@ Needs torch, tokenizers, Pillow and pandas; neither transformers nor peft is eve
 
 import hashlib
 import json
-import os
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,122 +17,18 @@ import torch
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
-from bridgeblip.bridge.processing import PROCESSOR_FILES, QuestionProcessor, load_ahead
-from bridgeblip.data.questions import LETTERS, PROMPT_TEMPLATE, Question, cyclic_orders, picture_key
-from bridgeblip.training.weights import file_digest, write_text
+from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bundle.format import Bundle
+from bridgeblip.data.orders import ask_in_orders
+from bridgeblip.data.pictures import load_ahead, picture_key
+from bridgeblip.data.questions import LETTERS, Question
+from bridgeblip.evidence.answers import FLAGS, Answers, margins
+from bridgeblip.files import write_text
+from bridgeblip.machine import _is_out_of_memory, process_rank
 
-BUNDLE_FORMAT = 1
 PICTURES_A_WINDOW = 32  # encoded pictures held at a time: bounds the memory whatever the number of rows
 TOKENS_A_BATCH = 8192  # of the language model, padding included: long prompts come in smaller batches
-# TorchScript turns torch's errors into plain ones.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 BLANK = "blank"  # key of the picture that stands for a missing one
-FLAGS = ("blank", "shortened", "permuted", "order")
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """A model and the processor it was trained with: they can't disagree."""
-
-    model: torch.jit.ScriptModule
-    """Methods ``encode_image(pixel_values)`` and ``score(image_embeds, <four text inputs>) -> logits (B, 4)``."""
-    processor: QuestionProcessor
-    manifest: dict
-    device: torch.device
-    fingerprint: str = ""
-    """Tells the content of one file from another's."""
-
-
-def find_bundle(path: str | Path) -> Path:
-    """Return the path; raise InputError, naming the notebook that comes first, if no file is there."""
-    path = Path(path)
-    if not path.is_file():
-        hint = "run torchscript.ipynb first" if list(path.parent.glob("weights-*.pt")) else "run train.ipynb first"
-        raise InputError(f"{path} not found: {hint}, or put a ready torchscript.pt there")
-    return path
-
-
-def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
-    """Load ``torchscript.pt`` and check that it is whole, and of a format that this version reads.
-
-    The file is held against ``torchscript.pt.sha256`` where that lies beside it, else against the checksums
-    inside. Trust a bundle like a program: TorchScript can hold arbitrary operations.
-
-    Raises:
-        InputError: if the file is missing, damaged, foreign, of a newer format, or made for another prompt.
-    """
-    path = find_bundle(path)
-    fingerprint = _check_whole(path)
-    files = dict.fromkeys([*PROCESSOR_FILES, "manifest.json"], "")
-    try:
-        model = torch.jit.load(str(path), map_location=device, _extra_files=files)
-    except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is one
-        if _is_out_of_memory(error):
-            size = path.stat().st_size / 1e9
-            raise InputError(
-                f"no memory on {device} for {path}, {size:.1f} GB: restart this and other notebooks, or take a larger "
-                "machine"
-            ) from error
-        raise InputError(f"{path} is no TorchScript file ({str(error)[:200]}): export or copy it again") from error
-    lacking = [name for name, text in files.items() if not text]
-    if lacking:
-        raise InputError(f"{path} is TorchScript but no bridgeblip bundle, it lacks {', '.join(lacking)}: export it")
-    try:
-        files = {name: text if isinstance(text, str) else text.decode("utf-8") for name, text in files.items()}
-        manifest = json.loads(files.pop("manifest.json"))
-        made_for = {key: manifest[key] for key in ("format", "processor", "letters", "letter_ids", "prompt")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} has no readable manifest ({error!r}): export or copy it again") from error
-    if made_for["format"] > BUNDLE_FORMAT:
-        raise InputError(
-            f"{path} has format {made_for['format']}, this version reads {BUNDLE_FORMAT}: update bridgeblip"
-        )
-    processor = QuestionProcessor(files)
-    here = {"processor": processor.fingerprint, "letters": list(LETTERS), "letter_ids": processor.letter_ids}
-    if any(made_for[key] != value for key, value in here.items()):
-        raise InputError(f"{path}: the processor inside is not the one that it was exported with: export it again")
-    if made_for["prompt"] != PROMPT_TEMPLATE:
-        raise InputError(f"{path} was trained with the prompt {made_for['prompt']!r}, this version has another")
-    return Bundle(model.eval(), processor, manifest, torch.device(device), fingerprint)
-
-
-def _check_whole(path: Path) -> str:
-    """Refuse a file that is not as it was written; return a fingerprint of its content."""
-    digests = path.with_name(f"{path.name}.sha256")
-    if digests.is_file() and digests.read_bytes().split()[:1] != [file_digest(path).encode()]:
-        raise InputError(f"{path} has not the SHA-256 that {digests} names: copy both again, or export again")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = [(part.filename, part.file_size, part.CRC) for part in archive.infolist()]
-            torn = None if digests.is_file() else archive.testzip()
-    except Exception as error:  # zip and its decompressors each raise their own
-        raise InputError(f"{path} is no whole TorchScript file ({error}): export or copy it again") from error
-    if torn:
-        raise InputError(f"{path} is no whole TorchScript file ({torn} is damaged): export or copy it again")
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def best_device() -> str:
-    """ "cuda:N" where there is a GPU, with N this process's own of several; else "cpu"."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
-def process_rank() -> tuple[int, int]:
-    """Which of how many processes this is, as ``accelerate launch`` and ``torchrun`` tell; (0, 1) without them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a bundle makes of questions, row by row in their order."""
-
-    probabilities: np.ndarray
-    """(rows, choices), fp32; a missing choice has 0."""
-    flags: list[list[str]]
-    """Words about a row: "blank": answered without its picture; "shortened": its prompt was cut; "permuted":
-    averaged over the orders of its choices; "order": which choice wins depends on that order."""
-    problems: list[str]
-    """Why a row could not be answered as it stands; empty where it could."""
 
 
 def predict(
@@ -294,31 +188,6 @@ def _answer_window(
     return answers
 
 
-def ask_in_orders(
-    questions: Sequence[Question],
-    single: np.ndarray,
-    rows: Sequence[int],
-    ask: Callable[[Sequence[int], Sequence[Question]], np.ndarray],
-) -> list[list[np.ndarray]]:
-    """Return the probabilities (choices,) that each question was given: as written, and ``rows`` in every cyclic order
-    of their choices, too, put back to the choices as written.
-
-    Args:
-        single: probabilities (questions, choices), asked as written.
-        ask: gives the probabilities of rows whose choices stand in another order, shown beside them.
-    """
-    turns = [(row, turn) for row in rows for turn in cyclic_orders(questions[row].choices)[1:]]
-    views = [[probabilities] for probabilities in single]
-    if not turns:
-        return views
-    scores = ask([row for row, _ in turns], [questions[row].reordered(turn) for row, turn in turns])
-    for (row, turn), seen in zip(turns, scores, strict=True):
-        view = seen.copy()
-        view[list(turn.values())] = seen[list(turn.keys())]
-        views[row].append(view)
-    return views
-
-
 def _encode_pictures(bundle: Bundle, pixels: Sequence[torch.Tensor], batch_size: int) -> torch.Tensor:
     """Return (pictures, patches + 1, vision width)."""
 
@@ -376,39 +245,3 @@ def _in_halves(run: Callable[[Sequence[int]], torch.Tensor], rows: Sequence[int]
     torch.cuda.empty_cache()
     half = len(rows) // 2
     return torch.cat([_in_halves(run, rows[:half]), _in_halves(run, rows[half:])])
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return any(words in str(error) for words in OUT_OF_MEMORY)
-
-
-def margins(probabilities: np.ndarray) -> np.ndarray:
-    """How far the two best of each row are apart, 0 to 1."""
-    best = np.sort(probabilities.astype(np.float64), axis=-1)
-    return best[:, -1] - best[:, -2]
-
-
-def choose_permutation_margin(single: np.ndarray, averaged: np.ndarray, answers: Sequence[int]) -> float | None:
-    """Return the margin below which averaging over the orders of the choices pays, or None where it does not.
-
-    Args:
-        single: probabilities (rows, choices) of validation questions, asked once: ``permute_below=0``.
-        averaged: the same, all averaged over the orders: ``permute_below=2``.
-        answers: indices of the right choices.
-
-    A gain counts if it is at least twice its standard error, were each changed row a coin's toss.
-    """
-    distance = margins(single)
-    order = distance.argsort(kind="stable")
-    right = [(probabilities.argmax(-1) == answers)[order].astype(int) for probabilities in (single, averaged)]
-    gains = right[1] - right[0]
-    best = int(gains.cumsum().argmax())  # the first of equals: as few rows as possible are asked again
-    gain, changed = gains[: best + 1].sum(), np.abs(gains[: best + 1]).sum()
-    if gain <= 0 or gain < 2 * changed**0.5:
-        return None
-    return float(np.nextafter(distance[order][best], 2))
-
-
-def letters_of(probabilities: np.ndarray) -> list[str]:
-    """The letter of the largest probability of each row."""
-    return [LETTERS[i] for i in probabilities.argmax(-1)]

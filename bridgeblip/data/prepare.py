@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import COLUMNS, LETTERS, read_table, with_known_names
-from bridgeblip.training.weights import write_text
+from bridgeblip.files import write_text
 
 PICTURE_NOT_FOUND = "picture not found"
 

@@ -1,16 +1,15 @@
 """Question files: reading, checking, the prompt, and splits by picture content."""
 
-import functools
-import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 from bridgeblip import InputError
+from bridgeblip.data.pictures import picture_keys
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("id", "img_path", "question", "a", "b", "c", "d")
@@ -62,12 +61,6 @@ def render_prompt(question: str, choices: Sequence[str]) -> str:
     """
     options = " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True) if choice)
     return PROMPT_TEMPLATE.format(question=question, options=options)
-
-
-def cyclic_orders(choices: Sequence[str]) -> list[dict[int, int]]:
-    """Return every cyclic order of the filled choices, the one as written first, as ``reordered`` takes it."""
-    filled = [i for i, choice in enumerate(choices) if choice]
-    return [dict(zip(filled, filled[shift:] + filled[:shift], strict=True)) for shift in range(max(1, len(filled)))]
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -209,20 +202,6 @@ def check_pictures(questions: Sequence[Question], path: Path) -> None:
         )
 
 
-def picture_key(path: Path) -> str:
-    """Return the SHA-256 of a picture's file: the same picture under another name has the same key.
-
-    A file is read once, however often it is asked for, unless its size or time of change is another.
-    """
-    stat = path.stat()
-    return _content_key(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.cache
-def _content_key(path: Path, size: int, changed: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def split_by_picture(
     questions: Sequence[Question], fraction: float, seed: int
 ) -> tuple[list[Question], list[Question]]:
@@ -244,8 +223,3 @@ def split_by_picture(
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     kept, held_out = next(splitter.split(questions, answers, groups))
     return [questions[i] for i in kept], [questions[i] for i in held_out]
-
-
-def picture_keys(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return ``picture_key`` of each distinct path."""
-    return {path: picture_key(path) for path in dict.fromkeys(paths)}

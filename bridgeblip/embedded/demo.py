@@ -17,12 +17,16 @@ from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bridge.export import restore
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
-from bridgeblip.bridge.train import TrainSettings, train
-from bridgeblip.bundle.predict import Bundle, letters_of, load_bundle, predict
+from bridgeblip.bridge.train import train
+from bridgeblip.bundle.format import Bundle, load_bundle
+from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import LETTERS, Question, read_questions, read_table
 from bridgeblip.embedded.digits import write_competition
-from bridgeblip.evidence.report import accuracy_of, read_probabilities, with_answers, write_report
-from bridgeblip.training.weights import write_text
+from bridgeblip.evidence.answers import letters_of
+from bridgeblip.evidence.metrics import accuracy_of
+from bridgeblip.evidence.report import read_probabilities, with_answers, write_report
+from bridgeblip.files import write_text
+from bridgeblip.training.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = ("train.ipynb", "torchscript.ipynb", "torchscript_inference.ipynb")

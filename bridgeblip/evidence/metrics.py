@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import accuracy_score, confusion_matrix
 
-from bridgeblip.data.questions import LETTERS, Question, picture_keys
+from bridgeblip.data.pictures import picture_keys
+from bridgeblip.data.questions import LETTERS, Question
 
 TAIL = 0.025  # on either side of a 95% interval
 RESAMPLES = 10_000
@@ -252,3 +253,8 @@ def compare(
         gained=int((after & ~before).sum()),
         lost=int((before & ~after).sum()),
     )
+
+
+def accuracy_of(questions: Sequence[Question], probabilities: np.ndarray) -> float:
+    """Share of questions whose most probable choice is the answer."""
+    return float(accuracy_score([q.answer for q in questions], probabilities.argmax(-1)))

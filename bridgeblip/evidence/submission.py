@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 
 from bridgeblip import InputError
-from bridgeblip.bundle.predict import FLAGS, Answers, kept_folder, letters_of, margins
+from bridgeblip.bundle.predict import kept_folder
 from bridgeblip.data.questions import LETTERS, Question, read_table
-from bridgeblip.training.weights import write_atomically
+from bridgeblip.evidence.answers import FLAGS, Answers, letters_of, margins
+from bridgeblip.files import write_atomically
 
 SAMPLE_FILE = "sample_submission.csv"
 PROBABILITIES_FILE = "probabilities.csv"

@@ -144,8 +144,8 @@ def _check_train(found, csv, base, folder, layers, bridge, settings, revision, d
 
     from bridgeblip.bridge.budget import count_trained, held_memory
     from bridgeblip.bridge.config import BridgeSettings
-    from bridgeblip.bridge.train import TrainSettings
     from bridgeblip.machine import choose_precision
+    from bridgeblip.training.settings import TrainSettings
 
     settings = settings or TrainSettings()
     processor, model = _check_base(found, base, layers, revision)
@@ -190,8 +190,8 @@ def _check_export(found, weights, base, out, layers, revision, dtype, limit) -> 
 
 
 def _check_predict(found, csv, bundle, sample, out, limit) -> None:
-    from bridgeblip.bundle.predict import best_device
     from bridgeblip.evidence.submission import read_sample
+    from bridgeblip.machine import best_device
 
     processor, model, dtype = found.attempt(_open_bundle, bundle) or (None, None, None)
     rows = _check_questions(found, csv, processor, False)
@@ -365,7 +365,7 @@ def _open_bundle(path: Path):
     import torch
 
     from bridgeblip.bridge.processing import PROCESSOR_FILES, QuestionProcessor
-    from bridgeblip.bundle.predict import load_bundle
+    from bridgeblip.bundle.format import load_bundle
 
     if not zipfile.is_zipfile(path):
         load_bundle(path)  # missing or cut off: it says what to do

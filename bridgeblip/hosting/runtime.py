@@ -161,7 +161,7 @@ class Item:
 
 def _copied(csv: Path) -> Path:
     from bridgeblip.data import questions
-    from bridgeblip.training.weights import copy_verified
+    from bridgeblip.files import copy_verified
 
     folder = csv.parent
     try:
@@ -213,7 +213,7 @@ def _time_of(member: zipfile.ZipInfo) -> int:
 
 
 def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    from bridgeblip.training.weights import write_atomically
+    from bridgeblip.files import write_atomically
 
     def write(partial: Path):
         with archive.open(member) as source, open(partial, "wb") as file:

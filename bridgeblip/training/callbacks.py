@@ -16,17 +16,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from bridgeblip.bridge.model import trained_tensors
-from bridgeblip.evidence.report import training_figure
-from bridgeblip.training.weights import (
-    best_epoch,
-    copy_state,
-    copy_verified,
-    publish_state,
-    save_best,
-    save_weights,
-    weights_path,
-)
+from bridgeblip.evidence.figures import training_figure
+from bridgeblip.files import copy_verified
+from bridgeblip.training.state import copy_state, publish_state
+from bridgeblip.training.weights import best_epoch, save_best, save_weights, trained_tensors, weights_path
 
 AVERAGES_FILE = "averages.safetensors"
 

@@ -4,71 +4,21 @@
 model around it; ``best.json`` names the best N; ``state/step-N/`` holds what a killed run goes on from.
 """
 
-import hashlib
 import json
 import math
-import os
-import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bridgeblip import InputError
+from bridgeblip.files import write_atomically, write_text
 
 WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
-STATE_FOLDER = "state"
-STATE_FILE = "state.json"
-FOREIGN = "it belongs to another run"
-GENERATIONS = 2  # resumable states that are kept: should the newest be torn, there is one before it
-
-
-def write_atomically(
-    path: str | Path, write: Callable[[Path], None], verify: Callable[[Path], Any], tag: str = ""
-) -> Any:
-    """Have ``write`` fill a temporary file beside ``path``, flush it, ``verify`` it by reading, and rename it.
-
-    An interrupted or failed write leaves whatever was at ``path`` before. Returns what ``verify`` does.
-
-    Args:
-        tag: sets the temporary files of several writers of one path apart.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}{tag}.partial")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        verified = verify(partial)
-        os.replace(partial, path)
-        return verified
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def require_writable(folder: str | Path) -> None:
-    """Raise an InputError now if files can't be written into ``folder``, rather than after hours of work."""
-    probe = Path(folder) / ".writable"
-    try:
-        write_text(probe, "yes")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"{folder} can't be written ({error}): choose another folder, or free some space") from error
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a small UTF-8 text file atomically."""
-
-    def verify(partial: Path):
-        if partial.read_bytes() != text.encode():
-            raise OSError(f"{path} was not stored as written: is the disk full?")
-
-    write_atomically(path, lambda partial: partial.write_bytes(text.encode()), verify)
 
 
 @dataclass(frozen=True)
@@ -190,126 +140,29 @@ def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
     raise InputError(f"{len(found)} weights files in {folder} and no {BEST_FILE} that names one of them: keep one")
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read back from where it lies."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors that training changes, by name: adapters and head, in fp32, on the CPU."""
+    return {
+        name: parameter.detach().to("cpu", torch.float32).clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
-def copy_verified(source: Path, target: Path) -> None:
-    """Copy a file to another place, such as a mounted Drive: temporary name, flush, size and SHA-256, rename.
-
-    Raises:
-        OSError: if the copy is not what was copied.
-    """
-    digest = file_digest(source)
-
-    def verify(partial: Path):
-        if partial.stat().st_size != source.stat().st_size or file_digest(partial) != digest:
-            raise OSError(f"the copy of {source} at {target} is not the same: is the disk full?")
-
-    write_atomically(target, lambda partial: shutil.copyfile(source, partial), verify)
-
-
-def copy_missing(places: Sequence[Path], names: Sequence[str]) -> None:
-    """Give each place the files that it lacks and another one has."""
-    for name in names:
-        having = [place for place in places if (place / name).is_file()]
-        for place in places:
-            if having and place not in having:
-                copy_verified(having[0] / name, place / name)
-
-
-def publish_state(staged: Path, checkpoint_dir: str | Path, step: int, run: dict[str, Any], done: bool = False) -> Path:
-    """Make a complete folder of resumable state the newest generation, in one rename.
-
-    Args:
-        staged: the folder, on the same disk; it is gone afterwards.
-        run: what the state belongs to; stored with the digest of every file.
-        done: whether it is a run's last: there is nothing to go on with.
-    """
-    files = sorted(path for path in staged.iterdir() if path.is_file())
-    for path in files:
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    digests = {path.name: file_digest(path) for path in files}
-    write_text(staged / STATE_FILE, json.dumps({"run": run, "files": digests, "done": done}, indent=2))
-    folder = Path(checkpoint_dir) / STATE_FOLDER / f"step-{step}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)  # a run that was started anew passes the same step again
-    os.replace(staged, folder)
-    _drop_old_states(folder.parent, step)
-    return folder
-
-
-def copy_state(folder: Path, checkpoint_dir: str | Path) -> None:
-    """Copy a published state to a second checkpoint folder; every file verified, the folder renamed whole."""
-    target = Path(checkpoint_dir) / STATE_FOLDER / folder.name
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for path in sorted(folder.iterdir()):
-        copy_verified(path, partial / path.name)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    _drop_old_states(target.parent, int(folder.name.split("-")[1]))
-
-
-def _drop_old_states(folder: Path, newest: int) -> None:
-    """Keep the newest generations; states of later steps come from an earlier run and are foreign."""
-    steps = sorted(_states(folder), reverse=True)
-    kept = [step for step in steps if step <= newest][:GENERATIONS]
-    for step in set(steps) - set(kept):
-        shutil.rmtree(folder / f"step-{step}")
-
-
-def _states(folder: Path) -> dict[int, Path]:
-    """The states in a folder by their step; not what a synchronised Drive calls ``step-100 (1)``."""
-    names = {path: re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*")}
-    return {int(name[1]): path for path, name in names.items() if name}
-
-
-def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> Path | None:
-    """Return the newest whole state of this ``run``, or None; each one passed over is named.
-
-    Args:
-        checkpoint_dirs: where states may lie; the first place wins between equals.
-        run: what must agree: base, settings, questions.
+def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy ``trained_tensors`` of an equally built model into ``model``.
 
     Raises:
-        InputError: if the newest whole state of a place is of another run that has not ended: it would be lost.
+        InputError: if a tensor is missing, left over or of another shape; nothing is changed then.
     """
-    found = {}
-    for place in reversed(checkpoint_dirs):
-        for step, folder in sorted(_states(Path(place) / STATE_FOLDER).items(), reverse=True):
-            fault = _fault_of_state(folder, run)
-            if fault is None:
-                found[step] = folder
-                break
-            if fault.startswith(FOREIGN) and not state_is_done(folder):
-                raise InputError(
-                    f"{folder}: {fault} that has not ended. Set that back to go on with it; to start anew, delete the "
-                    f"folder {STATE_FOLDER}, or take another checkpoint folder"
-                )
-            print(f"passing over {folder}: {fault}")
-            if fault.startswith(FOREIGN):
-                break  # it has ended; those before it are its own
-    return found[max(found)] if found else None
-
-
-def state_is_done(folder: Path) -> bool:
-    """Whether a state is the last of its run."""
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["done"]
-
-
-def _fault_of_state(folder: Path, run: dict[str, Any]) -> str | None:
-    """Return what is wrong with a state, if anything."""
-    try:
-        record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        files, made_by = record["files"], record["run"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"it is torn ({type(error).__name__}: {error})"
-    for name, digest in files.items():
-        if not (folder / name).is_file() or file_digest(folder / name) != digest:
-            return f"it is torn ({name} is not as it was written)"
-    different = sorted(key for key in run.keys() | made_by.keys() if run.get(key) != made_by.get(key))
-    return f"{FOREIGN} (other {', '.join(different)})" if different else None
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise InputError(
+            f"the weights do not fit this model: {len(wrong)} tensors missing, left over or of another shape, "
+            f"the first is {wrong[0]!r}. They were trained with another base, layer selection or rank."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])

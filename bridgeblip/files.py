@@ -1,0 +1,84 @@
+"""Files that can be trusted: written to a temporary name, flushed, verified, then renamed."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bridgeblip import InputError
+
+
+def write_atomically(
+    path: str | Path, write: Callable[[Path], None], verify: Callable[[Path], Any], tag: str = ""
+) -> Any:
+    """Have ``write`` fill a temporary file beside ``path``, flush it, ``verify`` it by reading, and rename it.
+
+    An interrupted or failed write leaves whatever was at ``path`` before. Returns what ``verify`` does.
+
+    Args:
+        tag: sets the temporary files of several writers of one path apart.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}{tag}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        verified = verify(partial)
+        os.replace(partial, path)
+        return verified
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def require_writable(folder: str | Path) -> None:
+    """Raise an InputError now if files can't be written into ``folder``, rather than after hours of work."""
+    probe = Path(folder) / ".writable"
+    try:
+        write_text(probe, "yes")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{folder} can't be written ({error}): choose another folder, or free some space") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small UTF-8 text file atomically."""
+
+    def verify(partial: Path):
+        if partial.read_bytes() != text.encode():
+            raise OSError(f"{path} was not stored as written: is the disk full?")
+
+    write_atomically(path, lambda partial: partial.write_bytes(text.encode()), verify)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read back from where it lies."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_verified(source: Path, target: Path) -> None:
+    """Copy a file to another place, such as a mounted Drive: temporary name, flush, size and SHA-256, rename.
+
+    Raises:
+        OSError: if the copy is not what was copied.
+    """
+    digest = file_digest(source)
+
+    def verify(partial: Path):
+        if partial.stat().st_size != source.stat().st_size or file_digest(partial) != digest:
+            raise OSError(f"the copy of {source} at {target} is not the same: is the disk full?")
+
+    write_atomically(target, lambda partial: shutil.copyfile(source, partial), verify)
+
+
+def copy_missing(places: Sequence[Path], names: Sequence[str]) -> None:
+    """Give each place the files that it lacks and another one has."""
+    for name in names:
+        having = [place for place in places if (place / name).is_file()]
+        for place in places:
+            if having and place not in having:
+                copy_verified(having[0] / name, place / name)
