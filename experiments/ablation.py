@@ -38,9 +38,9 @@ from bridgeblip.bridge.config import BridgeSettings, decoder_layers, slice_confi
 from bridgeblip.bridge.features import SPARE_DISK, CachedPictures, FeatureCache, default_folder, encoder_key, fill
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, empty_model, load_sliced, without_autocast
-from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.processing import QuestionProcessor, render_prompt
 from bridgeblip.data.pictures import picture_keys
-from bridgeblip.data.questions import LETTERS, Question, read_questions, split_by_picture
+from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.figures import NEUTRAL, smoothed
 from bridgeblip.evidence.metrics import clustered_mean, picture_groups
@@ -121,7 +121,7 @@ class EncodedQuestions:
         self.cache, self.key_of_picture = cache, key_of_picture
 
     def key(self, question: Question) -> str:
-        text = json.dumps([self.key_of_picture[question.image], question.prompt])
+        text = json.dumps([self.key_of_picture[question.image], render_prompt(question.question, question.choices)])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
@@ -150,7 +150,7 @@ def encode_questions(
     encoded.cache.folder.mkdir(parents=True, exist_ok=True)
     missing = {encoded.key(question): question for question in questions}
     missing = {key: question for key, question in missing.items() if not encoded.cache.has(key)}
-    tokens = sum(processor.count_tokens([question.prompt for question in missing.values()]))
+    tokens = sum(processor.count_tokens([processor.prompt(question) for question in missing.values()]))
     need = tokens * model.config.text_config.d_model * next(model.parameters()).element_size()
     if need > shutil.disk_usage(folder).free - SPARE_DISK:
         raise InputError(
@@ -160,7 +160,7 @@ def encode_questions(
     for start in range(0, len(missing), batch_size):
         keys = list(missing)[start : start + batch_size]
         shown = [missing[key] for key in keys]
-        texts = processor.encode_prompts([question.prompt for question in shown])
+        texts = processor.encode_prompts([processor.prompt(question) for question in shown])
         embeds = pictures(shown)["image_embeds"]
         states = model.encode(embeds.to(device), **{name: tensor.to(device) for name, tensor in texts.items()})
         for key, row, mask in zip(keys, states, texts["attention_mask"], strict=True):
@@ -400,7 +400,7 @@ def _draw_curves(axes: Axes, runs: pd.DataFrame, arms: Sequence[Arm], title: str
         raw = pd.Series(np.mean(runs[runs["arm"] == arm.name]["losses"].tolist(), axis=0))
         axes.plot(raw.index + 1, raw, color=arm.colour, alpha=0.2, linewidth=1)
         axes.plot(raw.index + 1, smoothed(raw), color=arm.colour, linewidth=2, label=arm.name)
-    axes.axhline(np.log(len(LETTERS)), color=NEUTRAL, linestyle=":", label="guessing")
+    axes.axhline(np.log(4), color=NEUTRAL, linestyle=":", label="guessing")
     axes.set(
         title=f"{title}\none epoch, mean of {runs['seed'].nunique()} seeds", xlabel="training step", ylim=(0, None)
     )

@@ -33,6 +33,13 @@ TRAINING_BATCH = 4
 REPETITIONS = 3  # of the preprocessing of each picture
 
 
+def prompt_of(question) -> str:
+    """The text that the model reads for a question."""
+    from bridgeblip.bridge.processing import render_prompt
+
+    return render_prompt(question.question, question.choices)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What all processes of a bench share; another plan needs another folder."""
@@ -249,12 +256,12 @@ class Generating:
         from PIL import Image
 
         pictures = [Image.open(question.image).convert("RGB") for question in questions]
-        texts = [question.prompt for question in questions]
+        texts = [prompt_of(question) for question in questions]
         inputs = self.processor(images=pictures, text=texts, padding=True, return_tensors="pt")
         return inputs.to(self.device, self.dtype)
 
     def answer(self, questions: Sequence) -> list[str]:
-        lengths = [len(self.processor.tokenizer(question.prompt).input_ids) for question in questions]
+        lengths = [len(self.processor.tokenizer(prompt_of(question)).input_ids) for question in questions]
         rows = sorted(range(len(questions)), key=lambda row: -lengths[row])
         texts = [""] * len(rows)
         for start in range(0, len(rows), self.batch_size):
@@ -405,7 +412,7 @@ def profile_stages(plan: Plan, out: Path, began: float) -> dict:
     pictures = bundle.processor.load_pictures(questions[: EACH * plan.batch_size : EACH])["pixel_values"]
     pictures = pictures.to(plan.device)
     asked = questions[: plan.batch_size]
-    texts = bundle.processor.encode_prompts([question.prompt for question in asked])
+    texts = bundle.processor.encode_prompts([prompt_of(question) for question in asked])
     texts = {name: tensor.to(plan.device) for name, tensor in texts.items()}
     stages = {}
     with torch.inference_mode(), torch.jit.optimized_execution(False):
@@ -657,7 +664,7 @@ def prepare(plan: Plan, out: Path, began: float) -> dict:
     (work / "one").mkdir(exist_ok=True)
     config = InstructBlipConfig.from_pretrained(plan.base)
     sliced = slice_config(config, DEFAULT_DECODER_LAYERS)
-    lengths = processor.count_tokens([question.prompt for question in questions])
+    lengths = processor.count_tokens([prompt_of(question) for question in questions])
     median = round(statistics.median(lengths))
     return {
         "word_share": share,
@@ -722,7 +729,7 @@ def count_floor(config, processor, questions: list) -> int:
         model = TraceableModel(BridgeBlipForMultipleChoice(config)).eval()
         embeds = [model.encode_image(torch.empty(1, 3, *processor.image_size))]
         vision = count_operations(lambda: model.encode_image(torch.empty(1, 3, *processor.image_size)))
-        texts = [processor.encode_prompts([question.prompt]) for question in questions]
+        texts = [processor.encode_prompts([prompt_of(question)]) for question in questions]
         return vision * len(pictures) + sum(count_operations(partial(model.score, *embeds, **text)) for text in texts)
 
 

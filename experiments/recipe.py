@@ -21,7 +21,7 @@ from bridgeblip.bridge.export import restore
 from bridgeblip.bridge.train import train
 from bridgeblip.bundle.format import Bundle
 from bridgeblip.bundle.predict import predict
-from bridgeblip.data.questions import LETTERS, read_questions, read_table
+from bridgeblip.data.questions import read_questions, read_table
 from bridgeblip.embedded.demo import TINY_BATCH, TINY_EPOCHS, TINY_RATE
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.metrics import measure, picture_groups
@@ -65,7 +65,7 @@ def main():
             rows.append((name, seed, found.accuracy.value, found.calibration_error))
     table = pd.DataFrame(rows, columns=["settings", "seed", "accuracy", "calibration error"])
     found = table.groupby("settings", sort=False).agg({"accuracy": ["mean", "min"], "calibration error": "mean"})
-    print(f"\n{len(test)} questions, letters {', '.join(LETTERS)}, seeds {args.seeds}")
+    print(f"\n{len(test)} questions, seeds {args.seeds}")
     print("\n| settings | mean accuracy | worst | calibration error |\n|---|---|---|---|")
     for name, (mean, worst, error) in found.iterrows():
         print(f"| {name} | {mean:.4f} | {worst:.4f} | {error:.4f} |")

@@ -11,7 +11,7 @@ import pytest
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.bridge.base import TINY_BASE
-from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.processing import QuestionProcessor, render_prompt
 from bridgeblip.data.prepare import join, prepare, read_annotations, write_questions
 from bridgeblip.data.questions import read_questions
 from bridgeblip.embedded.digits import digit_pictures
@@ -255,7 +255,7 @@ def test_scienceqa(downloads, tmp_path, capsys):
     assert four.question == "Which of these states is farthest north?" and four.choice_mask == [True] * 4
     assert two.question == "Tom had a catapult.\nFigure: it.\nWhich angle is it?"
     assert two.choices == ("a 30° angle", "a 45° angle", "", "") and two.answer == 1
-    assert "C." not in two.prompt and two.choice_mask == [True, True, False, False]
+    assert "C." not in render_prompt(two.question, two.choices) and two.choice_mask == [True, True, False, False]
     assert three.answer == 2 and three.image.samefile(folder / "images/val/5/image.png")
 
 

@@ -94,11 +94,14 @@ def test_a_long_question_is_cut_at_its_front_and_no_more_than_needed(processor, 
     assert (fitted.choices, fitted.id) == (long.choices, long.id)
     more = replace(long, question="..." + long.question[-len(fitted.question) + 2 :])  # one character more
     lengths = [
-        max(len(tokenizer.encode(q.prompt)) for tokenizer in (processor.tokenizer, processor.qformer_tokenizer))
+        max(
+            len(tokenizer.encode(processor.prompt(q)))
+            for tokenizer in (processor.tokenizer, processor.qformer_tokenizer)
+        )
         for q in (fitted, more)
     ]
     assert lengths[0] <= processor.prompt_limit < lengths[1]
-    processor.encode_prompts([fitted.prompt])
+    processor.encode_prompts([processor.prompt(fitted)])
     assert processor.fit(questions[0]) is questions[0]
 
 
@@ -107,7 +110,7 @@ def test_choices_that_are_too_long_by_themselves_are_cut_alike(processor, questi
     fitted = processor.fit(replace(questions[0], choices=choices))
     assert fitted.question == "..." and fitted.choices[1:3] == ("two", "") and fitted.choices[3].endswith("end")
     assert len(fitted.choices[0]) == len(fitted.choices[3]) > 50
-    processor.encode_prompts([fitted.prompt])
+    processor.encode_prompts([processor.prompt(fitted)])
 
 
 def test_collate(processor, questions):

@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 
 from bridgeblip import InputError
+from bridgeblip.bridge.processing import render_prompt
 from bridgeblip.data.orders import cyclic_orders
 from bridgeblip.data.pictures import picture_key, picture_keys
-from bridgeblip.data.questions import Question, read_questions, render_prompt, split_by_picture
+from bridgeblip.data.questions import Question, read_questions, split_by_picture
 
 
 def rewrite(competition, tmp_path, change=lambda table: table, **to_csv):

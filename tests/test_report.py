@@ -11,7 +11,7 @@ from test_inference import make_bundle
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
-from bridgeblip.data.questions import LETTERS, read_questions
+from bridgeblip.data.questions import letter, letters, read_questions
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence import metrics
 from bridgeblip.evidence.answers import Answers
@@ -93,7 +93,7 @@ def judged(tmp_path_factory):
     flags = [["permuted"] * u + ["order"] * (u and i % 3 == 0) + ["blank"] * (i == 7) for i, u in enumerate(unsure)]
     answers = Answers(probabilities.astype(np.float32), flags, [""] * len(asked))
     write_submission(asked, answers, None, folder / "submission.csv")
-    table = pd.read_csv(folder / "test.csv").assign(answer=[LETTERS[i] for i in truth], worth=np.arange(len(asked)))
+    table = pd.read_csv(folder / "test.csv").assign(answer=[letter(i) for i in truth], worth=np.arange(len(asked)))
     table.to_csv(folder / "answered.csv", index=False)
     return folder, asked
 
@@ -145,7 +145,7 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
     folder, asked = judged
     table = pd.read_csv(folder / "probabilities.csv").merge(pd.read_csv(folder / "answered.csv"), on="ID")
     values = table[["A_x", "B_x", "C_x", "D_x"]].to_numpy()
-    table["given"] = [LETTERS[i] for i in values.argmax(1)]
+    table["given"] = [letter(i) for i in values.argmax(1)]
     table["right"] = table["given"] == table["answer"]
     table["sure"] = values.max(1)
     table["picture"] = [hashlib.md5((folder / path).read_bytes()).hexdigest() for path in table["img_path"]]
@@ -174,7 +174,7 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
     assert f"{found['accuracy']['low']:.1%} to {found['accuracy']['high']:.1%}" in head
     assert facts["verdict"]["sentence"] in head
 
-    right_blank = np.array([LETTERS[i] for i in blank.argmax(1)]) == table["answer"]
+    right_blank = np.array([letter(i) for i in blank.argmax(1)]) == table["answer"]
     assert facts["blank"]["first"]["value"] == pytest.approx(right_blank.mean())
     assert facts["blank"]["difference"]["value"] == pytest.approx((table["right"] * 1 - right_blank * 1).mean())
     assert found["weighted"]["value"] == pytest.approx(np.average(table["right"], weights=table["worth"]))
@@ -240,11 +240,11 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
     assert len(page.cards) == 24
     rows = [*wrong[:12].index, *unsure[:12].index]
     for i, card in zip(rows, page.cards, strict=True):
-        for letter, value in zip(LETTERS, values[i], strict=True):
+        for name, value in zip(letters(4), values[i], strict=True):
             mark = " ".join(
-                [", ".join(w for w in ("right", "given") if letter == table.loc[i, w.replace("right", "answer")])]
+                [", ".join(w for w in ("right", "given") if name == table.loc[i, w.replace("right", "answer")])]
             )
-            expected = f"{letter}. {table.loc[i, letter + '_y']} {mark} {value:.0%}".replace("  ", " ")
+            expected = f"{name}. {table.loc[i, letter + '_y']} {mark} {value:.0%}".replace("  ", " ")
             assert expected in card and table.loc[i, "ID"] in card and table.loc[i, "Question"] in card
     assert all(f"sure to {sure:.1%}" in card for sure, card in zip(wrong["sure"], page.cards[:12], strict=False))
     for margin, card in zip(unsure["margin again"], page.cards[12:], strict=False):
@@ -314,7 +314,7 @@ def test_comparison_says_whether_a_gain_is_noise(judged, tmp_path):
     page = Page(out.read_text())
     assert len(facts["changed"]) == (~right).sum() + 1 and "runs/<a>" in page.sections[""]
     expected = {
-        asked[i].id: [LETTERS[truth[i]], LETTERS[probabilities[i].argmax()], LETTERS[mended[i].argmax()]]
+        asked[i].id: [letter(truth[i]), letter(probabilities[i].argmax()), letter(mended[i].argmax())]
         for i in np.flatnonzero(probabilities.argmax(1) != mended.argmax(1))
     }
     assert {row[0]: row[1:4] for row in page.rows["All answers that changed"][1:]} == expected

@@ -46,7 +46,8 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bridgeblip.data.questions import LETTERS, render_prompt
+from bridgeblip.bridge.processing import NUM_CHOICES, render_prompt
+from bridgeblip.data.questions import letter
 from bridgeblip.embedded.digits import (
     KINDS,
     NUMBERS,
@@ -81,12 +82,12 @@ def make_task(digit: int, stage: str, rng: random.Random) -> tuple[str, str]:
     """
     kind = rng.choice(list(KINDS))
     question = make_question(kind, digit, rng.randrange(4), rng)
-    letter, right = LETTERS[question.answer], question.choices[question.answer]
+    name, right = letter(question.answer), question.choices[question.answer]
     draw = rng.random()
     if draw < FINDING[stage]:
-        return question_prompt(replace(question, question=f"Which of these is {right}?")), letter
+        return question_prompt(replace(question, question=f"Which of these is {right}?")), name
     if stage == "letter" and draw < 0.85:
-        return question_prompt(question), letter
+        return question_prompt(question), name
     if (stage == "name" and draw < 0.85) or (stage == "find" and draw < 0.8):
         kind = "name"
     # without choices: not the kinds whose answers need them; the longest answers only while naming
@@ -233,7 +234,7 @@ class LetterScorer:
         groups = split_questions(split, [digit for _, digit in pictures])
         asked = [(picture, q) for (picture, _), group in zip(pictures, groups, strict=True) for q in group]
         self.model, self.questions = model, [q for _, q in asked]
-        letters = [f"▁{LETTERS[q.answer]}" for q in self.questions]
+        letters = [f"▁{letter(q.answer)}" for q in self.questions]
         self.answers = np.array(processor.tokenizer.convert_tokens_to_ids(letters))
         self.batches = [
             processor(
@@ -305,7 +306,7 @@ class BindingTrainer(Trainer):
         start = torch.zeros(int(asked.sum()), 1, dtype=torch.long)
         alone = model(**rows, decoder_input_ids=start).logits[:, 0, self.letter_ids].log_softmax(-1)
         decoder.block = blocks
-        return loss - PENALTY * (alone.mean() + np.log(len(LETTERS)))  # the divergence from an even guess
+        return loss - PENALTY * (alone.mean() + np.log(NUM_CHOICES))  # the divergence from an even guess
 
 
 def generative_accuracy(folder: str | Path, split: str) -> tuple[float, int]:
@@ -318,7 +319,7 @@ def generative_accuracy(folder: str | Path, split: str) -> tuple[float, int]:
         # without a cache: transformers would make it as deep as the encoder
         made = model.generate(**batch, max_new_tokens=3, use_cache=False)
         texts += processor.batch_decode(made, skip_special_tokens=True)
-    right = [text.strip() == LETTERS[q.answer] for text, q in zip(texts, scorer.questions, strict=True)]
+    right = [text.strip() == letter(q.answer) for text, q in zip(texts, scorer.questions, strict=True)]
     return float(np.mean(right)), len(right)
 
 
@@ -418,7 +419,7 @@ def main():
     pretrain = digit_pictures()["pretrain"]
     pixels = processor(images=[picture for picture, _ in pretrain], return_tensors="pt")["pixel_values"]
     scorer = LetterScorer(model, processor, "train")
-    letter_ids = processor.tokenizer.convert_tokens_to_ids([f"▁{letter}" for letter in LETTERS])
+    letter_ids = processor.tokenizer.convert_tokens_to_ids([f"▁{name}" for name in processor.letters])
     trainer = trainer_class(
         model,
         TrainingArguments(

@@ -43,12 +43,12 @@ from bridgeblip import InputError
 from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, SMALL_FILES, resolve_base
 from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig
 from bridgeblip.bridge.model import load_sliced
-from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.processing import NUM_CHOICES, QuestionProcessor, render_prompt
 from bridgeblip.bundle.format import Bundle
 from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.prepare import prepare
-from bridgeblip.data.questions import LETTERS, read_questions, read_table, render_prompt
+from bridgeblip.data.questions import read_questions, read_table
 from bridgeblip.embedded.demo import NOTEBOOKS, ROOT, run_notebook
 from bridgeblip.evidence.metrics import Estimate, measure, picture_groups
 from bridgeblip.files import write_text
@@ -169,7 +169,7 @@ def count_parameters(config: InstructBlipConfig) -> dict[str, int]:
     cut = set(range(config.text_config.num_decoder_layers)) - set(DEFAULT_DECODER_LAYERS)
     gone = ("language_model.lm_head.", *(f"language_model.decoder.block.{layer}." for layer in cut))
     kept = sum(count for name, count in counts.items() if not name.startswith(gone))
-    return {"whole": sum(counts.values()), "sliced": kept + (config.text_config.d_model + 1) * len(LETTERS)}
+    return {"whole": sum(counts.values()), "sliced": kept + (config.text_config.d_model + 1) * NUM_CHOICES}
 
 
 def sample_pictures(folder: Path | None) -> list[Path]:
@@ -254,7 +254,9 @@ def check_weights(run: Run) -> tuple[list[Check], dict]:
     counts = REAL_PARAMETERS if run.is_real else count_parameters(run.config)
     found, letters = run.processor.letter_ids, REAL_LETTERS
     if not run.is_real:
-        letters = hugging_face_processor(run.folder).tokenizer.convert_tokens_to_ids([f"▁{x}" for x in LETTERS])
+        letters = hugging_face_processor(run.folder).tokenizer.convert_tokens_to_ids(
+            [f"▁{x}" for x in run.processor.letters]
+        )
     checks, facts = [Check("tokens of A, B, C, D", str(letters), str(found), found == letters)], {"letters": found}
     for name, model in models.items():
         count, finite = model.parameters, bool(model.logits.isfinite().all())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
+from bridgeblip.bridge.processing import NUM_CHOICES
 
 LAYER_SELECTIONS = {
     "every-third": (0, 3, 6, 9, 12, 15, 18, 21),
@@ -37,7 +38,7 @@ class BridgeBlipConfig(InstructBlipConfig):
     """Indices, in the base's decoder, of the layers that stay; in order."""
     base_decoder_layers: int | None = None
     """How many decoder layers the base has."""
-    num_choices: int = 4
+    num_choices: int = NUM_CHOICES
     """Width of the classification head."""
 
 

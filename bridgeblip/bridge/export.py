@@ -19,11 +19,10 @@ from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, compare_configs
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
-from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
 from bridgeblip.bundle.format import BUNDLE_FORMAT, load_bundle
 from bridgeblip.bundle.gate import SCORE_INPUTS, ParityGate
 from bridgeblip.bundle.trace import free_devices
-from bridgeblip.data.questions import LETTERS, PROMPT_TEMPLATE
 from bridgeblip.files import file_digest, write_atomically, write_text
 from bridgeblip.machine import best_device, slow_format
 from bridgeblip.training.weights import Weights, load_trained, load_weights, permutation_margin
@@ -224,7 +223,7 @@ def _bundle_manifest(restored: Restored, merged: BridgeBlipForMultipleChoice, we
     return {
         "format": BUNDLE_FORMAT,
         "prompt": PROMPT_TEMPLATE,
-        "letters": list(LETTERS),
+        "letters": list(restored.processor.letters),
         "letter_ids": restored.processor.letter_ids,
         "processor": restored.processor.fingerprint,
         "dtype": str(restored.dtype).removeprefix("torch."),

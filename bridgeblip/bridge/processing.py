@@ -17,7 +17,12 @@ from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 
 from bridgeblip import InputError
-from bridgeblip.data.questions import LETTERS, Question
+from bridgeblip.data.questions import Question, letters
+
+NUM_CHOICES = 4
+"""Letters that the head answers with: A, B, C, D."""
+PROMPT_TEMPLATE = "Question: {question} Options: {options} Short answer:"
+
 
 PROCESSOR_FILES = ("processor.json", "tokenizer.json", "qformer_tokenizer.json")
 IMAGE_TOKEN = "<image>"
@@ -89,16 +94,29 @@ class QuestionProcessor:
         return hashlib.sha256("\0".join(self.files[name] for name in PROCESSOR_FILES).encode()).hexdigest()
 
     @property
+    def letters(self) -> tuple[str, ...]:
+        """What the model can answer."""
+        return letters(NUM_CHOICES)
+
+    def prompt(self, question: Question) -> str:
+        """Return the text that the model reads for a question."""
+        return render_prompt(question.question, question.choices)
+
+    def choice_mask(self, question: Question) -> list[bool]:
+        """Which of the model's letters can be the answer."""
+        return question.choice_mask + [False] * (NUM_CHOICES - len(question.choices))
+
+    @property
     def letter_ids(self) -> list[int]:
         """Ids, in T5's vocabulary, of the tokens that the LM head answers A, B, C and D with.
 
         Raises:
             InputError: if a letter is not a single known token.
         """
-        ids = [self.tokenizer.encode(letter, add_special_tokens=False).ids for letter in LETTERS]
+        ids = [self.tokenizer.encode(letter, add_special_tokens=False).ids for letter in self.letters]
         unknown = self.tokenizer.token_to_id("<unk>")
         if any(len(letter) != 1 or letter[0] == unknown for letter in ids):
-            raise InputError(f"the letters {LETTERS} are not one token each in this vocabulary: {ids}")
+            raise InputError(f"the letters {self.letters} are not one token each in this vocabulary: {ids}")
         return [letter[0] for letter in ids]
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
@@ -157,7 +175,9 @@ class QuestionProcessor:
             return replace(question, question=_last(question.question, question_length), choices=choices)
 
         def tokens(shortened: Question) -> int:
-            return max(len(reader.encode(shortened.prompt)) for reader in (self.tokenizer, self.qformer_tokenizer))
+            return max(
+                len(reader.encode(self.prompt(shortened))) for reader in (self.tokenizer, self.qformer_tokenizer)
+            )
 
         def most(shorten: Callable[[int], Question], length: int) -> int:
             """The most characters, below ``length``, that fit; -1 if not even none do."""
@@ -208,8 +228,8 @@ class QuestionProcessor:
         Args:
             pictures: gives the pictures of questions in another form, such as cached ``image_embeds``.
         """
-        batch = self.encode_prompts([q.prompt for q in questions]) | (pictures or self.load_pictures)(questions)
-        batch["choice_mask"] = torch.tensor([q.choice_mask for q in questions])
+        batch = self.encode_prompts([self.prompt(q) for q in questions]) | (pictures or self.load_pictures)(questions)
+        batch["choice_mask"] = torch.tensor([self.choice_mask(q) for q in questions])
         if all(q.answer is not None for q in questions):
             batch["labels"] = torch.tensor([q.answer for q in questions])
         return batch
@@ -243,3 +263,16 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _stack(encodings) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.tensor([row.ids for row in encodings])
     return ids, torch.tensor([row.attention_mask for row in encodings])
+
+
+def render_prompt(question: str, choices: Sequence[str]) -> str:
+    """Return the text that the model reads for one question; empty choices are left out.
+
+    InstructBLIP was tuned on ``Question: ... Options: ... Short answer:``. Each choice follows its
+    letter as ``A. text`` because the T5 vocabulary then holds the letter as one token of its own,
+    the very token (``▁A``) that the model gives as its answer: answering is pointing back.
+    """
+    options = " ".join(
+        f"{letter}. {choice}" for letter, choice in zip(letters(len(choices)), choices, strict=True) if choice
+    )
+    return PROMPT_TEMPLATE.format(question=question, options=options)

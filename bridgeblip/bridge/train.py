@@ -29,10 +29,10 @@ from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings, dec
 from bridgeblip.bridge.features import CachedPictures, FeatureCache, default_folder, encoder_key, fill
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
-from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
 from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.pictures import picture_keys
-from bridgeblip.data.questions import LETTERS, PROMPT_TEMPLATE, Question, read_questions, split_by_picture
+from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.report import write_report
 from bridgeblip.files import copy_missing, copy_verified, require_writable
@@ -156,7 +156,9 @@ def _plan(train_csv, base, revision, layers, settings, bridge, budget_limit, pro
     training, validation = split_by_picture(questions, settings.validation_fraction, settings.seed)
     folder = resolve_base(base, revision)
     processor = QuestionProcessor.from_base(folder)
-    processor.encode_prompts([q.prompt for q in questions])  # refuses too long prompts now rather than in mid-epoch
+    processor.encode_prompts(
+        [processor.prompt(q) for q in questions]
+    )  # refuses too long prompts now rather than in mid-epoch
     (enable_full_determinism if settings.deterministic else set_seed)(settings.seed)
     config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
     budget = certify_budget(config, budget_limit)
@@ -302,7 +304,7 @@ def _tensorboard(checkpoint_dir: Path) -> TensorBoardCallback:
 def _contract(processor: QuestionProcessor) -> dict:
     """What whoever uses the weights must agree on, and the versions that made them."""
     return {
-        "letters": list(LETTERS),
+        "letters": list(processor.letters),
         "letter_ids": processor.letter_ids,
         "prompt": PROMPT_TEMPLATE,
         "processor": processor.fingerprint,

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from bridgeblip import InputError
-from bridgeblip.bridge.processing import PROCESSOR_FILES, QuestionProcessor
-from bridgeblip.data.questions import LETTERS, PROMPT_TEMPLATE
+from bridgeblip.bridge.processing import PROCESSOR_FILES, PROMPT_TEMPLATE, QuestionProcessor
 from bridgeblip.files import file_digest
 from bridgeblip.machine import _is_out_of_memory
 
@@ -75,7 +74,7 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
             f"{path} has format {made_for['format']}, this version reads {BUNDLE_FORMAT}: update bridgeblip"
         )
     processor = QuestionProcessor(files)
-    here = {"processor": processor.fingerprint, "letters": list(LETTERS), "letter_ids": processor.letter_ids}
+    here = {"processor": processor.fingerprint, "letters": list(processor.letters), "letter_ids": processor.letter_ids}
     if any(made_for[key] != value for key, value in here.items()):
         raise InputError(f"{path}: the processor inside is not the one that it was exported with: export it again")
     if made_for["prompt"] != PROMPT_TEMPLATE:

@@ -21,7 +21,7 @@ from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bundle.format import Bundle
 from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.pictures import load_ahead, picture_key
-from bridgeblip.data.questions import LETTERS, Question
+from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import FLAGS, Answers, margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import _is_out_of_memory, process_rank
@@ -209,20 +209,21 @@ def _score(
     """Return the probabilities (rows, choices) of questions whose pictures stand at ``places`` of ``embeds``."""
 
     def score(rows: Sequence[int]) -> torch.Tensor:
-        texts = bundle.processor.encode_prompts([shown[row].prompt for row in rows])
+        texts = bundle.processor.encode_prompts([bundle.processor.prompt(shown[row]) for row in rows])
         texts = {name: tensor.to(bundle.device) for name, tensor in texts.items()}
         return bundle.model.score(embeds[[places[row] for row in rows]], **texts).float().cpu()
 
-    logits = torch.empty(len(shown), len(LETTERS))
-    for rows in _batches(bundle.processor.count_tokens([question.prompt for question in shown]), batch_size):
+    logits = torch.empty(len(shown), len(bundle.processor.letters))
+    lengths = bundle.processor.count_tokens([bundle.processor.prompt(q) for q in shown])
+    for rows in _batches(lengths, batch_size):
         logits[rows] = _in_halves(score, rows)
         if bar is not None:
             bar.update(len(rows))
     wrong = (~logits.isfinite()).any(-1).nonzero().flatten().tolist()
     if wrong:
         raise InputError(f"the model gives {shown[wrong[0]].id} no finite number: export it as bfloat16 or float32")
-    masks = torch.tensor([question.choice_mask for question in shown], dtype=torch.bool).reshape(logits.shape)
-    return logits.masked_fill(~masks, float("-inf")).softmax(-1).numpy()
+    masks = torch.tensor([bundle.processor.choice_mask(q) for q in shown], dtype=torch.bool)
+    return logits.masked_fill(~masks.reshape(logits.shape), float("-inf")).softmax(-1).numpy()
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -32,7 +32,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
-from bridgeblip.data.questions import COLUMNS, LETTERS, read_table, with_known_names
+from bridgeblip.data.questions import COLUMNS, letter, letters, read_table, with_known_names
 from bridgeblip.files import write_text
 
 PICTURE_NOT_FOUND = "picture not found"
@@ -202,9 +202,9 @@ def read_csv(path: str | Path) -> list[Entry]:
 
 def _csv_entry(path: Path, row: dict[str, str]) -> Entry:
     picture = path.parent / row["img_path"] if row["img_path"].strip() else None
-    choices = [row[letter.lower()] for letter in LETTERS]
-    letter = row["answer"].strip().upper()
-    answer = LETTERS.index(letter) if letter in LETTERS else None
+    choices = [row[name] for name in "abcd"]
+    given = row["answer"].strip().upper()
+    answer = letters(4).index(given) if given in letters(4) else None
     return _entry(path.stem, row["id"], None, picture, row["question"], choices, answer)
 
 
@@ -241,11 +241,11 @@ def write_questions(entries: Sequence[Entry], out: str | Path, splits: Sequence[
         taken.add(name)
         renamed += name != entry.id
         picture = _path_from(folder, resolve(entry.picture.parent) / entry.picture.name)
-        choices = entry.choices + [""] * (len(LETTERS) - len(entry.choices))
-        rows.append([name, picture, entry.question, *choices, LETTERS[entry.answer]])
+        choices = entry.choices + [""] * (4 - len(entry.choices))
+        rows.append([name, picture, entry.question, *choices, letter(entry.answer)])
     if not rows:
         raise InputError("; ".join([f"no usable question for {out}", *_reasons(left_out)]))
-    table = pd.DataFrame(rows, columns=["ID", "img_path", "Question", *LETTERS, "answer"])
+    table = pd.DataFrame(rows, columns=["ID", "img_path", "Question", *letters(4), "answer"])
     write_text(out, table.to_csv(index=False, lineterminator="\n"))
     return Summary(out, len(table), table["img_path"].nunique(), left_out, renamed)
 
@@ -258,7 +258,7 @@ def _fault(entry: Entry, splits: Sequence[str | None], is_file: Callable[[Path],
         return "no picture"
     if not entry.question:
         return "no question"
-    if len(entry.choices) > len(LETTERS):
+    if len(entry.choices) > 4:
         return "more than four choices"
     if sum(map(bool, entry.choices)) < 2:
         return "fewer than two choices"

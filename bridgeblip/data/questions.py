@@ -11,9 +11,17 @@ import pandas as pd
 from bridgeblip import InputError
 from bridgeblip.data.pictures import picture_keys
 
-LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("id", "img_path", "question", "a", "b", "c", "d")
-PROMPT_TEMPLATE = "Question: {question} Options: {options} Short answer:"
+
+
+def letter(index: int) -> str:
+    """Return the letter of a choice: A of the first, B of the second and so on."""
+    return chr(ord("A") + index)
+
+
+def letters(count: int) -> list[str]:
+    """Return the letters of ``count`` choices."""
+    return [letter(index) for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -24,12 +32,12 @@ class Question:
     image: Path | None
     """The picture's file; the CSV's path, seen from the CSV's folder. None: to be answered without a picture."""
     question: str
-    choices: tuple[str, str, str, str]
-    """The four texts, as written; an empty one is no choice."""
+    choices: tuple[str, ...]
+    """The texts, as written, one a letter; an empty one is no choice. None at all: to be answered freely."""
     answer: int | None = None
     """Index of the right choice, or None in a file without answers."""
-    letters: tuple[str, str, str, str] = LETTERS
-    """The letters as the file's header writes them."""
+    small_letters: bool = False
+    """Whether the file's header writes its letters small."""
     line: int = 0
     """Where the row begins in its file; the header is line 1."""
     problem: str = ""
@@ -41,26 +49,11 @@ class Question:
         filled = [bool(choice) for choice in self.choices]
         return filled if any(filled) else [True] * len(filled)
 
-    @property
-    def prompt(self) -> str:
-        return render_prompt(self.question, self.choices)
-
     def reordered(self, source: dict[int, int]) -> "Question":
         """Return the question with the choice of ``source[i]`` at place ``i``; the answer follows its choice."""
         places = [source.get(i, i) for i in range(len(self.choices))]
         choices = tuple(self.choices[i] for i in places)
         return replace(self, choices=choices, answer=None if self.answer is None else places.index(self.answer))
-
-
-def render_prompt(question: str, choices: Sequence[str]) -> str:
-    """Return the text that the model reads for one question; empty choices are left out.
-
-    InstructBLIP was tuned on ``Question: ... Options: ... Short answer:``. Each choice follows its
-    letter as ``A. text`` because the T5 vocabulary then holds the letter as one token of its own,
-    the very token (``▁A``) that the model gives as its answer: answering is pointing back.
-    """
-    options = " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True) if choice)
-    return PROMPT_TEMPLATE.format(question=question, options=options)
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -142,27 +135,27 @@ def read_rows(path: Path, need_answers: bool) -> list[Question]:
     twice = [name for name in wanted if list(table.columns).count(name) > 1]
     if twice:
         raise InputError(f"{path} has the column {twice[0]} twice, letter case aside: take one of them out")
-    small = tuple(letter.lower() for letter in LETTERS)
-    letters = small if set(small) <= set(written) else LETTERS
+    small = {"a", "b", "c", "d"} <= set(written)
     questions, line = [], 2
     for row in table.to_dict("records"):
-        questions.append(_read_row(path.parent, line, row, letters, need_answers))
+        questions.append(_read_row(path.parent, line, row, small, need_answers))
         line += 1 + sum(cell.count("\n") for cell in row.values())
     return questions
 
 
-def _read_row(folder: Path, line: int, row: dict[str, str], letters: tuple, need_answer: bool) -> Question:
-    choices = tuple(row[letter.lower()].strip() for letter in LETTERS)
+def _read_row(folder: Path, line: int, row: dict[str, str], small: bool, need_answer: bool) -> Question:
+    choices = tuple(row[name].strip() for name in "abcd")
     problem = ""
     if sum(map(bool, choices)) < 2:
         problem = "fewer than two choices are filled in; expected texts in A, B, C, D"
-    letter, answer = row.get("answer", "").strip().upper(), None
-    if letter in LETTERS and choices[LETTERS.index(letter)]:
-        answer = LETTERS.index(letter)
+    given, answer = row.get("answer", "").strip().upper(), None
+    known = letters(len(choices))
+    if given in known and choices[known.index(given)]:
+        answer = known.index(given)
     elif need_answer and not problem:
         problem = f"answer {row['answer']!r} is not the letter of a choice; expected A, B, C or D"
     question = row["question"].strip()
-    return Question(row["id"], folder / row["img_path"], question, choices, answer, letters, line, problem)
+    return Question(row["id"], folder / row["img_path"], question, choices, answer, small, line, problem)
 
 
 def describe_problem(question: Question, path: Path) -> str:

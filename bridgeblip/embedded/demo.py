@@ -20,7 +20,7 @@ from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.train import train
 from bridgeblip.bundle.format import Bundle, load_bundle
 from bridgeblip.bundle.predict import predict
-from bridgeblip.data.questions import LETTERS, Question, read_questions, read_table
+from bridgeblip.data.questions import Question, letter, read_questions, read_table
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.answers import letters_of
 from bridgeblip.evidence.metrics import accuracy_of
@@ -126,7 +126,7 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.Dat
     sliced = accuracy_of(questions, _predict_sliced(DEFAULT_DECODER_LAYERS, questions))
     head = accuracy_of(questions, _predict_eager(restore(head_only).model, questions))
     rows = [
-        ("guessing", 1 / len(LETTERS)),
+        ("guessing", 1 / len(questions[0].choices)),
         ("unsliced base, all 24 layers", accuracy_of(questions, _predict_sliced(range(24), questions))),
         ("sliced, not bridged", sliced),
         ("sliced, only the head trained", head),
@@ -150,7 +150,7 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.Dat
 
 
 def _share_right(submitted: pd.Series, questions: list[Question]) -> float:
-    return sum(submitted[q.id] == LETTERS[q.answer] for q in questions) / len(questions)
+    return sum(submitted[q.id] == letter(q.answer) for q in questions) / len(questions)
 
 
 def _predict_sliced(layers, questions: list[Question]):

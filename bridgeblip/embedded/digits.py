@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from bridgeblip.data.questions import LETTERS
+from bridgeblip.data.questions import letter, letters
 
 SPLIT_SEED = 20250701
+CHOICES = 4  # of every question
 SPLIT_SIZES = {"test": 300, "train": 400}  # pictures; the rest is "pretrain"
 PICTURE_SIDE = 64  # pixels of the PNG files
 QUESTIONS_A_PICTURE = {"train": 6, "test": 4}
@@ -176,10 +177,10 @@ def split_questions(split: str, digits: list[int]) -> list[list[DigitQuestion]]:
     """Return the questions of each picture of a split: different kinds each, letters balanced over all."""
     rng = random.Random(f"{SPLIT_SEED} {split}")
     each = QUESTIONS_A_PICTURE[split]
-    letters = [i % len(LETTERS) for i in range(each * len(digits))]
-    rng.shuffle(letters)
+    places = [i % CHOICES for i in range(each * len(digits))]
+    rng.shuffle(places)
     return [
-        [make_question(kind, digit, letters.pop(), rng) for kind in rng.sample(list(KINDS), each)] for digit in digits
+        [make_question(kind, digit, places.pop(), rng) for kind in rng.sample(list(KINDS), each)] for digit in digits
     ]
 
 
@@ -204,8 +205,8 @@ def write_competition(folder: str | Path, answers_csv: str | Path, limits: dict[
                 name = f"{split.upper()}_{len(rows):04d}"
                 picture.save(images / f"{name}.png")
                 path = f"./{images.name}/{name}.png"
-                rows.append([name, path, question.question, *question.choices, LETTERS[question.answer]])
-        table = pd.DataFrame(rows, columns=["ID", "img_path", "Question", *LETTERS, "answer"])
+                rows.append([name, path, question.question, *question.choices, letter(question.answer)])
+        table = pd.DataFrame(rows, columns=["ID", "img_path", "Question", *letters(CHOICES), "answer"])
         if split == "test":
             table[["ID", "answer"]].to_csv(answers_csv, index=False)
             table[["ID"]].assign(answer="-").to_csv(folder / "sample_submission.csv", index=False)

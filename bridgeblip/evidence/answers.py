@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bridgeblip.data.questions import LETTERS
+from bridgeblip.data.questions import letter
 
 FLAGS = ("blank", "shortened", "permuted", "order")
 
@@ -52,4 +52,4 @@ def choose_permutation_margin(single: np.ndarray, averaged: np.ndarray, answers:
 
 def letters_of(probabilities: np.ndarray) -> list[str]:
     """The letter of the largest probability of each row."""
-    return [LETTERS[i] for i in probabilities.argmax(-1)]
+    return [letter(i) for i in probabilities.argmax(-1)]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from bridgeblip.data.questions import LETTERS, Question
+from bridgeblip.data.questions import Question, letter, letters
 from bridgeblip.evidence.metrics import Bin, accuracy_of
 
 RIGHT, WRONG, NEUTRAL = "#1a7f37", "#cf222e", "#57606a"
@@ -24,14 +24,14 @@ def smoothed(loss: pd.Series) -> pd.Series:
     return loss.ewm(alpha=1 - SMOOTHING).mean()
 
 
-def training_figure(history: pd.DataFrame) -> Figure:
+def training_figure(history: pd.DataFrame, guessing: float = 0.25) -> Figure:
     """Loss by step, raw and smoothed, and validation accuracy from before training to the end."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     loss = history.dropna(subset="loss")
     left.plot(loss["step"], loss["loss"], color="#54aeff", alpha=0.35, linewidth=1, label="each step")
     left.plot(loss["step"], smoothed(loss["loss"]), color="#0969da", linewidth=2, label="smoothed")
-    left.axhline(np.log(len(LETTERS)), color=NEUTRAL, linestyle=":", label="guessing")
+    left.axhline(-np.log(guessing), color=NEUTRAL, linestyle=":", label="guessing")
     left.set(xlabel="training step", ylabel="cross-entropy", title="Training loss", ylim=(0, None))
     left.legend(frameon=False)
     accuracy = history.dropna(subset="accuracy")
@@ -40,7 +40,7 @@ def training_figure(history: pd.DataFrame) -> Figure:
         right.annotate(
             f"{row.accuracy:.2f}", (row.epoch, row.accuracy), xytext=(0, 8), textcoords="offset points", ha="center"
         )
-    right.axhline(1 / len(LETTERS), color=NEUTRAL, linestyle=":", label="guessing")
+    right.axhline(guessing, color=NEUTRAL, linestyle=":", label="guessing")
     right.set(xlabel="epoch (0: sliced, not yet bridged)", ylabel="accuracy", title="Validation", ylim=(0, 1.08))
     right.legend(frameon=False, loc="lower right")
     return figure
@@ -51,9 +51,9 @@ def confusion_figure(questions: Sequence[Question], probabilities: np.ndarray) -
     figure = Figure(figsize=(4.2, 3.8), layout="constrained")
     axes = figure.subplots()
     ConfusionMatrixDisplay.from_predictions(
-        [LETTERS[q.answer] for q in questions],
-        [LETTERS[i] for i in probabilities.argmax(-1)],
-        labels=LETTERS,
+        [letter(q.answer) for q in questions],
+        [letter(i) for i in probabilities.argmax(-1)],
+        labels=letters(probabilities.shape[1]),
         cmap="Blues",
         colorbar=False,
         ax=axes,
@@ -100,7 +100,7 @@ def _caption(question: Question, probabilities: np.ndarray | None) -> tuple[str,
     for j, choice in enumerate(question.choices):
         sure = "" if probabilities is None else f"  {probabilities[j]:.0%}"
         mark = {given: "▶ "}.get(j, "") + ("✓ " if j == question.answer else "")
-        lines += textwrap.wrap(f"{mark}{LETTERS[j]}. {choice}{sure}", 36)
+        lines += textwrap.wrap(f"{mark}{letter(j)}. {choice}{sure}", 36)
     if given is None or question.answer is None:
         return "\n".join(lines), NEUTRAL
     return "\n".join(lines), RIGHT if given == question.answer else WRONG
@@ -110,12 +110,13 @@ def answer_figure(probabilities: np.ndarray) -> Figure:
     """How often each letter is given, and how sure the answers are."""
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    counts = np.bincount(probabilities.argmax(-1), minlength=len(LETTERS))
-    left.bar_label(left.bar(LETTERS, counts, color="#54aeff"))
-    left.axhline(len(probabilities) / len(LETTERS), color=NEUTRAL, linestyle=":", label="evenly spread")
+    choices = probabilities.shape[1]
+    counts = np.bincount(probabilities.argmax(-1), minlength=choices)
+    left.bar_label(left.bar(letters(choices), counts, color="#54aeff"))
+    left.axhline(len(probabilities) / choices, color=NEUTRAL, linestyle=":", label="evenly spread")
     left.set(xlabel="answer given", ylabel="questions", title="Letters", ylim=(0, counts.max() * 1.3))
     left.legend(frameon=False, loc="upper right")
-    right.hist(probabilities.max(-1), bins=np.linspace(1 / len(LETTERS), 1, 31), color="#54aeff")
+    right.hist(probabilities.max(-1), bins=np.linspace(1 / choices, 1, 31), color="#54aeff")
     right.set(xlabel="probability of the answer given", ylabel="questions", title="How sure")
     return figure
 

@@ -11,7 +11,7 @@ from scipy.special import ndtr, stdtrit
 from sklearn.metrics import accuracy_score, confusion_matrix
 
 from bridgeblip.data.pictures import picture_keys
-from bridgeblip.data.questions import LETTERS, Question
+from bridgeblip.data.questions import Question, letter
 
 TAIL = 0.025  # on either side of a 95% interval
 RESAMPLES = 10_000
@@ -163,7 +163,7 @@ def measure(
     answers, groups = np.asarray(answers), np.asarray(groups)
     given, sure = probabilities.argmax(-1), probabilities.max(-1)
     right = given == answers
-    matrix = confusion_matrix(answers, given, labels=range(len(LETTERS)))
+    matrix = confusion_matrix(answers, given, labels=range(probabilities.shape[1]))
     excess = (matrix.sum(0) - matrix.sum(1)) / len(answers)  # of each letter: given less right
     bins = reliability(right, sure, groups)
     return Measures(
@@ -173,8 +173,8 @@ def measure(
         accuracy=clustered_mean(right, groups),
         weighted=None if weights is None else clustered_mean(right, groups, weights),
         confusion=matrix.tolist(),
-        recall=accuracy_by([LETTERS[i] for i in answers], right, groups),
-        collapse=LETTERS[excess.argmax()] if excess.max() > COLLAPSE else None,
+        recall=accuracy_by([letter(i) for i in answers], right, groups),
+        collapse=letter(excess.argmax()) if excess.max() > COLLAPSE else None,
         confidence=float(sure.mean()),
         calibration_error=sum(b.rows * abs(b.accuracy.value - b.confidence) for b in bins) / len(answers),
         reliability=bins,

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-from bridgeblip.data.questions import LETTERS, Question
+from bridgeblip.data.questions import Question, letter, letters
 from bridgeblip.evidence.metrics import Estimate
 
 THUMBNAIL_SIDE = 256  # pixels
@@ -164,7 +164,7 @@ def _card(question: Question, probabilities: np.ndarray, note: str) -> str:
         kind = "right" if i == question.answer else "wrong" if i == given else ""
         marks = [word for word, place in (("right", question.answer), ("given", given)) if i == place]
         mark = f"<strong>{', '.join(marks)}</strong>" if marks else ""
-        text = f"<span>{LETTERS[i]}. {escape(choice)}</span>{mark}<em>{probabilities[i]:.0%}</em>"
+        text = f"<span>{letter(i)}. {escape(choice)}</span>{mark}<em>{probabilities[i]:.0%}</em>"
         choices.append(f'<li class="{kind}">{text}</li>' if kind else f"<li>{text}</li>")
     picture = thumbnail(question.image) if question.image else None
     shown = '<div class="blank">no readable picture</div>'
@@ -303,7 +303,7 @@ def _against_other(score: Estimate, share: float) -> str:
 
 
 def _given(measures) -> Iterable[tuple]:
-    given = dict(zip(LETTERS, np.sum(measures.confusion, axis=0), strict=True))
+    given = dict(zip(letters(len(measures.confusion)), np.sum(measures.confusion, axis=0), strict=True))
     return [(part, given[part.name]) for part in measures.recall]
 
 

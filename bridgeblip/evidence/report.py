@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bridgeblip import InputError
-from bridgeblip.data.questions import LETTERS, Question, read_table
+from bridgeblip.data.questions import Question, letter, letters, read_table
 from bridgeblip.evidence import metrics
 from bridgeblip.evidence.figures import confusion_figure, reliability_figure
 from bridgeblip.evidence.metrics import Comparison
@@ -42,8 +42,9 @@ def read_probabilities(path: str | Path, questions: Sequence[Question]) -> tuple
     """
     path = Path(path)
     path = path / PROBABILITIES_FILE if path.is_dir() else path
-    table = _by_id(path, ["id", *(letter.lower() for letter in LETTERS)], questions)
-    values = table[[letter.lower() for letter in LETTERS]].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    names = [name.lower() for name in letters(max(len(q.choices) for q in questions))]
+    table = _by_id(path, ["id", *names], questions)
+    values = table[names].apply(pd.to_numeric, errors="coerce").to_numpy(float)
     wrong = ~(np.isclose(values.sum(1), 1, atol=1e-3) & (values >= 0).all(1))
     if wrong.any():
         raise InputError(
@@ -59,11 +60,14 @@ def with_answers(questions: Sequence[Question], path: str | Path) -> list[Questi
     Raises:
         InputError: if the file is missing, lacks a column or a question, or an answer is no letter of a choice.
     """
-    letters = _by_id(Path(path), ["id", "answer"], questions)["answer"].str.strip().str.upper()
-    for question, letter in zip(questions, letters, strict=True):
-        if letter not in LETTERS or not question.choice_mask[LETTERS.index(letter)]:
-            raise InputError(f"{path}: answer {letter!r} of ID {question.id} is not the letter of a choice: correct it")
-    return [replace(q, answer=LETTERS.index(letter)) for q, letter in zip(questions, letters, strict=True)]
+    given = _by_id(Path(path), ["id", "answer"], questions)["answer"].str.strip().str.upper()
+    answered = []
+    for question, answer in zip(questions, given, strict=True):
+        known = letters(len(question.choices))
+        if answer not in known or not question.choice_mask[known.index(answer)]:
+            raise InputError(f"{path}: answer {answer!r} of ID {question.id} is not the letter of a choice: correct it")
+        answered.append(replace(question, answer=known.index(answer)))
+    return answered
 
 
 def read_weights(path: str | Path, column: str, questions: Sequence[Question]) -> np.ndarray:
@@ -138,10 +142,10 @@ def write_report(
     blank = (
         None if blank_probabilities is None else metrics.compare(answers, blank_probabilities, probabilities, groups)
     )
-    letters = np.bincount(answers, minlength=len(LETTERS))
+    counts = np.bincount(answers, minlength=probabilities.shape[1])
     chance = {
         GUESSING: metrics.guessing(questions),
-        f"always {LETTERS[letters.argmax()]}, the most frequent right letter": float(letters.max() / len(answers)),
+        f"always {letter(counts.argmax())}, the most frequent right letter": float(counts.max() / len(answers)),
     }
     ordered = np.sort(probabilities, axis=1)
     mistakes = [i for i in np.argsort(-ordered[:, -1], kind="stable") if not right[i]]
@@ -171,7 +175,7 @@ def judge(facts: dict[str, Any]) -> dict[str, str]:
     measures, blank = facts["measures"], facts["blank"]
     score, others = measures.accuracy, facts["chance"] | (facts["references"] or {})
     if measures.collapse:
-        given = sum(row[LETTERS.index(measures.collapse)] for row in measures.confusion) / measures.questions
+        given = sum(row[letters(len(row)).index(measures.collapse)] for row in measures.confusion) / measures.questions
         return _verdict("bad", f"Don't believe this score: {given:.0%} of all answers are {measures.collapse}.")
     guessing = others[GUESSING]
     if score.low <= guessing:
@@ -273,9 +277,9 @@ def write_comparison(
     changed = [
         {
             "ID": questions[i].id,
-            "right": LETTERS[answers[i]],
-            "first": LETTERS[before[i]],
-            "second": LETTERS[after[i]],
+            "right": letter(answers[i]),
+            "first": letter(before[i]),
+            "second": letter(after[i]),
             "what": "mended" if after[i] == answers[i] else "spoiled" if before[i] == answers[i] else "still wrong",
         }
         for i in np.flatnonzero(before != after)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from bridgeblip import InputError
 from bridgeblip.bundle.predict import kept_folder
-from bridgeblip.data.questions import LETTERS, Question, read_table
+from bridgeblip.data.questions import Question, letters, read_table
 from bridgeblip.evidence.answers import FLAGS, Answers, letters_of, margins
 from bridgeblip.files import write_atomically
 
@@ -70,7 +70,7 @@ def write_submission(
         Path(out).with_name(PROBLEMS_FILE).unlink(missing_ok=True)  # of an earlier run
     else:
         _write_table(Path(out).with_name(PROBLEMS_FILE), problems)
-    submission = _write_answers(form, ids, answers.probabilities, answers.flags, questions[0].letters, Path(out))
+    submission = _write_answers(form, ids, answers.probabilities, answers.flags, questions[0].small_letters, Path(out))
     shutil.rmtree(kept_folder(out), ignore_errors=True)
     return submission
 
@@ -119,21 +119,22 @@ def blend(files: Sequence[str | Path], sample: str | Path | None, out: str | Pat
                 "blend results of the same questions"
             )
     tables = [table.loc[ids] for table in tables]
-    probabilities = np.mean([table[list(LETTERS)].to_numpy() for table in tables], axis=0)
+    probabilities = np.mean([table.drop(columns=["margin", "flags"]).to_numpy() for table in tables], axis=0)
     words = [set(" ".join(row).split()) for row in zip(*(table["flags"] for table in tables), strict=True)]
     flags = [[flag for flag in FLAGS if flag in row] for row in words]
     form = read_sample(ids, sample, ids.name)
-    return _write_answers(form, list(ids), probabilities, flags, LETTERS, out)
+    return _write_answers(form, list(ids), probabilities, flags, False, out)
 
 
 def _read_probabilities(path: Path) -> pd.DataFrame:
     """Read a ``probabilities.csv`` with its IDs as the index."""
     table = read_table(path)
-    expected = [*LETTERS, "margin", "flags"]
+    given = letters(len(table.columns) - 3)
+    expected = [*given, "margin", "flags"]
     try:
         if list(table.columns[1:]) != expected:
             raise ValueError(f"its columns are {', '.join(table.columns)}")
-        table = table.astype(dict.fromkeys(LETTERS, float)).set_index(table.columns[0], verify_integrity=True)
+        table = table.astype(dict.fromkeys(given, float)).set_index(table.columns[0], verify_integrity=True)
     except ValueError as error:
         raise InputError(f"{path} is no {PROBABILITIES_FILE} ({error}): expected ID, {', '.join(expected)}") from error
     return table
@@ -144,21 +145,22 @@ def _write_answers(
     ids: Sequence[str],
     probabilities: np.ndarray,
     flags: Sequence[Sequence[str]],
-    letters: Sequence[str],
+    small: bool,
     out: Path,
 ) -> pd.DataFrame:
     """Write probabilities in the order of ``ids``, then the submission in the form of a sample."""
     id_column = _id_column(form)
     (answer_column,) = set(form.columns) - {id_column}
-    table = pd.DataFrame(probabilities, columns=list(LETTERS)).assign(margin=margins(probabilities))
+    table = pd.DataFrame(probabilities, columns=letters(probabilities.shape[1])).assign(margin=margins(probabilities))
     table = table.map("{:.6f}".format).assign(flags=[" ".join(words) for words in flags])
     table.insert(0, id_column, list(ids))
     _write_table(out.with_name(PROBABILITIES_FILE), table)
-    small = {letter.lower() for letter in LETTERS}
     written = set(form[answer_column].str.strip())
-    if written <= small or written <= set(LETTERS):
-        letters = sorted(small) if written <= small else LETTERS
-    answers = dict(zip(ids, (letters[LETTERS.index(letter)] for letter in letters_of(probabilities)), strict=True))
+    capitals = letters(probabilities.shape[1])
+    if written <= set(capitals) or written <= {capital.lower() for capital in capitals}:
+        small = not written <= set(capitals)
+    given = letters_of(probabilities)
+    answers = dict(zip(ids, (name.lower() if small else name for name in given), strict=True))
     submission = form.assign(**{answer_column: form[id_column].map(answers)})
     _write_table(out, submission)
     return submission

@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
+from bridgeblip.bridge.processing import PROMPT_TEMPLATE
 from bridgeblip.data import questions
 from bridgeblip.hosting.runtime import TORCHAO_MINIMUM
 
@@ -309,22 +310,23 @@ def _read_rows(found: Findings, csv: Path, need_answers: bool, level: str) -> li
     except InputError as error:
         found.add(level, str(error))
     if not refused and len(found) == before:
-        found.add("ok", f"{csv}: {len(rows)} questions, such as {rows[0].id}: {rows[0].prompt[:120]!r}")
+        found.add("ok", f"{csv}: {len(rows)} questions, such as {rows[0].id}: {rows[0].question[:120]!r}")
     return rows
 
 
 def _check_prompts(found: Findings, rows: Sequence[questions.Question], processor, level: str) -> None:
-    prompts = [q.prompt for q in rows]
+    prompts = [processor.prompt(q) for q in rows]
     lengths = [sum(row.attention_mask) for row in processor.qformer_tokenizer.encode_batch(prompts)]
     over = sum(length > processor.prompt_limit for length in lengths)
     what = f"longest prompt: {max(lengths)} tokens ({rows[lengths.index(max(lengths))].id}), {over} prompts are above "
     found.judge(over > 0, f"{what}the {processor.prompt_limit} that the Q-Former reads", "shorten the questions", level)
     unknown = processor.tokenizer.token_to_id("<unk>")
     unread = {}
-    for question, row in zip(rows, processor.tokenizer.encode_batch(prompts), strict=True):
+    encoded = processor.tokenizer.encode_batch(prompts)
+    for question, prompt, row in zip(rows, prompts, encoded, strict=True):
         spans = [span for token, span in zip(row.ids, row.offsets, strict=True) if token == unknown]
         if spans:
-            unread[question.id] = "".join(question.prompt[start:end] for start, end in spans)
+            unread[question.id] = "".join(prompt[start:end] for start, end in spans)
     what = f"{len(unread)} of {len(rows)} prompts have characters that T5 can't read and takes for <unk>"
     example = "".join(f", such as {text[:30]!r} in {name}" for name, text in list(unread.items())[:1])
     found.judge(bool(unread), what + example, "translate these into English", "warning")
@@ -376,7 +378,7 @@ def _open_bundle(path: Path):
             raise InputError(f"{path} is no bridgeblip bundle, it lacks {', '.join(lacking)}: run torchscript.ipynb")
         processor = QuestionProcessor({name: archive.read(files[name]).decode() for name in PROCESSOR_FILES})
         manifest = json.loads(archive.read(files["manifest.json"]))
-    if (manifest["processor"], manifest["prompt"]) != (processor.fingerprint, questions.PROMPT_TEMPLATE):
+    if (manifest["processor"], manifest["prompt"]) != (processor.fingerprint, PROMPT_TEMPLATE):
         raise InputError(f"{path} was exported with another processor or prompt than it meets here: export it again")
     dtype = getattr(torch, manifest["dtype"])
     if not importlib.util.find_spec("transformers"):
