@@ -2,13 +2,14 @@
 
 import os
 
-# Large tensors in large pages: loading a bundle waits for the system's page faults most of the time. torch reads this
-# at its first allocation.
+# Large tensors in large pages: loading a bundle waits for the system's page faults most of the
+# time. torch reads this at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class InputError(ValueError):
-    """Input that the user can mend. The message gives the fact, what was expected and the remedy."""
+    """Input that the user can mend. The message gives the fact, what was expected and the
+    remedy."""
 
     exit_code = 2
     """What the command line ends with."""

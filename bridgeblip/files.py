@@ -13,9 +13,11 @@ from bridgeblip import InputError
 def write_atomically(
     path: str | Path, write: Callable[[Path], None], verify: Callable[[Path], Any], tag: str = ""
 ) -> Any:
-    """Have ``write`` fill a temporary file beside ``path``, flush it, ``verify`` it by reading, and rename it.
+    """Have ``write`` fill a temporary file beside ``path``, flush it, ``verify`` it by reading, and
+    rename it.
 
-    An interrupted or failed write leaves whatever was at ``path`` before. Returns what ``verify`` does.
+    An interrupted or failed write leaves whatever was at ``path`` before. Returns what ``verify``
+    does.
 
     Args:
         tag: sets the temporary files of several writers of one path apart.
@@ -35,13 +37,16 @@ def write_atomically(
 
 
 def require_writable(folder: str | Path) -> None:
-    """Raise an InputError now if files can't be written into ``folder``, rather than after hours of work."""
+    """Raise an InputError now if files can't be written into ``folder``, rather than after hours of
+    work."""
     probe = Path(folder) / ".writable"
     try:
         write_text(probe, "yes")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"{folder} can't be written ({error}): choose another folder, or free some space") from error
+        raise InputError(
+            f"{folder} can't be written ({error}): choose another folder, or free some space"
+        ) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -61,7 +66,8 @@ def file_digest(path: Path) -> str:
 
 
 def copy_verified(source: Path, target: Path) -> None:
-    """Copy a file to another place, such as a mounted Drive: temporary name, flush, size and SHA-256, rename.
+    """Copy a file to another place, such as a mounted Drive: temporary name, flush, size and
+    SHA-256, rename.
 
     Raises:
         OSError: if the copy is not what was copied.

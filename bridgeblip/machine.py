@@ -8,7 +8,12 @@ import torch
 from torch import nn
 
 # TorchScript turns torch's errors into plain ones.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 LARGE = 10**9  # parameters from which a CPU's memory and time matter more than the last digits
@@ -32,14 +37,19 @@ class Precision:
 def choose_precision(device: str | torch.device, parameters: int) -> Precision:
     """Return what ``device`` computes well in, for a model of so many ``parameters``.
 
-    The compute capability decides: ``torch.cuda.is_bf16_supported()`` also says yes to slow emulation.
+    The compute capability decides: ``torch.cuda.is_bf16_supported()`` also says yes to slow
+    emulation.
     """
     if torch.device(device).type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major >= 8:
-            return Precision(torch.bfloat16, f"compute capability {major}.{minor} computes in bfloat16")
+            return Precision(
+                torch.bfloat16, f"compute capability {major}.{minor} computes in bfloat16"
+            )
         return Precision(
-            torch.float16, f"compute capability {major}.{minor} has no bfloat16; T5's wo and the head stay in float32"
+            torch.float16,
+            f"compute capability {major}.{minor} has no bfloat16; T5's wo and the head stay in "
+            f"float32",
         )
     if parameters >= LARGE and torch.cpu._is_avx512_bf16_supported():
         return Precision(torch.bfloat16, "this CPU multiplies in bfloat16, and the model is large")
@@ -47,9 +57,11 @@ def choose_precision(device: str | torch.device, parameters: int) -> Precision:
 
 
 def slow_format(device: str | torch.device, dtype: torch.dtype) -> str:
-    """Say why ``device`` computes in ``dtype`` many times slower than in another format; empty if it does not.
+    """Say why ``device`` computes in ``dtype`` many times slower than in another format; empty if
+    it does not.
 
-    Without oneDNN's kernels a CPU multiplies half precision number by number: hours where float32 takes minutes.
+    Without oneDNN's kernels a CPU multiplies half precision number by number: hours where float32
+    takes minutes.
     """
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float32:
@@ -57,16 +69,21 @@ def slow_format(device: str | torch.device, dtype: torch.dtype) -> str:
     if torch.device(device).type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         emulated = dtype == torch.bfloat16 and major < 8
-        return f"a GPU of compute capability {major}.{minor} only emulates {name}" if emulated else ""
+        return (
+            f"a GPU of compute capability {major}.{minor} only emulates {name}" if emulated else ""
+        )
     kernels = torch.ops.mkldnn
-    has = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    has = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[
+        dtype
+    ]
     supported = torch.backends.mkldnn.is_available() and getattr(kernels, has)()
     return "" if supported else f"this CPU has no quick way to multiply in {name}"
 
 
 @torch.no_grad()
 def first_non_finite_module(model: nn.Module, run: Callable[[], None]) -> str | None:
-    """Call ``run``, which runs ``model``, and return the name of the first module whose output is not finite."""
+    """Call ``run``, which runs ``model``, and return the name of the first module whose output is
+    not finite."""
     found = []
 
     def watch(name):
@@ -78,7 +95,9 @@ def first_non_finite_module(model: nn.Module, run: Callable[[], None]) -> str | 
 
         return hook
 
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    leaves = [
+        (name, module) for name, module in model.named_modules() if not list(module.children())
+    ]
     hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
     try:
         run()
@@ -94,7 +113,8 @@ def best_device() -> str:
 
 
 def process_rank() -> tuple[int, int]:
-    """Which of how many processes this is, as ``accelerate launch`` and ``torchrun`` tell; (0, 1) without them."""
+    """Which of how many processes this is, as ``accelerate launch`` and ``torchrun`` tell; (0, 1)
+    without them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 

@@ -1,7 +1,8 @@
 """The layer-selection experiment: which decoder layers to keep, everything else equal.
 
-Whatever is cut of the decoder, the vision tower, the Q-Former and the encoder stay the same and frozen. So their
-states are computed once for each question, and every arm and seed trains its decoder on them.
+Whatever is cut of the decoder, the vision tower, the Q-Former and the encoder stay the same and
+frozen. So their states are computed once for each question, and every arm and seed trains its
+decoder on them.
 """
 
 import gc
@@ -35,9 +36,21 @@ from bridgeblip import InputError
 from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.budget import count_parts
 from bridgeblip.bridge.config import BridgeSettings, decoder_layers, slice_config
-from bridgeblip.bridge.features import SPARE_DISK, CachedPictures, FeatureCache, default_folder, encoder_key, fill
+from bridgeblip.bridge.features import (
+    SPARE_DISK,
+    CachedPictures,
+    FeatureCache,
+    default_folder,
+    encoder_key,
+    fill,
+)
 from bridgeblip.bridge.lora import attach_bridge
-from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, empty_model, load_sliced, without_autocast
+from bridgeblip.bridge.model import (
+    BridgeBlipForMultipleChoice,
+    empty_model,
+    load_sliced,
+    without_autocast,
+)
 from bridgeblip.bridge.processing import QuestionProcessor, render_prompt
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
@@ -49,12 +62,20 @@ from bridgeblip.files import require_writable, write_text
 from bridgeblip.machine import NonFiniteError, choose_precision
 from bridgeblip.training.callbacks import Progress, SelfCheck, history_table
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.trainer import BridgeTrainer, TrainingQuestions, accuracy, optimizer, training_arguments
+from bridgeblip.training.trainer import (
+    BridgeTrainer,
+    TrainingQuestions,
+    accuracy,
+    optimizer,
+    training_arguments,
+)
 
 CLAIMED = "0,3,...,21"
 FROZEN = ("vision_model.", "query_tokens", "qformer.", "language_projection.", "language_model.shared",
           "language_model.encoder.")  # fmt: skip
-VALIDATION_FRACTION = 0.25  # of the pictures: an experiment measures more than a training for the contest
+VALIDATION_FRACTION = (
+    0.25  # of the pictures: an experiment measures more than a training for the contest
+)
 ORDER_SEED = 0  # of the split and of the order of choices: the same questions for every seed
 
 
@@ -96,8 +117,8 @@ FURTHER = {
 class DecoderOnStates(nn.Module):
     """What is trained, fed with states of the frozen encoder.
 
-    Takes ``encoder_states`` (B, L, T5 width), ``attention_mask`` (B, L), ``choice_mask`` (B, choices) and ``labels``
-    (B,); returns what ``BridgeBlipForMultipleChoice.forward`` does.
+    Takes ``encoder_states`` (B, L, T5 width), ``attention_mask`` (B, L), ``choice_mask`` (B,
+    choices) and ``labels`` (B,); returns what ``BridgeBlipForMultipleChoice.forward`` does.
     """
 
     accepts_loss_kwargs = False
@@ -106,29 +127,41 @@ class DecoderOnStates(nn.Module):
         super().__init__()
         self.bridged = bridged
 
-    def forward(self, encoder_states, attention_mask, choice_mask=None, labels=None) -> SequenceClassifierOutput:
+    def forward(
+        self, encoder_states, attention_mask, choice_mask=None, labels=None
+    ) -> SequenceClassifierOutput:
         with without_autocast(self):
             logits = self.bridged.decode(encoder_states, attention_mask).float()
         if not logits.isfinite().all():
-            raise NonFiniteError("the logits are not finite: lower --learning-rate, or use a GPU that has bfloat16")
+            raise NonFiniteError(
+                "the logits are not finite: lower --learning-rate, or use a GPU that has bfloat16"
+            )
         return self.bridged.judge(logits, choice_mask, labels)
 
 
 class EncodedQuestions:
-    """Reads the encoder's states of questions from the cache; collates them for ``DecoderOnStates``."""
+    """Reads the encoder's states of questions from the cache; collates them for
+    ``DecoderOnStates``."""
 
     def __init__(self, cache: FeatureCache, key_of_picture: dict[Path, str]):
         self.cache, self.key_of_picture = cache, key_of_picture
 
     def key(self, question: Question) -> str:
-        text = json.dumps([self.key_of_picture[question.image], render_prompt(question.question, question.choices)])
+        text = json.dumps(
+            [
+                self.key_of_picture[question.image],
+                render_prompt(question.question, question.choices),
+            ]
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
         states = [self.cache.read(self.key(question)) for question in questions]
         return {
             "encoder_states": pad_sequence(states, batch_first=True),
-            "attention_mask": pad_sequence([torch.ones(len(row), dtype=torch.long) for row in states], True),
+            "attention_mask": pad_sequence(
+                [torch.ones(len(row), dtype=torch.long) for row in states], True
+            ),
             "choice_mask": torch.tensor([question.choice_mask for question in questions]),
             "labels": torch.tensor([question.answer for question in questions]),
         }
@@ -136,25 +169,36 @@ class EncodedQuestions:
 
 @torch.no_grad()
 def encode_questions(
-    model: BridgeBlipForMultipleChoice, processor: QuestionProcessor, questions: Sequence[Question], batch_size: int
+    model: BridgeBlipForMultipleChoice,
+    processor: QuestionProcessor,
+    questions: Sequence[Question],
+    batch_size: int,
 ) -> tuple[EncodedQuestions, int]:
-    """Run the frozen part once on every distinct question that the cache has not; return its reader and how many."""
+    """Run the frozen part once on every distinct question that the cache has not; return its reader
+    and how many."""
     key_of_picture = picture_keys(question.image for question in questions)
     folder, device = default_folder(), next(model.parameters()).device
     features = FeatureCache(folder, encoder_key(model, processor))
     paths = {key: path for path, key in reversed(key_of_picture.items())}
     if not fill(features, model, processor, paths, batch_size):
-        raise InputError(f"the features of {len(paths)} pictures don't fit in {folder}: free some space there")
+        raise InputError(
+            f"the features of {len(paths)} pictures don't fit in {folder}: free some space there"
+        )
     pictures = CachedPictures(features, key_of_picture)
-    encoded = EncodedQuestions(FeatureCache(folder, encoder_key(model, processor, FROZEN)), key_of_picture)
+    encoded = EncodedQuestions(
+        FeatureCache(folder, encoder_key(model, processor, FROZEN)), key_of_picture
+    )
     encoded.cache.folder.mkdir(parents=True, exist_ok=True)
     missing = {encoded.key(question): question for question in questions}
     missing = {key: question for key, question in missing.items() if not encoded.cache.has(key)}
-    tokens = sum(processor.count_tokens([processor.prompt(question) for question in missing.values()]))
+    tokens = sum(
+        processor.count_tokens([processor.prompt(question) for question in missing.values()])
+    )
     need = tokens * model.config.text_config.d_model * next(model.parameters()).element_size()
     if need > shutil.disk_usage(folder).free - SPARE_DISK:
         raise InputError(
-            f"the states of {len(missing)} questions need {need / 1e9:.1f} GB in {folder}: free some there"
+            f"the states of {len(missing)} questions need {need / 1e9:.1f} GB in {folder}: free "
+            f"some there"
         )
     bar = tqdm(total=len(missing), desc="frozen part", unit="question", disable=not missing)
     for start in range(0, len(missing), batch_size):
@@ -162,7 +206,9 @@ def encode_questions(
         shown = [missing[key] for key in keys]
         texts = processor.encode_prompts([processor.prompt(question) for question in shown])
         embeds = pictures(shown)["image_embeds"]
-        states = model.encode(embeds.to(device), **{name: tensor.to(device) for name, tensor in texts.items()})
+        states = model.encode(
+            embeds.to(device), **{name: tensor.to(device) for name, tensor in texts.items()}
+        )
         for key, row, mask in zip(keys, states, texts["attention_mask"], strict=True):
             encoded.cache.write(key, row[: int(mask.sum())])
         bar.update(len(keys))
@@ -179,47 +225,63 @@ def ablate(
     settings: TrainSettings = TrainSettings(),
     revision: str | None = None,
 ) -> pd.DataFrame:
-    """Train every arm with every seed for one epoch, on the same questions in the same order, and compare them.
+    """Train every arm with every seed for one epoch, on the same questions in the same order, and
+    compare them.
 
-    Each run is kept in ``out/runs`` as soon as it is done; called again, only what is missing is run. Writes
-    ``ablation.md`` and ``ablation.png`` to ``out``.
+    Each run is kept in ``out/runs`` as soon as it is done; called again, only what is missing is
+    run. Writes ``ablation.md`` and ``ablation.png`` to ``out``.
 
     Args:
         train_csv: questions with answers; None takes the embedded ones.
         also: names of ``FURTHER``, arms beside the four selections.
-        seeds: how many; a seed sets the order of the questions, the adapters' start and their dropout.
-        settings: rates and batch size; one epoch, without label smoothing, so that the loss is the cross-entropy.
+        seeds: how many; a seed sets the order of the questions, the adapters' start and their
+            dropout.
+        settings: rates and batch size; one epoch, without label smoothing, so that the loss is the
+            cross-entropy.
 
     Returns:
         One row an arm, as ``summarise`` gives it.
 
     Raises:
-        InputError: if the questions or the base can't be used, or the frozen part's states don't fit on the disk.
+        InputError: if the questions or the base can't be used, or the frozen part's states don't
+            fit on the disk.
     """
     out = Path(out)
     require_writable(out)
     arms = SELECTIONS + [arm for name in also for arm in FURTHER[name]]
-    settings = replace(settings, epochs=1, label_smoothing=0.0, validation_fraction=VALIDATION_FRACTION)
+    settings = replace(
+        settings, epochs=1, label_smoothing=0.0, validation_fraction=VALIDATION_FRACTION
+    )
     questions = read_questions(train_csv or _embedded_questions(), need_answers=True)
     training, validation = split_by_picture(questions, VALIDATION_FRACTION, ORDER_SEED)
     training = TrainingQuestions(training, ORDER_SEED, settings.shuffle_choices)
     shown = [training[row] for row in range(len(training))] + validation
     folder = resolve_base(base, revision)
     processor = QuestionProcessor.from_base(folder)
-    configs = [slice_config(InstructBlipConfig.from_pretrained(folder), decoder_layers(arm.layers)) for arm in arms]
+    configs = [
+        slice_config(InstructBlipConfig.from_pretrained(folder), decoder_layers(arm.layers))
+        for arm in arms
+    ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_precision(device, sum(count_parts(empty_model(configs[0])).values())).dtype
 
     def sliced(arm: Arm) -> BridgeBlipForMultipleChoice:
         layers = decoder_layers(arm.layers)
-        return load_sliced(base, processor.letter_ids, layers, arm.bridge.head_init, dtype, device, revision)
+        return load_sliced(
+            base, processor.letter_ids, layers, arm.bridge.head_init, dtype, device, revision
+        )
 
     encoded, computed = encode_questions(sliced(arms[0]), processor, shown, settings.batch_size)
-    print(f"the frozen part has run on {computed} questions; {len(arms)} arms of {seeds} seeds share what it gave")
+    print(
+        f"the frozen part has run on {computed} questions; {len(arms)} arms of {seeds} seeds share "
+        f"what it gave"
+    )
     rows = json.dumps([[encoded.key(question), question.answer] for question in shown])
     made_by = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}, {dtype}",
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft")),
+        "versions": ", ".join(
+            f"{name} {version(name)}" for name in ("torch", "transformers", "peft")
+        ),
     }
     common = made_by | {
         "base": str(base),
@@ -228,7 +290,9 @@ def ablate(
         "questions": hashlib.sha256(rows.encode()).hexdigest(),
     }
     runs = []
-    for seed, arm in tqdm([(seed, arm) for seed in range(seeds) for arm in arms], "arms", unit="run"):
+    for seed, arm in tqdm(
+        [(seed, arm) for seed in range(seeds) for arm in arms], "arms", unit="run"
+    ):
         seeded = replace(settings, seed=seed)
         cut = {"name": arm.name, "layers": decoder_layers(arm.layers), "bridge": asdict(arm.bridge)}
         identity = json.loads(json.dumps(common | {"arm": cut, "settings": asdict(seeded)}))
@@ -238,7 +302,9 @@ def ablate(
             gc.collect()  # the arm before, and its optimizer
             torch.cuda.empty_cache()
             set_seed(seed)
-            run = _train_arm(attach_bridge(sliced(arm), arm.bridge), encoded, training, validation, seeded, dtype)
+            run = _train_arm(
+                attach_bridge(sliced(arm), arm.bridge), encoded, training, validation, seeded, dtype
+            )
             write_text(path, json.dumps({"identity": identity, **run}))
         runs.append({"arm": arm.name, "seed": seed, **run})
     runs = pd.DataFrame(runs)
@@ -250,7 +316,8 @@ def ablate(
         "command": f"`{shlex.join(map(str, words))}`",
         "date": date.today().isoformat(),
         **made_by,
-        "questions": f"{len(training)} trained on, {len(validation)} about other pictures to measure",
+        "questions": f"{len(training)} trained on, {len(validation)} about other pictures to "
+        f"measure",
     }
     verdict = judge_claim(runs, summary)
     ablation_figure(runs, arms, verdict).savefig(out / "ablation.png", dpi=150)
@@ -274,7 +341,10 @@ def _kept_run(path: Path, identity: dict) -> dict | None:
     except ValueError:
         run = {}
     if run.pop("identity", None) != identity:
-        print(f"passing over {path}: torn, or of another base, question file, setting, machine or version")
+        print(
+            f"passing over {path}: torn, or of another base, question file, setting, machine or "
+            f"version"
+        )
         return None
     return run
 
@@ -301,7 +371,9 @@ def _train_arm(bridged, encoded, training, validation, settings, dtype) -> dict:
         trainer.train()
         seconds = time.perf_counter() - began
         history = history_table(trainer.state.log_history)
-        right = trainer.answer(validation).argmax(-1) == [question.answer for question in validation]
+        right = trainer.answer(validation).argmax(-1) == [
+            question.answer for question in validation
+        ]
     return {
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(seconds, 1),
@@ -314,19 +386,28 @@ def _train_arm(bridged, encoded, training, validation, settings, dtype) -> dict:
 def summarise(runs: pd.DataFrame, groups: np.ndarray) -> pd.DataFrame:
     """Return one row an arm, means over the seeds.
 
-    ``drop``: by how much the smoothed loss falls in the first quarter of the epoch; ``mean``: of the smoothed loss
-    over the whole epoch; ``spread``: its standard deviation after the first quarter. ``accuracy`` and ``against``,
-    the difference from the claimed selection, are means over the seeds with an interval by picture.
+    ``drop``: by how much the smoothed loss falls in the first quarter of the epoch; ``mean``: of
+    the smoothed loss over the whole epoch; ``spread``: its standard deviation after the first
+    quarter. ``accuracy`` and ``against``, the difference from the claimed selection, are means over
+    the seeds with an interval by picture.
 
     Args:
-        runs: one row a run: ``arm``, ``seed``, ``trained``, ``seconds``, ``before``, ``losses``, ``right``.
+        runs: one row a run: ``arm``, ``seed``, ``trained``, ``seconds``, ``before``, ``losses``,
+            ``right``.
         groups: (validation questions,), as ``picture_groups`` gives them.
     """
     runs = runs.assign(**_curve_measures(runs))
-    right = {arm: np.mean(rows["right"].tolist(), axis=0) for arm, rows in runs.groupby("arm", sort=False)}
-    means = runs.groupby("arm", sort=False)[["before", "start", "drop", "mean", "spread", "trained", "seconds"]].mean()
+    right = {
+        arm: np.mean(rows["right"].tolist(), axis=0)
+        for arm, rows in runs.groupby("arm", sort=False)
+    }
+    means = runs.groupby("arm", sort=False)[
+        ["before", "start", "drop", "mean", "spread", "trained", "seconds"]
+    ].mean()
     means["accuracy"] = [clustered_mean(right[arm], groups) for arm in means.index]
-    means["against"] = [clustered_mean(right[arm] - right[CLAIMED], groups, least=-1.0) for arm in means.index]
+    means["against"] = [
+        clustered_mean(right[arm] - right[CLAIMED], groups, least=-1.0) for arm in means.index
+    ]
     return means
 
 
@@ -342,15 +423,19 @@ def _curve_measures(runs: pd.DataFrame) -> dict[str, list[float]]:
 
 
 COLUMNS = (
-    "All means over the seeds. *Drop*: by how much the smoothed loss falls in the first quarter of the epoch; a worse "
-    "start has further to fall. *Mean*: of the smoothed loss over the whole epoch. *Spread*: its standard deviation "
-    "after the first quarter. *Points from*: the difference in accuracy, question by question. Intervals are 95%, "
+    "All means over the seeds. *Drop*: by how much the smoothed loss falls in the first quarter of "
+    "the epoch; a worse "
+    "start has further to fall. *Mean*: of the smoothed loss over the whole epoch. *Spread*: its "
+    "standard deviation "
+    "after the first quarter. *Points from*: the difference in accuracy, question by question. "
+    "Intervals are 95%, "
     "resampled by picture."
 )
 
 
 def judge_claim(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
-    """Say in words whether the claimed selection falls fastest and stays steadiest among the four, seed by seed.
+    """Say in words whether the claimed selection falls fastest and stays steadiest among the four,
+    seed by seed.
 
     Args:
         runs: as ``summarise`` takes them.
@@ -358,8 +443,15 @@ def judge_claim(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
     """
     runs = runs.assign(**_curve_measures(runs))
     four = runs[runs["arm"].isin([arm.name for arm in SELECTIONS])].set_index("arm").groupby("seed")
-    winners = {"drop": four["drop"].idxmax(), "mean": four["mean"].idxmin(), "spread": four["spread"].idxmin()}
-    seeds, wins = runs["seed"].nunique(), {key: int((won == CLAIMED).sum()) for key, won in winners.items()}
+    winners = {
+        "drop": four["drop"].idxmax(),
+        "mean": four["mean"].idxmin(),
+        "spread": four["spread"].idxmin(),
+    }
+    seeds, wins = (
+        runs["seed"].nunique(),
+        {key: int((won == CLAIMED).sum()) for key, won in winners.items()},
+    )
     if wins["drop"] == wins["spread"] == seeds:
         finding = "The claim holds here."
     elif wins["drop"] + wins["spread"] == 0:
@@ -367,22 +459,31 @@ def judge_claim(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
     else:
         finding = "The claim holds in part here."
     named = {
-        key: " and ".join(f"{arm} in {n}" for arm, n in won.value_counts().items()) for key, won in winners.items()
+        key: " and ".join(f"{arm} in {n}" for arm, n in won.value_counts().items())
+        for key, won in winners.items()
     }
     by_seed = runs.pivot(index="seed", columns="arm", values="mean")
     below = [arm for arm in summary.index if (by_seed[arm] < by_seed[CLAIMED]).all()]
-    better = [arm for arm in summary.index if arm != CLAIMED and summary.loc[arm, "against"].low > 0]
-    worse = [arm for arm in summary.index if arm != CLAIMED and summary.loc[arm, "against"].high < 0]
+    better = [
+        arm for arm in summary.index if arm != CLAIMED and summary.loc[arm, "against"].low > 0
+    ]
+    worse = [
+        arm for arm in summary.index if arm != CLAIMED and summary.loc[arm, "against"].high < 0
+    ]
     return (
-        f"{finding} Of the four selections, by seeds ({seeds}): largest fall in the first quarter, {named['drop']}; "
-        f"lowest mean loss, {named['mean']}; steadiest curve, {named['spread']}. Of all arms, below {CLAIMED} in mean "
-        f"loss in every seed: {'; '.join(below) or 'none'}. More accurate than it after the epoch, beyond noise: "
+        f"{finding} Of the four selections, by seeds ({seeds}): largest fall in the first quarter, "
+        f"{named['drop']}; "
+        f"lowest mean loss, {named['mean']}; steadiest curve, {named['spread']}. Of all arms, "
+        f"below {CLAIMED} in mean "
+        f"loss in every seed: {'; '.join(below) or 'none'}. More accurate than it after the epoch, "
+        f"beyond noise: "
         f"{'; '.join(better) or 'none'}; less: {'; '.join(worse) or 'none'}."
     )
 
 
 def ablation_figure(runs: pd.DataFrame, arms: Sequence[Arm], verdict: str) -> Figure:
-    """The smoothed loss of every arm, a mean over the seeds, with the raw one faint behind; the four apart."""
+    """The smoothed loss of every arm, a mean over the seeds, with the raw one faint behind; the
+    four apart."""
     further = [arm for arm in arms if arm not in SELECTIONS]
     figure = Figure(figsize=(6.4 * (2 if further else 1), 5.2), layout="constrained")
     panels = figure.subplots(1, 2 if further else 1, sharey=True, squeeze=False)[0]
@@ -391,7 +492,13 @@ def ablation_figure(runs: pd.DataFrame, arms: Sequence[Arm], verdict: str) -> Fi
         claimed = next(arm for arm in SELECTIONS if arm.name == CLAIMED)
         _draw_curves(panels[1], runs, [claimed, *further], "The same, against further arms")
     panels[0].set_ylabel("cross-entropy, smoothed (raw: faint)")
-    figure.supxlabel("\n".join(textwrap.wrap(verdict, 85 * len(panels))), fontsize=9, x=0.02, ha="left", color=NEUTRAL)
+    figure.supxlabel(
+        "\n".join(textwrap.wrap(verdict, 85 * len(panels))),
+        fontsize=9,
+        x=0.02,
+        ha="left",
+        color=NEUTRAL,
+    )
     return figure
 
 
@@ -402,7 +509,9 @@ def _draw_curves(axes: Axes, runs: pd.DataFrame, arms: Sequence[Arm], title: str
         axes.plot(raw.index + 1, smoothed(raw), color=arm.colour, linewidth=2, label=arm.name)
     axes.axhline(np.log(4), color=NEUTRAL, linestyle=":", label="guessing")
     axes.set(
-        title=f"{title}\none epoch, mean of {runs['seed'].nunique()} seeds", xlabel="training step", ylim=(0, None)
+        title=f"{title}\none epoch, mean of {runs['seed'].nunique()} seeds",
+        xlabel="training step",
+        ylim=(0, None),
     )
     axes.legend(frameon=False)
 
@@ -415,7 +524,8 @@ def _markdown(summary: pd.DataFrame, verdict: str, facts: dict[str, str]) -> str
         "drop": [f"{value:.3f}" for value in summary["drop"]],
         "mean loss": [f"{value:.3f}" for value in summary["mean"]],
         "spread": [f"{value:.3f}" for value in summary["spread"]],
-        "accuracy after": [f"{a.value:.3f} ({a.low:.3f} to {a.high:.3f})" for a in summary["accuracy"]],
+        "accuracy after": [f"{a.value:.3f} ({a.low:.3f} "
+                           f"to {a.high:.3f})" for a in summary["accuracy"]],
         f"points from {CLAIMED}": [
             "" if name == CLAIMED else f"{points(d.value)} ({points(d.low)} to {points(d.high)})"
             for name, d in summary["against"].items()

@@ -1,7 +1,9 @@
-"""Speed and memory against Hugging Face's own InstructBLIP: same weights, same questions, same machine, one run.
+"""Speed and memory against Hugging Face's own InstructBLIP: same weights, same questions, same
+machine, one run.
 
-Every measurement is a process of its own, which ``contenders`` is; the contenders take turns, in changing order, for
-several rounds. What a round has measured lies in ``rounds/`` and is not measured again.
+Every measurement is a process of its own, which ``contenders`` is; the contenders take turns, in
+changing order, for several rounds. What a round has measured lies in ``rounds/`` and is not
+measured again.
 """
 
 import json
@@ -56,24 +58,28 @@ def run_bench(
     scaling: Sequence[int] = SCALING,
     command: str = "python -m bridgeblip bench",
 ) -> dict:
-    """Measure, round by round, and write ``bench.json`` and ``bench.md`` into ``out``; return what the JSON holds.
+    """Measure, round by round, and write ``bench.json`` and ``bench.md`` into ``out``; return what
+    the JSON holds.
 
     Run again with the same arguments, it goes on where it stopped; with more rounds, it adds them.
 
     Args:
-        base: a folder or "tiny"; by default the stand-in of the real model's size, if there is room for it.
+        base: a folder or "tiny"; by default the stand-in of the real model's size, if there is room
+            for it.
         only: one of ``PARTS``; by default all.
 
     Raises:
-        InputError: if ``out`` holds another bench, or the contenders do not give the same letter logits: then nothing
-            is timed.
+        InputError: if ``out`` holds another bench, or the contenders do not give the same letter
+            logits: then nothing is timed.
     """
     out = Path(out).resolve()
     (out / "rounds").mkdir(parents=True, exist_ok=True)
     plan = _plan(_base_folder(base, out), pictures, batch_size, scaling)
     _agree(plan, out)
     parts = [only] if only else list(PARTS)
-    rounds_of = dict.fromkeys(parts, rounds) | ({"training": training_rounds} if training_rounds else {})
+    rounds_of = dict.fromkeys(parts, rounds) | (
+        {"training": training_rounds} if training_rounds else {}
+    )
     _measure(out, "prepare")
     if "inference" in parts:
         check_logits(plan, out)
@@ -96,7 +102,8 @@ CONTENDERS = {
 
 
 def _base_folder(base: str | Path | None, out: Path) -> Path:
-    """The folder of the base; by default the stand-in, written if there is room for it, else the tiny base."""
+    """The folder of the base; by default the stand-in, written if there is room for it, else the
+    tiny base."""
     from bridgeblip.bridge.base import resolve_base
 
     if base:
@@ -106,11 +113,22 @@ def _base_folder(base: str | Path | None, out: Path) -> Path:
         disk = shutil.disk_usage(out).free
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if disk < FULL_SIZE_DISK or memory < FULL_SIZE_MEMORY:
-            needed, there = (FULL_SIZE_DISK / 1e9, FULL_SIZE_MEMORY / 1e9), (disk / 1e9, memory / 1e9)
-            print("the real size takes {:.0f} GB of disk and {:.0f} GB of memory; ".format(*needed), end="")
+            needed, there = (
+                (FULL_SIZE_DISK / 1e9, FULL_SIZE_MEMORY / 1e9),
+                (disk / 1e9, memory / 1e9),
+            )
+            print(
+                "the real size takes {:.0f} GB of disk and {:.0f} GB of memory; ".format(*needed),
+                end="",
+            )
             print("here are {:.0f} and {:.0f}: measuring the tiny base".format(*there))
             return resolve_base("tiny").resolve()
-        tool = [sys.executable, str(ROOT / "tools" / "make_full_size_base.py"), "--out", str(standin)]
+        tool = [
+            sys.executable,
+            str(ROOT / "tools" / "make_full_size_base.py"),
+            "--out",
+            str(standin),
+        ]
         subprocess.run(tool, check=True)
     print(f"measuring the stand-in of the real size in {standin}")
     return standin
@@ -144,7 +162,10 @@ def _agree(plan: Plan, out: Path) -> None:
         kept = json.loads(path.read_text(encoding="utf-8"))
         other = [key for key, value in asdict(plan).items() if kept.get(key) != value]
         if other:
-            raise InputError(f"{out} holds another bench (other {', '.join(other)}): give another --out, or remove it")
+            raise InputError(
+                f"{out} holds another bench (other {', '.join(other)}): give another --out, or "
+                f"remove it"
+            )
     else:
         _write(path, json.dumps(asdict(plan), indent=2))
 
@@ -165,11 +186,21 @@ def _measure(out: Path, name: str, turn: int | None = None) -> dict:
     if not path.is_file():
         print(f"{time.strftime('%H:%M:%S')} {path.stem}", flush=True)
         log = path.with_suffix(".log")
-        command = [sys.executable, "-m", "experiments.contenders", name, str(out), str(path), repr(time.time())]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.contenders",
+            name,
+            str(out),
+            str(path),
+            repr(time.time()),
+        ]
         with open(log, "w") as file:
             done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         if done.returncode or not path.is_file():
-            raise RuntimeError(f"{path.stem} failed with exit code {done.returncode}:\n{log.read_text()[-3000:]}")
+            raise RuntimeError(
+                f"{path.stem} failed with exit code {done.returncode}:\n{log.read_text()[-3000:]}"
+            )
         log.unlink()
     return kept(out, name, turn)
 
@@ -182,15 +213,16 @@ def _run_rounds(out: Path, part: str, contenders: list[str], rounds: int) -> Non
 
 
 def order_of(contenders: list[str], turn: int) -> list[str]:
-    """Who comes when in round ``turn``: what heats up or fills a cache harms none more than the others."""
+    """Who comes when in round ``turn``: what heats up or fills a cache harms none more than the
+    others."""
     return contenders if turn % 2 == 0 else contenders[::-1]
 
 
 def check_logits(plan: Plan, out: Path) -> None:
     """Refuse to time contenders that do not compute the same, or a peer that is not whole.
 
-    The first picture's questions, one padded batch: the bundle against the sliced peer, our model with all layers
-    against the whole peer.
+    The first picture's questions, one padded batch: the bundle against the sliced peer, our model
+    with all layers against the whole peer.
 
     Raises:
         InputError: if a letter logit differs by more than in an export, or parameters are missing.
@@ -206,15 +238,22 @@ def check_logits(plan: Plan, out: Path) -> None:
         spread = (expected.max() - expected.min()).item()
         bound = PARITY_BOUND if plan.dtype == "float32" else RELOADING_SHARE * spread
         difference = (found - expected).abs().max().item()
-        print(f"letter logits, {ours} and {peer}: {difference:.1e} apart, {bound:.1e} allowed, spread {spread:.2f}")
+        print(
+            f"letter logits, {ours} and {peer}: {difference:.1e} apart, {bound:.1e} allowed, "
+            f"spread {spread:.2f}"
+        )
         if not difference <= bound:
             raise InputError(
-                f"{ours} gives letter logits {difference:.1e} from those of {peer}, at most {bound:.1e} is allowed: "
-                f"nothing was timed. The contenders must hold the same weights: remove {out} and run again"
+                f"{ours} gives letter logits {difference:.1e} from those of {peer}, at most "
+                f"{bound:.1e} is allowed: "
+                f"nothing was timed. The contenders must hold the same weights: remove {out} and "
+                f"run again"
             )
     held = kept(out, "check generate")["parameters"]
     if held != stored:
-        raise InputError(f"the peer holds {held:,} parameters, its files {stored:,}: nothing was timed")
+        raise InputError(
+            f"the peer holds {held:,} parameters, its files {stored:,}: nothing was timed"
+        )
     _measure(out, "check bundle, orders")
 
 
@@ -248,18 +287,29 @@ def summarize(plan: Plan, out: Path, command: str) -> dict:
 
 
 def _summarize_inference(out: Path, found: dict[str, list[dict]]) -> dict:
-    floor, rates = prepared(out)["floor_operations"], [turn["operations_per_second"] for turn in found["rate"]]
+    floor, rates = (
+        prepared(out)["floor_operations"],
+        [turn["operations_per_second"] for turn in found["rate"]],
+    )
     table = {}
     for name in ANSWERING:
         turns, checked = found[name], kept(out, f"check {name}")
         table[name] = {
             "rows_per_second": spread([turn["rows"] / turn["seconds"] for turn in turns]),
             "over_generate": spread(
-                [peer["seconds"] / turn["seconds"] for peer, turn in zip(found["generate"], turns, strict=True)]
+                [
+                    peer["seconds"] / turn["seconds"]
+                    for peer, turn in zip(found["generate"], turns, strict=True)
+                ]
             ),
-            "share_of_floor": spread([floor / rate / turn["seconds"] for rate, turn in zip(rates, turns, strict=True)]),
+            "share_of_floor": spread(
+                [floor / rate / turn["seconds"] for rate, turn in zip(rates, turns, strict=True)]
+            ),
             "operations_per_row": checked["operations"] / turns[0]["rows"],
-            **{key: spread([turn[key] for turn in turns]) for key in ("first_answer_seconds", "anonymous", "resident")},
+            **{
+                key: spread([turn[key] for turn in turns])
+                for key in ("first_answer_seconds", "anonymous", "resident")
+            },
             **{key: spread([turn[key] for turn in turns]) for key in ("padding", "outside_model")},
         }
         if "gpu" in turns[0]:
@@ -283,13 +333,19 @@ def _summarize_training(found: dict[str, list[dict]]) -> dict:
             "all_epochs": spread([sum(turn["epochs"]) for turn in turns]),
             "anonymous": spread([turn["anonymous"] for turn in turns]),
         }
-    ratios = [sum(p["epochs"]) / sum(b["epochs"]) for p, b in zip(found["peft"], found["bridge"], strict=True)]
+    ratios = [
+        sum(p["epochs"]) / sum(b["epochs"])
+        for p, b in zip(found["peft"], found["bridge"], strict=True)
+    ]
     return {"contenders": table, "peft_over_bridge": spread(ratios)}
 
 
 def _processor_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _cell(value: dict[str, float], digits: int = 2, unit: float = 1.0) -> str:
@@ -306,11 +362,17 @@ def markdown(results: dict) -> str:
     plan, prepared, rounds = results["plan"], results["prepared"], results["rounds"]
     lines = ["# Speed and memory", "", f"    {results['command']}", ""]
     lines += [
-        f"{results['date']}, {results['machine']['processor']}, {plan['cores']} cores, device {plan['device']}, "
-        f"{plan['dtype']}; " + ", ".join(f"{name} {number}" for name, number in plan["versions"].items()) + ". "
-        f"The base holds {prepared['stored_parameters']:,} parameters. {plan['pictures'] * EACH} questions on "
-        f"{plan['pictures']} pictures, a median of {prepared['median_tokens']:.0f} tokens, in batches of "
-        f"{plan['batch_size']}. Each measurement is a process of its own; medians of the rounds, least and most in "
+        f"{results['date']}, {results['machine']['processor']}, {plan['cores']} cores, device "
+        f"{plan['device']}, "
+        f"{plan['dtype']}; "
+        + ", ".join(f"{name} {number}" for name, number in plan["versions"].items())
+        + ". "
+        f"The base holds {prepared['stored_parameters']:,} parameters. {plan['pictures'] * EACH} "
+        f"questions on "
+        f"{plan['pictures']} pictures, a median of {prepared['median_tokens']:.0f} tokens, in "
+        f"batches of "
+        f"{plan['batch_size']}. Each measurement is a process of its own; medians of the rounds, "
+        f"least and most in "
         "brackets; ratios are taken within a round."
     ]
     for part, write in (
@@ -346,16 +408,21 @@ def _inference_lines(results: dict) -> list[str]:
     ]
     gpu = ["GPU memory, GB"] if "gpu" in found["contenders"]["bundle"] else []
     header = ["answers by", "rows a second", "over generate", "GFLOP a row", "share of the floor", "first answer, s",
-              "own memory, GB", "with mapped files, GB", *gpu, "padding", "outside the model"]  # fmt: skip
+              "own memory, GB", "with mapped "
+                                "files, GB", *gpu, "padding", "outside the model"]  # fmt: skip
     again = found["asked_again"]
     return [
         "",
         "## Inference",
         *_table(header, rows),
-        f"{len(results['rounds']['bundle'])} rounds. Before anything was timed, the bundle's letter logits were held "
-        "against those of the sliced peer, and those of our unsliced model against the whole peer's. "
-        f"The floor is {found['floor_operations_per_row'] / 1e9:.4g} GFLOP a row (each picture once, no padding, eight "
-        f"decoder layers) at the {found['operations_per_second']['median'] / 1e9:.4g} GFLOP/s that the machine reached "
+        f"{len(results['rounds']['bundle'])} rounds. Before anything was timed, the bundle's "
+        f"letter logits were held "
+        "against those of the sliced peer, and those of our unsliced model against the whole "
+        "peer's. "
+        f"The floor is {found['floor_operations_per_row'] / 1e9:.4g} GFLOP a row (each picture "
+        f"once, no padding, eight "
+        f"decoder layers) at the {found['operations_per_second']['median'] / 1e9:.4g} GFLOP/s that "
+        f"the machine reached "
         f"in the matrix products of vision tower and encoder, in the same run. The bundle encoded "
         f'{found["encoded_pictures"]} pictures; with four orders it asked {again:.0%} of the rows again. "Outside the '
         'model" is the share of the time for decoding pictures, tokenizing and the rest.',
@@ -390,21 +457,33 @@ def _training_lines(results: dict) -> list[str]:
         [TRAINING[name], *(_cell(row[key], 1) for key in keys), _cell(row["anonymous"], 2, 1e9)]
         for name, row in found["contenders"].items()
     ]
-    header = ["training by", "first epoch, s", "later epochs, s", f"{TRAINING_EPOCHS} epochs, s", "own memory, GB"]
+    header = [
+        "training by",
+        "first epoch, s",
+        "later epochs, s",
+        f"{TRAINING_EPOCHS} epochs, s",
+        "own memory, GB",
+    ]
     questions = min(TRAINING_PICTURES, results["plan"]["pictures"]) * EACH
     return [
         "",
         "## Training",
         *_table(header, rows),
-        f"{questions} questions in batches of {TRAINING_BATCH}, {len(results['rounds']['bridge'])} rounds; the first "
-        f"epoch of the bridge includes encoding the pictures. {TRAINING_EPOCHS} epochs of the bridge are "
+        f"{questions} questions in batches of {TRAINING_BATCH}, {len(results['rounds']['bridge'])} "
+        f"rounds; the first "
+        f"epoch of the bridge includes encoding the pictures. {TRAINING_EPOCHS} epochs of the "
+        f"bridge are "
         f"{_cell(found['peft_over_bridge'])} times as fast.",
     ]
 
 
 def _preprocessing_lines(results: dict) -> list[str]:
     turns = results["rounds"]["preprocessing"]
-    names = {"ours": "ours", "pillow": "Pillow, bare decoding and resizing", "draft": "ours after a draft decoding"}
+    names = {
+        "ours": "ours",
+        "pillow": "Pillow, bare decoding and resizing",
+        "draft": "ours after a draft decoding",
+    }
     rows = []
     for name, label in names.items():
         speeds = [turn["per_second"][name] for turn in turns]
@@ -415,8 +494,10 @@ def _preprocessing_lines(results: dict) -> list[str]:
         "",
         "## Preprocessing",
         *_table(["pictures by", "a second and core", "over Pillow"], rows),
-        f"{len(turns)} rounds, JPEG, 1000 to 2000 pixels wide. A draft decoding would change pixels by "
-        f"{levels['mean']:.1f} grey levels in the mean and {levels['largest']:.0f} at most. In {threads} threads on "
+        f"{len(turns)} rounds, JPEG, 1000 to 2000 pixels wide. A draft decoding would change "
+        f"pixels by "
+        f"{levels['mean']:.1f} grey levels in the mean and {levels['largest']:.0f} at most. In "
+        f"{threads} threads on "
         f"{cores} cores, as the model is fed, ours reach "
         f"{_cell(spread([turn['threaded_per_second'] for turn in turns]), 1)} a second.",
     ]
@@ -441,5 +522,11 @@ def _scaling_lines(results: dict) -> list[str]:
                 _cell(spread([turn["resident"] for turn in turns]), 1, 2**20),
             ]
         )
-    header = ["rows", "MFLOP a row", "encoder calls a picture", "memory of its own, MiB", "memory in all, MiB"]
+    header = [
+        "rows",
+        "MFLOP a row",
+        "encoder calls a picture",
+        "memory of its own, MiB",
+        "memory in all, MiB",
+    ]
     return ["", "## Many rows, tiny bundle", *_table(header, rows)]

@@ -1,9 +1,10 @@
-"""What the bench measures: each contender, and what else is timed or counted, in a process of its own.
+"""What the bench measures: each contender, and what else is timed or counted, in a process of its
+own.
 
     python -m experiments.contenders NAME FOLDER RESULT BEGAN
 
-``bench`` starts these. Stands outside the order of imports, as ``__main__`` does: a process imports only what its
-contender needs, inside its function, for the time to its first answer counts imports.
+``bench`` starts these. Stands outside the order of imports, as ``__main__`` does: a process imports
+only what its contender needs, inside its function, for the time to its first answer counts imports.
 """
 
 import json
@@ -23,9 +24,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EACH = 4  # questions a picture, as in the official file
 WORDS = (
-    "a an the in on of to is it at by up or no one two six red big old dog cat man boy car bus box cup bag hat sky sun "
+    "a an the in on of to is it at by up or no one two six red big old dog cat man boy car bus box "
+    "cup bag hat sky sun "
     "sea tree road sign left near blue"
-).split()  # so short that the stand-in's vocabulary needs about the tokens that the real one needs for real words
+    # so short that the stand-in's vocabulary needs about the tokens that the real one needs for real
+    # words
+).split()
 UNSURE = 0.2  # share of the rows that "bundle, orders" asks again in every order
 TRAINING_PICTURES = 2
 TRAINING_EPOCHS = 5
@@ -72,11 +76,15 @@ def prepared(out: Path) -> dict:
 # ---------------------------------------------------------------- questions
 
 
-def write_photo_questions(folder: str | Path, pictures: int = 20, each: int = 1, share: float = 0.25) -> Path:
-    """Write four-way questions about crops of scikit-learn's two sample photos; the answers are arbitrary.
+def write_photo_questions(
+    folder: str | Path, pictures: int = 20, each: int = 1, share: float = 0.25
+) -> Path:
+    """Write four-way questions about crops of scikit-learn's two sample photos; the answers are
+    arbitrary.
 
-    JPEG photos, 1000 to 2000 pixels wide, each stored under ``each`` names. With a ``share`` of 1 the texts are as long
-    as the official ones: question and choices a median of 42 words together, 69 at most; a choice up to 17.
+    JPEG photos, 1000 to 2000 pixels wide, each stored under ``each`` names. With a ``share`` of 1
+    the texts are as long as the official ones: question and choices a median of 42 words together,
+    69 at most; a choice up to 17.
     """
     import numpy as np
     import pandas as pd
@@ -95,16 +103,30 @@ def write_photo_questions(folder: str | Path, pictures: int = 20, each: int = 1,
         photo = photos[picture % len(photos)]
         left, top = rng.randrange(photo.width // 4), rng.randrange(photo.height // 4)
         size = (rng.randint(1000, 2000), rng.randint(1000, 1500))
-        crop = photo.resize(size, Image.Resampling.BICUBIC, (left, top, left + photo.width // 2, top + 300))
-        noisy = np.asarray(crop) + grain.normal(0, 4, (*size[::-1], 1))  # a camera's: else the file would be too small
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{picture * each:03d}.jpg", quality=90)
+        crop = photo.resize(
+            size, Image.Resampling.BICUBIC, (left, top, left + photo.width // 2, top + 300)
+        )
+        noisy = np.asarray(crop) + grain.normal(
+            0, 4, (*size[::-1], 1)
+        )  # a camera's: else the file would be too small
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
+            folder / f"{picture * each:03d}.jpg", quality=90
+        )
         for row in range(picture * each, (picture + 1) * each):
             if row % each:
                 shutil.copyfile(folder / f"{picture * each:03d}.jpg", folder / f"{row:03d}.jpg")
             lengths = [min(13, rng.triangular(1, 17, 3)) for _ in range(4)]
             lengths[row % 4] = min(17, 1.5 * lengths[row % 4])
             question = f"{words(rng.randint(8, 16))}?"
-            rows.append([f"TEST_{row:03d}", f"{row:03d}.jpg", question, *map(words, lengths), rng.choice("ABCD")])
+            rows.append(
+                [
+                    f"TEST_{row:03d}",
+                    f"{row:03d}.jpg",
+                    question,
+                    *map(words, lengths),
+                    rng.choice("ABCD"),
+                ]
+            )
     table = pd.DataFrame(rows, columns=["ID", "img_path", "Question", *"ABCD", "answer"])
     table.to_csv(folder / "train.csv", index=False)
     table.drop(columns="answer").to_csv(folder / "test.csv", index=False)
@@ -113,8 +135,8 @@ def write_photo_questions(folder: str | Path, pictures: int = 20, each: int = 1,
 
 
 def write_many_questions(folder: Path, rows: int) -> Path:
-    """Write ``rows`` questions, four on each of ``rows / 4`` pictures of noise; all of one length, so that no batch has
-    padding, whoever is in it.
+    """Write ``rows`` questions, four on each of ``rows / 4`` pictures of noise; all of one length,
+    so that no batch has padding, whoever is in it.
     """
     import numpy as np
     from PIL import Image
@@ -124,7 +146,9 @@ def write_many_questions(folder: Path, rows: int) -> Path:
     for row in range(rows):
         name = f"{row // EACH}.png"
         if row % EACH == 0:
-            Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name)
+            Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                folder / name
+            )
         lines.append(f"{row},{name},Which of these words fits the picture best?,cat,dog,cow,owl")
     (folder / "test.csv").write_text("\n".join(lines), encoding="utf-8")
     return folder / "test.csv"
@@ -134,7 +158,8 @@ def write_many_questions(folder: Path, rows: int) -> Path:
 
 
 class PeakMemory:
-    """Peak anonymous memory of this process, in bytes, while the block runs; polled 50 times a second."""
+    """Peak anonymous memory of this process, in bytes, while the block runs; polled 50 times a
+    second."""
 
     def __enter__(self):
         self.bytes, self._done = 0, threading.Event()
@@ -153,7 +178,8 @@ class PeakMemory:
 
 
 class Watched:
-    """A model whose calls are timed; rows, tokens and padding of the language model's inputs are counted."""
+    """A model whose calls are timed; rows, tokens and padding of the language model's inputs are
+    counted."""
 
     def __init__(self, model):
         self._model, self.reset = model, partial(Watched.__init__, self, model)
@@ -191,11 +217,16 @@ def _memory(peak: PeakMemory) -> dict:
 
     import torch
 
-    found = {"anonymous": peak.bytes, "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    found = {
+        "anonymous": peak.bytes,
+        "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
     return found | ({"gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
 
 
-def _timed_answers(questions: list, answer: Callable, watched: Watched, began: float, peak: PeakMemory) -> dict:
+def _timed_answers(
+    questions: list, answer: Callable, watched: Watched, began: float, peak: PeakMemory
+) -> dict:
     """The first question alone, then all of them."""
     answer(questions[:1])
     first = time.time() - began
@@ -214,14 +245,17 @@ def _timed_answers(questions: list, answer: Callable, watched: Watched, began: f
 
 
 def count_operations(run: Callable[[], None]) -> int:
-    """Operations, two a multiplication and addition, of all matrix products, convolutions and attentions of ``run``."""
+    """Operations, two a multiplication and addition, of all matrix products, convolutions and
+    attentions of ``run``."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     def attention(query, key, value, *args, **kwargs):
         return sdpa_flop_count(query, key, value)
 
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not among those that the counter knows
+    on_cpu = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    )  # not among those that the counter knows
     with FlopCounterMode(display=False, custom_mapping={on_cpu: attention}) as counter:
         run()
     return counter.get_total_flops()
@@ -237,18 +271,30 @@ def _questions(out: Path, name: str = "test.csv") -> list:
 
 
 class Generating:
-    """``InstructBlipForConditionalGeneration.generate`` as a competent user writes it: batched, by length, in bf16."""
+    """``InstructBlipForConditionalGeneration.generate`` as a competent user writes it: batched, by
+    length, in bf16."""
 
     def __init__(self, plan: Plan, sliced: bool):
         import torch
         from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
-        self.batch_size, self.device, self.dtype = plan.batch_size, plan.device, getattr(torch, plan.dtype)
+        self.batch_size, self.device, self.dtype = (
+            plan.batch_size,
+            plan.device,
+            getattr(torch, plan.dtype),
+        )
         self.processor = InstructBlipProcessor.from_pretrained(plan.base)
-        model = InstructBlipForConditionalGeneration.from_pretrained(plan.base, dtype=self.dtype).eval()
+        model = InstructBlipForConditionalGeneration.from_pretrained(
+            plan.base, dtype=self.dtype
+        ).eval()
         self.parameters = sum(p.numel() for p in model.parameters())
-        text = model.config.text_config  # transformers sizes the decoder's cache by the encoder's depth
-        self.settings = {"max_new_tokens": 2, "use_cache": text.num_layers >= text.num_decoder_layers}
+        text = (
+            model.config.text_config
+        )  # transformers sizes the decoder's cache by the encoder's depth
+        self.settings = {
+            "max_new_tokens": 2,
+            "use_cache": text.num_layers >= text.num_decoder_layers,
+        }
         self.model = (_keep_layers(model) if sliced else model).to(plan.device)
         self.watched = Watched(self.model)
 
@@ -261,13 +307,19 @@ class Generating:
         return inputs.to(self.device, self.dtype)
 
     def answer(self, questions: Sequence) -> list[str]:
-        lengths = [len(self.processor.tokenizer(prompt_of(question)).input_ids) for question in questions]
+        lengths = [
+            len(self.processor.tokenizer(prompt_of(question)).input_ids) for question in questions
+        ]
         rows = sorted(range(len(questions)), key=lambda row: -lengths[row])
         texts = [""] * len(rows)
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
-            tokens = self.watched.generate(**self.inputs([questions[row] for row in batch]), **self.settings)
-            for row, text in zip(batch, self.processor.batch_decode(tokens, skip_special_tokens=True), strict=True):
+            tokens = self.watched.generate(
+                **self.inputs([questions[row] for row in batch]), **self.settings
+            )
+            for row, text in zip(
+                batch, self.processor.batch_decode(tokens, skip_special_tokens=True), strict=True
+            ):
                 texts[row] = text
         return texts
 
@@ -329,7 +381,9 @@ def answer_with_bundle(plan: Plan, out: Path, began: float, orders: bool) -> dic
             flags.extend(predict(bundle, questions, plan.batch_size, permute_below=margin).flags)
 
         result = _timed_answers(_questions(out), answer, watched, began, peak)
-    return result | {"asked_again": sum("permuted" in words for words in flags[1:]) / result["rows"]}
+    return result | {
+        "asked_again": sum("permuted" in words for words in flags[1:]) / result["rows"]
+    }
 
 
 def check_bundle(plan: Plan, out: Path, began: float, orders: bool) -> dict:
@@ -343,10 +397,14 @@ def check_bundle(plan: Plan, out: Path, began: float, orders: bool) -> dict:
 
     def answer():
         margin = _margin(out) if orders else 0
-        found.append(predict(bundle, questions, plan.batch_size, permute_below=margin).probabilities)
+        found.append(
+            predict(bundle, questions, plan.batch_size, permute_below=margin).probabilities
+        )
 
     batch = bundle.processor.collate(questions[:EACH])
-    batch = {name: tensor.to(plan.device) for name, tensor in batch.items() if name != "choice_mask"}
+    batch = {
+        name: tensor.to(plan.device) for name, tensor in batch.items() if name != "choice_mask"
+    }
     with torch.inference_mode():
         logits = bundle.model._model(**batch)
     operations = count_operations(answer)
@@ -377,11 +435,16 @@ def check_unsliced(plan: Plan, out: Path, began: float) -> dict:
     model = load_sliced(plan.base, processor.letter_ids, layers, dtype=dtype, device=plan.device)
     batch = processor.collate(_questions(out)[:EACH])
     with torch.inference_mode():
-        return {"logits": model(**{name: tensor.to(plan.device) for name, tensor in batch.items()}).logits.tolist()}
+        return {
+            "logits": model(
+                **{name: tensor.to(plan.device) for name, tensor in batch.items()}
+            ).logits.tolist()
+        }
 
 
 def measure_rate(plan: Plan, out: Path, began: float) -> dict:
-    """Operations a second of this machine in the model's own matrix products, in their own shares and number format."""
+    """Operations a second of this machine in the model's own matrix products, in their own shares
+    and number format."""
     return {"operations_per_second": matrix_rate(plan, out, plan.dtype)}
 
 
@@ -392,10 +455,16 @@ def matrix_rate(plan: Plan, out: Path, dtype: str) -> float:
     seconds, operations = 0.0, 0
     for rows, width, outputs, total in prepared(out)["products"]:
         inputs = torch.randn(rows, width).to(plan.device, getattr(torch, dtype))
-        weights = [torch.randn(outputs, width).to(inputs) for _ in range(4)]  # a layer's own is rarely at hand
+        weights = [
+            torch.randn(outputs, width).to(inputs) for _ in range(4)
+        ]  # a layer's own is rarely at hand
         names = {"linear": torch.nn.functional.linear, "inputs": inputs, "weights": weights}
         with torch.inference_mode():
-            timer = Timer("for w in weights: linear(inputs, w)", globals=names, num_threads=torch.get_num_threads())
+            timer = Timer(
+                "for w in weights: linear(inputs, w)",
+                globals=names,
+                num_threads=torch.get_num_threads(),
+            )
             took = timer.blocked_autorange(min_run_time=0.3).median
         operations += total
         seconds += total / (2 * rows * width * outputs * len(weights) / took)
@@ -403,13 +472,16 @@ def matrix_rate(plan: Plan, out: Path, dtype: str) -> float:
 
 
 def profile_stages(plan: Plan, out: Path, began: float) -> dict:
-    """Which operations the time of each of the bundle's stages goes to, one batch; and rates by number format."""
+    """Which operations the time of each of the bundle's stages goes to, one batch; and rates by
+    number format."""
     import torch
     from torch.profiler import profile
 
     bundle, _ = _load_bundle(plan, out)
     questions, model = _questions(out), bundle.model
-    pictures = bundle.processor.load_pictures(questions[: EACH * plan.batch_size : EACH])["pixel_values"]
+    pictures = bundle.processor.load_pictures(questions[: EACH * plan.batch_size : EACH])[
+        "pixel_values"
+    ]
     pictures = pictures.to(plan.device)
     asked = questions[: plan.batch_size]
     texts = bundle.processor.encode_prompts([prompt_of(question) for question in asked])
@@ -427,12 +499,18 @@ def profile_stages(plan: Plan, out: Path, began: float) -> dict:
                 run()
                 _synchronize()
                 seconds = time.perf_counter() - start
-            key = "self_device_time_total" if plan.device.startswith("cuda") else "self_cpu_time_total"
+            key = (
+                "self_device_time_total"
+                if plan.device.startswith("cuda")
+                else "self_cpu_time_total"
+            )
             spent = {event.key: getattr(event, key) for event in profiler.key_averages()}
             shares = {name: took / sum(spent.values()) for name, took in spent.items()}
             largest = sorted(shares, key=lambda name: -shares[name])[:10]
             stages[name] = {"seconds": seconds, "shares": {name: shares[name] for name in largest}}
-    rates = {dtype: matrix_rate(plan, out, dtype) for dtype in dict.fromkeys([plan.dtype, "float32"])}
+    rates = {
+        dtype: matrix_rate(plan, out, dtype) for dtype in dict.fromkeys([plan.dtype, "float32"])
+    }
     return {"stages": stages, "operations_per_second": rates}
 
 
@@ -460,8 +538,11 @@ def timed_epochs(trainer) -> list[float]:
     return timer.seconds
 
 
-def bridge_epochs(base, questions: list, settings, dtype, work: Path, cached: bool, device="cpu") -> list[float]:
-    """Train the bridge as ``training.train`` sets it up, measuring and writing nothing; return seconds an epoch.
+def bridge_epochs(
+    base, questions: list, settings, dtype, work: Path, cached: bool, device="cpu"
+) -> list[float]:
+    """Train the bridge as ``training.train`` sets it up, measuring and writing nothing; return
+    seconds an epoch.
 
     The first one includes filling the cache of image features, which begins empty.
     """
@@ -471,7 +552,13 @@ def bridge_epochs(base, questions: list, settings, dtype, work: Path, cached: bo
     from bridgeblip.bridge.model import load_sliced
     from bridgeblip.bridge.processing import QuestionProcessor
     from bridgeblip.data.pictures import picture_keys
-    from bridgeblip.training.trainer import BridgeTrainer, TrainingQuestions, accuracy, optimizer, training_arguments
+    from bridgeblip.training.trainer import (
+        BridgeTrainer,
+        TrainingQuestions,
+        accuracy,
+        optimizer,
+        training_arguments,
+    )
 
     processor, pictures, filled = QuestionProcessor.from_base(base), None, 0.0
     sliced = load_sliced(base, processor.letter_ids, dtype=dtype, device=device)
@@ -479,7 +566,9 @@ def bridge_epochs(base, questions: list, settings, dtype, work: Path, cached: bo
         shutil.rmtree(work / "features", ignore_errors=True)
         start, keys = time.perf_counter(), picture_keys(q.image for q in questions)
         cache = FeatureCache(work / "features", encoder_key(sliced, processor))
-        fill(cache, sliced, processor, {key: path for path, key in keys.items()}, settings.batch_size)
+        fill(
+            cache, sliced, processor, {key: path for path, key in keys.items()}, settings.batch_size
+        )
         pictures, filled = CachedPictures(cache, keys), time.perf_counter() - start
     model = attach_bridge(sliced, BridgeSettings())
     arguments = training_arguments(work, settings, dtype)
@@ -512,7 +601,8 @@ def train_bridge(plan: Plan, out: Path, began: float) -> dict:
 
 
 def train_peft(plan: Plan, out: Path, began: float) -> dict:
-    """The usual recipe: LoRA on q and v of the whole language model, the letter as the text to generate."""
+    """The usual recipe: LoRA on q and v of the whole language model, the letter as the text to
+    generate."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
@@ -522,7 +612,9 @@ def train_peft(plan: Plan, out: Path, began: float) -> dict:
         peer = Generating(plan, sliced=False)
 
         def collate(rows):
-            answers = peer.processor.tokenizer(["ABCD"[row.answer] for row in rows], return_tensors="pt")
+            answers = peer.processor.tokenizer(
+                ["ABCD"[row.answer] for row in rows], return_tensors="pt"
+            )
             return {**peer.inputs(rows), "labels": answers.input_ids}
 
         lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=["q", "v"])
@@ -549,8 +641,8 @@ def train_peft(plan: Plan, out: Path, began: float) -> dict:
 
 
 def preprocess(plan: Plan, out: Path, began: float) -> dict:
-    """Pictures a second and core: ours, Pillow's bare decoding and resizing, and ours after a draft decoding; and
-    pictures a second with ours in threads, as ``load_ahead`` feeds the model."""
+    """Pictures a second and core: ours, Pillow's bare decoding and resizing, and ours after a draft
+    decoding; and pictures a second with ours in threads, as ``load_ahead`` feeds the model."""
     import torch
     from PIL import Image
 
@@ -579,8 +671,12 @@ def preprocess(plan: Plan, out: Path, began: float) -> dict:
             seconds[name] += time.perf_counter() - start
     groups = [paths] * REPETITIONS
     start = time.perf_counter()
-    threaded = sum(map(len, load_ahead(processor.load_pixels, groups))) / (time.perf_counter() - start)
-    step = torch.from_numpy(processor.levels[:, 1:2] - processor.levels[:, :1])[..., None]  # a grey level, as a number
+    threaded = sum(map(len, load_ahead(processor.load_pixels, groups))) / (
+        time.perf_counter() - start
+    )
+    step = torch.from_numpy(processor.levels[:, 1:2] - processor.levels[:, :1])[
+        ..., None
+    ]  # a grey level, as a number
     levels = [(draft(path) - processor.load_pixels(path)).abs() / step for path in paths]
     return {
         "per_second": {name: len(paths) * REPETITIONS / took for name, took in seconds.items()},
@@ -594,16 +690,27 @@ def preprocess(plan: Plan, out: Path, began: float) -> dict:
 
 
 def start_up(plan: Plan, out: Path, began: float) -> dict:
-    """Seconds of ``--help``, of importing the package, and to the first answer of the tiny bundle; cold processes."""
+    """Seconds of ``--help``, of importing the package, and to the first answer of the tiny bundle;
+    cold processes."""
     work = out / "work"
 
     def seconds(*arguments: str) -> float:
         start = time.perf_counter()
-        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+        )
         return time.perf_counter() - start
 
     csv, submission = write_many_questions(work / "one", 1), work / "one" / "submission.csv"
-    answer = ("predict", "--model", work / "tiny" / "torchscript.pt", "--csv", csv, "--out", submission)
+    answer = (
+        "predict",
+        "--model",
+        work / "tiny" / "torchscript.pt",
+        "--csv",
+        csv,
+        "--out",
+        submission,
+    )
     return {
         "--help": seconds("-m", "bridgeblip", "--help"),
         "import bridgeblip": seconds("-c", "import bridgeblip"),
@@ -628,7 +735,9 @@ def answer_many(plan: Plan, out: Path, began: float, rows: int) -> dict:
 
         def answer():
             questions = read_questions(csv, strict=False)
-            answers = predict(replace(bundle, model=watched), questions, out=Path(folder) / "submission.csv")
+            answers = predict(
+                replace(bundle, model=watched), questions, out=Path(folder) / "submission.csv"
+            )
             write_submission(questions, answers, None, Path(folder) / "submission.csv")
 
         operations = count_operations(answer)
@@ -673,12 +782,15 @@ def prepare(plan: Plan, out: Path, began: float) -> dict:
         "decoder_layers": config.text_config.num_decoder_layers,
         "stored_parameters": stored_parameters(plan.base),
         "floor_operations": count_floor(sliced, processor, questions),
-        "products": matrix_products(sliced, min(plan.batch_size, plan.pictures), plan.batch_size * median),
+        "products": matrix_products(
+            sliced, min(plan.batch_size, plan.pictures), plan.batch_size * median
+        ),
     }
 
 
 def stored_parameters(base: str) -> int:
-    """Count the numbers in the weights files of a base: what a whole model, LM head of its own included, must hold."""
+    """Count the numbers in the weights files of a base: what a whole model, LM head of its own
+    included, must hold."""
     from safetensors import safe_open
 
     count = 0
@@ -715,7 +827,8 @@ def write_bundle(base: str, folder: Path, dtype) -> Path:
 
 
 def count_floor(config, processor, questions: list) -> int:
-    """Count, without weights, the operations of the distinct work: each picture once, texts without padding."""
+    """Count, without weights, the operations of the distinct work: each picture once, texts without
+    padding."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.initialization import no_init_weights
@@ -728,20 +841,28 @@ def count_floor(config, processor, questions: list) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), no_init_weights():
         model = TraceableModel(BridgeBlipForMultipleChoice(config)).eval()
         embeds = [model.encode_image(torch.empty(1, 3, *processor.image_size))]
-        vision = count_operations(lambda: model.encode_image(torch.empty(1, 3, *processor.image_size)))
+        vision = count_operations(
+            lambda: model.encode_image(torch.empty(1, 3, *processor.image_size))
+        )
         texts = [processor.encode_prompts([prompt_of(question)]) for question in questions]
-        return vision * len(pictures) + sum(count_operations(partial(model.score, *embeds, **text)) for text in texts)
+        return vision * len(pictures) + sum(
+            count_operations(partial(model.score, *embeds, **text)) for text in texts
+        )
 
 
 def matrix_products(config, pictures: int, tokens: int) -> list[tuple[int, int, int, int]]:
-    """The (rows, inputs, outputs, operations) of the linears of vision tower and encoder, nine tenths of the work."""
+    """The (rows, inputs, outputs, operations) of the linears of vision tower and encoder, nine
+    tenths of the work."""
     from torch import nn
 
     from bridgeblip.bridge.model import empty_model
 
     model, products = empty_model(config), {}
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
-    for part, rows in ((model.vision_model, pictures * patches), (model.language_model.encoder, tokens)):
+    for part, rows in (
+        (model.vision_model, pictures * patches),
+        (model.language_model.encoder, tokens),
+    ):
         for linear in (module for module in part.modules() if isinstance(module, nn.Linear)):
             shape = (rows, linear.in_features, linear.out_features)
             products[shape] = products.get(shape, 0) + 2 * math.prod(shape)
@@ -771,7 +892,8 @@ WORKERS = {
 
 
 def work_once(name: str, out: Path, result: Path, began: float) -> None:
-    """Do one measurement in this process and write what it found; ``began`` is when the process was started."""
+    """Do one measurement in this process and write what it found; ``began`` is when the process was
+    started."""
     from bridgeblip.files import write_text
 
     plan = Plan(**json.loads((out / "plan.json").read_text(encoding="utf-8")))

@@ -1,4 +1,5 @@
-"""A base model and a question set small enough for every test: random weights, real layout, real pictures."""
+"""A base model and a question set small enough for every test: random weights, real layout, real
+pictures."""
 
 import os
 import random
@@ -15,9 +16,13 @@ from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.data.questions import read_questions
 from bridgeblip.embedded.digits import write_competition
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the products are too small to share; for the processes that tests start, too
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # the products are too small to share; for the processes that tests start, too
+)
 torch.set_num_threads(1)
-os.environ["BRIDGEBLIP_CACHE"] = tempfile.mkdtemp(prefix="bridgeblip-features-")  # not the user's own
+os.environ["BRIDGEBLIP_CACHE"] = tempfile.mkdtemp(
+    prefix="bridgeblip-features-"
+)  # not the user's own
 ROOT = Path(__file__).resolve().parent.parent
 DECODER_LAYERS = 6
 LAYERS = (0, 2, 5)  # what tests keep
@@ -41,11 +46,14 @@ def small_base_model() -> InstructBlipForConditionalGeneration:
     )  # fmt: skip
     model = InstructBlipForConditionalGeneration(config)
     lm_head = model.language_model.lm_head
-    model.language_model.lm_head = torch.nn.Linear(lm_head.in_features, lm_head.out_features, bias=False)
+    model.language_model.lm_head = torch.nn.Linear(
+        lm_head.in_features, lm_head.out_features, bias=False
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(
-                torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1) + (parameter.dim() == 1)
+                torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1)
+                + (parameter.dim() == 1)
             )
     return model.eval()
 
@@ -74,7 +82,8 @@ def processor(base) -> QuestionProcessor:
 
 @pytest.fixture(scope="session")
 def competition(tmp_path_factory) -> Path:
-    """12 training and 5 test pictures in the competition's form; answers.csv lies beside the folder."""
+    """12 training and 5 test pictures in the competition's form; answers.csv lies beside the
+    folder."""
     folder = tmp_path_factory.mktemp("data") / "competition"
     write_competition(folder, folder.parent / "answers.csv", {"train": 12, "test": 5})
     return folder

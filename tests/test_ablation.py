@@ -36,7 +36,8 @@ SETTINGS = TrainSettings(batch_size=8, learning_rate=3e-3, head_learning_rate=3e
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory, competition):
-    """Four selections and the head alone, two seeds: folder, summary, and how many questions were encoded."""
+    """Four selections and the head alone, two seeds: folder, summary, and how many questions were
+    encoded."""
     encoded, encode = [], BridgeBlipForMultipleChoice.encode
 
     def counting(self, image_embeds, *args, **kwargs):
@@ -91,12 +92,17 @@ def test_summary_is_what_the_runs_say(experiment, questions):
         assert found["start"] == pytest.approx(np.mean([c[0] for c in curves]))
         assert found["drop"] == pytest.approx(np.mean([c[0] - c[quarter] for c in curves]))
         assert found["mean"] == pytest.approx(np.mean(curves))
-        assert found["spread"] == pytest.approx(np.mean([np.std(c[quarter:], ddof=1) for c in curves]))
+        assert found["spread"] == pytest.approx(
+            np.mean([np.std(c[quarter:], ddof=1) for c in curves])
+        )
         right = np.array(own["right"].tolist())
         assert right.shape == (2, len(validation))
         assert found["accuracy"].value == pytest.approx(right.mean())
         table = (out / "ablation.md").read_text(encoding="utf-8")
-        assert f"| {arm} | {found['before']:.3f} | {found['start']:.3f} | {found['drop']:.3f} |" in table
+        assert (
+            f"| {arm} | {found['before']:.3f} | {found['start']:.3f} | {found['drop']:.3f} |"
+            in table
+        )
     assert list(summary.index) == [*(arm.name for arm in SELECTIONS), "head only"]
 
 
@@ -140,7 +146,11 @@ def test_states_give_the_logits_of_the_whole_model(questions, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     "fastest, steadiest, finding",
-    [(CLAIMED, CLAIMED, "holds here"), (CLAIMED, "0-7", "holds in part"), ("0-7", "0-7", "does not hold")],
+    [
+        (CLAIMED, CLAIMED, "holds here"),
+        (CLAIMED, "0-7", "holds in part"),
+        ("0-7", "0-7", "does not hold"),
+    ],
 )
 def test_verdict(fastest, steadiest, finding, questions):
     steps = np.arange(40)
@@ -159,9 +169,14 @@ def test_verdict(fastest, steadiest, finding, questions):
 
 def test_further_arms_are_real_and_named_on_the_command_line():
     assert tuple(FURTHER) == FURTHER_ARMS
-    names = [arm.name for arm in SELECTIONS] + [arm.name for arms in FURTHER.values() for arm in arms]
+    names = [arm.name for arm in SELECTIONS] + [
+        arm.name for arms in FURTHER.values() for arm in arms
+    ]
     assert len(set(names)) == len(names)
-    lengths = {arm.name: len(decoder_layers(arm.layers)) for arm in SELECTIONS + FURTHER["with-last"] + FURTHER["full"]}
+    lengths = {
+        arm.name: len(decoder_layers(arm.layers))
+        for arm in SELECTIONS + FURTHER["with-last"] + FURTHER["full"]
+    }
     assert list(lengths.values()) == [4, 8, 8, 8, 8, 8, 24]
 
 
@@ -182,9 +197,15 @@ def test_command(competition, tmp_path, capsys):
                  "--out", str(tmp_path)]) == 0  # fmt: skip
     assert "The claim" in capsys.readouterr().out and (tmp_path / "ablation.png").is_file()
     questions = read_questions(competition / "train.csv", need_answers=True)
-    said = re.search("command: `python -m bridgeblip (.+)`", (tmp_path / "ablation.md").read_text(encoding="utf-8"))
+    said = re.search(
+        "command: `python -m bridgeblip (.+)`",
+        (tmp_path / "ablation.md").read_text(encoding="utf-8"),
+    )
     build_parser().parse_args(shlex.split(said[1]))
-    assert all(len(right) == len(split_by_picture(questions, 0.25, 0)[1]) for right in runs_of(tmp_path)["right"])
+    assert all(
+        len(right) == len(split_by_picture(questions, 0.25, 0)[1])
+        for right in runs_of(tmp_path)["right"]
+    )
 
 
 def test_a_base_without_those_layers_is_refused(base, competition, tmp_path):

@@ -35,7 +35,9 @@ def weights(competition, tmp_path_factory):
     """What two epochs on the tiny base write; the first is the better."""
     folder = tmp_path_factory.mktemp("trained")
     settings = TrainSettings(epochs=2, learning_rate=3e-3, validation_fraction=0.25)
-    return train(competition / "train.csv", "tiny", folder, settings, features=folder / "features").weights
+    return train(
+        competition / "train.csv", "tiny", folder, settings, features=folder / "features"
+    ).weights
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +57,24 @@ def code_of(card: str) -> str:
 
 
 @torch.no_grad()
-def test_the_lines_of_the_card_give_the_trained_model_in_a_fresh_process(weights, adapter, probe, tmp_path):
+def test_the_lines_of_the_card_give_the_trained_model_in_a_fresh_process(
+    weights, adapter, probe, tmp_path
+):
     (tmp_path / "code.py").write_text(code_of((adapter / "README.md").read_text()))
     torch.save(probe, tmp_path / "batch.pt")
     paths = [str(tmp_path / name) for name in ("code.py", "batch.pt", "logits.pt")]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", FRESH, *paths], cwd=adapter.parent, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", FRESH, *paths], cwd=adapter.parent, env=environment, check=True
+    )
     trained = restore(weights[0]).model
     logits = trained(**probe).logits
     assert torch.equal(torch.load(paths[2]), logits)
     sliced = load_sliced("tiny", load_weights(weights[0]).manifest["letter_ids"])
     assert (sliced(**probe).logits - logits).abs().max() > 1e-3  # bridge and head do something
-    sliced.head.load_state_dict(trained.base_model.model.head.modules_to_save["default"].state_dict())
+    sliced.head.load_state_dict(
+        trained.base_model.model.head.modules_to_save["default"].state_dict()
+    )
     assert not torch.equal(sliced(**probe).logits, logits)  # not the head alone
 
 
@@ -87,12 +95,20 @@ def test_the_folder_says_what_it_belongs_to(weights, adapter):
     assert sorted(path.name for path in adapter.iterdir()) == sorted(FILES)
     manifest = load_weights(weights[0]).manifest
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    assert (settings["base_model_name_or_path"], settings["r"], settings["lora_alpha"]) == ("tiny", 3, 6)
+    assert (settings["base_model_name_or_path"], settings["r"], settings["lora_alpha"]) == (
+        "tiny",
+        3,
+        6,
+    )
     assert BridgeBlipConfig.from_pretrained(adapter).kept_decoder_layers == manifest["layers"]
-    assert all(tensor.dtype == torch.float32 for tensor in load_file(adapter / "adapter_model.safetensors").values())
+    assert all(
+        tensor.dtype == torch.float32
+        for tensor in load_file(adapter / "adapter_model.safetensors").values()
+    )
     card = (adapter / "README.md").read_text()
     facts = [f"{manifest['validation']['accuracy']:.4f}", f"`{manifest['prompt']}`", "rank 3, alpha 6", "25%",
-             f"{manifest['budget']['total']:,}", f"A {manifest['letter_ids'][0]}", "[0, 3, 6, 9, 12, 15, 18, 21]",
+             f"{manifest['budget']['total']:,}", f"A {manifest['letter_ids'][0]}", "[0, 3, 6, 9, "
+                                                                                   "12, 15, 18, 21]",
              *manifest["versions"].values(), settings["target_modules"], "own terms"]  # fmt: skip
     assert not [fact for fact in facts if fact not in card]
 
@@ -138,7 +154,9 @@ def test_the_verb_takes_the_best_weights_and_replaces_only_an_adapter(weights, t
     assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
     (out / "notes.txt").write_text("mine")
     assert main(["share", "--out", str(out)]) == 2
-    assert "holds notes.txt" in capsys.readouterr().err and (out / "notes.txt").read_text() == "mine"
+    assert (
+        "holds notes.txt" in capsys.readouterr().err and (out / "notes.txt").read_text() == "mine"
+    )
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
         write_adapter(weights[0], tmp_path / "file")
@@ -146,10 +164,18 @@ def test_the_verb_takes_the_best_weights_and_replaces_only_an_adapter(weights, t
 
 def test_what_has_no_adapter_is_refused(weights, tmp_path):
     loaded = load_weights(weights[0])
-    save_weights(tmp_path / "head.pt", loaded.tensors, loaded.manifest | {"bridge": vars(BridgeSettings(rank=0))})
+    save_weights(
+        tmp_path / "head.pt",
+        loaded.tensors,
+        loaded.manifest | {"bridge": vars(BridgeSettings(rank=0))},
+    )
     torch.save(loaded.tensors, tmp_path / "bare.pt")
     save_weights(tmp_path / "short.pt", dict(list(loaded.tensors.items())[1:]), loaded.manifest)
-    for name, message in (("head", "rank 0.*rank above 0"), ("bare", "bare state dict"), ("short", "do not fit")):
+    for name, message in (
+        ("head", "rank 0.*rank above 0"),
+        ("bare", "bare state dict"),
+        ("short", "do not fit"),
+    ):
         with pytest.raises(InputError, match=message):
             write_adapter(tmp_path / f"{name}.pt", tmp_path / "adapter")
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -158,6 +184,8 @@ def test_what_has_no_adapter_is_refused(weights, tmp_path):
 def test_a_folder_that_holds_no_adapter_is_left_alone(weights, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("my own")
-    with pytest.raises(InputError, match=r"holds README.md, which is no adapter: give another --out"):
+    with pytest.raises(
+        InputError, match=r"holds README.md, which is no adapter: give another --out"
+    ):
         write_adapter(weights[0], tmp_path / "mine")
     assert (tmp_path / "mine" / "README.md").read_text() == "my own"

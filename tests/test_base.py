@@ -38,8 +38,12 @@ def test_unreachable_hub_id_says_what_to_do(monkeypatch):
 def test_a_download_that_breaks_off_says_what_to_do(base, tmp_path, monkeypatch):
     """The small files of a hub id are there; a shard is not, or there are none in safetensors."""
     shutil.copytree(base, tmp_path / "hub", ignore=shutil.ignore_patterns("*.safetensors"))
-    monkeypatch.setattr("bridgeblip.bridge.base.snapshot_download", lambda *args, **kwargs: str(tmp_path / "hub"))
-    with pytest.raises(InputError, match=r"base some/model has no model-.*expected weights in safetensors"):
+    monkeypatch.setattr(
+        "bridgeblip.bridge.base.snapshot_download", lambda *args, **kwargs: str(tmp_path / "hub")
+    )
+    with pytest.raises(
+        InputError, match=r"base some/model has no model-.*expected weights in safetensors"
+    ):
         TensorReader("some/model").read(["query_tokens"], lambda name: torch.float32)
 
     def download(*args, allow_patterns, **kwargs):
@@ -55,8 +59,13 @@ def test_a_download_that_breaks_off_says_what_to_do(base, tmp_path, monkeypatch)
 def test_reads_tensors_and_rows(base, hf_model):
     reader = TensorReader(base)
     assert len(set(reader.shard_of.values())) > 1  # the fixture is sharded like the real one
-    assert torch.equal(reader.read(["query_tokens"], lambda name: torch.float32)["query_tokens"], hf_model.query_tokens)
-    assert torch.equal(reader.read_rows(LM_HEAD, [7, 4]), hf_model.language_model.lm_head.weight[[7, 4]])
+    assert torch.equal(
+        reader.read(["query_tokens"], lambda name: torch.float32)["query_tokens"],
+        hf_model.query_tokens,
+    )
+    assert torch.equal(
+        reader.read_rows(LM_HEAD, [7, 4]), hf_model.language_model.lm_head.weight[[7, 4]]
+    )
 
 
 def test_broken_folders_are_named(base, tmp_path):

@@ -7,7 +7,12 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.budget import certify_budget, count_parts, count_trained, held_memory
-from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, slice_config
+from bridgeblip.bridge.config import (
+    DEFAULT_DECODER_LAYERS,
+    BridgeBlipConfig,
+    BridgeSettings,
+    slice_config,
+)
 from bridgeblip.bridge.export import TraceableModel
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import empty_model, load_sliced
@@ -20,15 +25,22 @@ from tools.make_full_size_base import FULL_SIZE_CONFIG
 
 @pytest.fixture(scope="module")
 def real() -> BridgeBlipConfig:
-    return slice_config(InstructBlipConfig.from_dict(json.loads(json.dumps(FULL_SIZE_CONFIG))), DEFAULT_DECODER_LAYERS)
+    return slice_config(
+        InstructBlipConfig.from_dict(json.loads(json.dumps(FULL_SIZE_CONFIG))),
+        DEFAULT_DECODER_LAYERS,
+    )
 
 
 def test_the_real_model_stays_under_three_billion(real):
     parts = certify_budget(real)
     assert parts["total"] == 2_916_893_444 == sum(parts.values()) - parts["total"]
     assert (parts["vision tower"], parts["head"]) == (985_952_256, 4 * 2048 + 4)
-    assert parts["T5 decoder"] == 8 * 65_017_856 + 32 * 32 + 2048  # layers, position bias, last norm
-    with pytest.raises(InputError, match=r"above the limit of 2,900,000,000.*keep fewer decoder layers"):
+    assert (
+        parts["T5 decoder"] == 8 * 65_017_856 + 32 * 32 + 2048
+    )  # layers, position bias, last norm
+    with pytest.raises(
+        InputError, match=r"above the limit of 2,900,000,000.*keep fewer decoder layers"
+    ):
         certify_budget(real, 2_900_000_000)
 
 
@@ -46,15 +58,23 @@ def test_counts_are_those_of_the_loaded_model(base, processor):
     assert certify_budget(model.config)["total"] == sum(p.numel() for p in model.parameters())
     settings = BridgeSettings(rank=192)
     expected = count_trained(model, settings)
-    assert sum(t.numel() for t in trained_tensors(attach_bridge(model, settings)).values()) == expected
+    assert (
+        sum(t.numel() for t in trained_tensors(attach_bridge(model, settings)).values()) == expected
+    )
 
 
 def test_the_shipped_config_is_what_slicing_the_real_one_gives(real):
     shipped = BridgeBlipConfig.from_json_file(ROOT / "instructblip.config.json").to_dict()
     expected = real.to_dict()
-    assert shipped.pop("architectures") == ["BridgeBlipForMultipleChoice"] and expected.pop("architectures") is None
+    assert (
+        shipped.pop("architectures") == ["BridgeBlipForMultipleChoice"]
+        and expected.pop("architectures") is None
+    )
     assert shipped == expected
-    assert shipped["text_config"]["dense_act_fn"] == "gelu" and not shipped["text_config"]["scale_decoder_outputs"]
+    assert (
+        shipped["text_config"]["dense_act_fn"] == "gelu"
+        and not shipped["text_config"]["scale_decoder_outputs"]
+    )
 
 
 def size(tensors) -> int:
@@ -70,7 +90,11 @@ def test_held_memory_is_what_training_and_answering_hold(base, processor, batch,
     model = attach_bridge(sliced, bridge)
     averages, steps = Averages(model, 0.05), optimizer(model, TrainSettings())
     trained = [p for p in model.parameters() if p.requires_grad]
-    frozen = [p for name, p in model.named_parameters() if not p.requires_grad and ".head.original_module." not in name]
+    frozen = [
+        p
+        for name, p in model.named_parameters()
+        if not p.requires_grad and ".head.original_module." not in name
+    ]
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     steps.step()
@@ -90,4 +114,6 @@ def test_held_memory_is_what_training_and_answering_hold(base, processor, batch,
 
 def test_float16_keeps_the_products_that_overflow_in_float32(real):
     wider = held_memory(real, torch.float16)["total"] - held_memory(real, torch.bfloat16)["total"]
-    assert wider == 2 * 32 * 2048 * 5120  # wo of 24 encoder and 8 decoder layers; the head is in float32 in both
+    assert (
+        wider == 2 * 32 * 2048 * 5120
+    )  # wo of 24 encoder and 8 decoder layers; the head is in float32 in both

@@ -20,7 +20,9 @@ from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.trainer import TrainingQuestions
 from bridgeblip.training.weights import load_weights
 
-SETTINGS = TrainSettings(epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0)
+SETTINGS = TrainSettings(
+    epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0
+)
 BRIDGE = BridgeSettings(rank=192)
 
 
@@ -82,8 +84,12 @@ def test_patience_asks_the_log_alone():
 def test_self_check_names_a_frozen_tensor_that_moves(model, batch):
     check = SelfCheck(model)
     with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "qformer.encoder.layer.0.attention" in name)[0] += 1e-6
-    with pytest.raises(TrainingError, match=r"1 frozen tensors have changed.*qformer\.encoder\.layer\.0"):
+        next(
+            p for name, p in model.named_parameters() if "qformer.encoder.layer.0.attention" in name
+        )[0] += 1e-6
+    with pytest.raises(
+        TrainingError, match=r"1 frozen tensors have changed.*qformer\.encoder\.layer\.0"
+    ):
         steps(model, batch, check, 4)
 
 
@@ -170,7 +176,9 @@ def test_asked_to_stop_it_saves_and_goes_on_later(number, base, competition, tmp
     output = process.communicate()[0]
     assert process.returncode == 1 and "stopped on request after step" in output, output
     assert not (tmp_path / "weights-1.pt").exists()
-    output = run(competition, base, tmp_path, workers=1).communicate()[0]  # with a loader process, too
+    output = run(competition, base, tmp_path, workers=1).communicate()[
+        0
+    ]  # with a loader process, too
     assert "going on from" in output
     assert_same_end(tmp_path, whole)
 
@@ -235,7 +243,9 @@ training.BridgeTrainer.training_step = step
         (NAN, "the logits are not finite; the first module with a NaN or infinite output is"),
     ],
 )
-def test_what_breaks_in_the_middle_loses_nothing(plan, expected, base, competition, tmp_path, whole):
+def test_what_breaks_in_the_middle_loses_nothing(
+    plan, expected, base, competition, tmp_path, whole
+):
     data = tmp_path / "competition"
     subprocess.run(["cp", "-r", str(competition), str(data)], check=True)
     folder = tmp_path / "checkpoint"
@@ -286,13 +296,25 @@ def launch(processes, size, competition, base, folder, kill="no"):
     script.write_text(TWO)
     command = [sys.executable, str(script)]
     if processes > 1:
-        # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would start one process
+        # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would
+        # start one process
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
                    str(script)]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = [str(competition / "train.csv"), str(base), str(folder / "checkpoint"), str(size), kill]
+    arguments = [
+        str(competition / "train.csv"),
+        str(base),
+        str(folder / "checkpoint"),
+        str(size),
+        kill,
+    ]
     return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -310,7 +332,10 @@ def test_two_processes_train_as_one(base, competition, tmp_path):
     one, two = (json.loads((tmp_path / f"{n}/checkpoint/best.json").read_text()) for n in (1, 2))
     assert (one["best"], one["validation_accuracy"]) == (two["best"], two["validation_accuracy"])
     assert one["permute_below"] == pytest.approx(two["permute_below"], abs=1e-4)
-    assert sorted(p.name for p in (tmp_path / "2/checkpoint").glob("weights-*")) == ["weights-0.pt", "weights-1.pt"]
+    assert sorted(p.name for p in (tmp_path / "2/checkpoint").glob("weights-*")) == [
+        "weights-0.pt",
+        "weights-1.pt",
+    ]
 
 
 def test_a_killed_process_ends_the_other(base, competition, tmp_path):

@@ -54,7 +54,9 @@ def test_unusable_weights_are_one_clear_error(tmp_path, damage):
     elif damage == "newer":
         torch.save({"format": 99, "tensors": {}, "manifest": {}}, path)
     else:
-        path.write_bytes({"empty": b"", "torn": content[: len(content) // 2], "text": b"hello"}[damage])
+        path.write_bytes(
+            {"empty": b"", "torn": content[: len(content) // 2], "text": b"hello"}[damage]
+        )
     with pytest.raises(InputError, match=r"weights-0\.pt"):
         load_weights(path)
 
@@ -83,7 +85,9 @@ def test_choice_of_weights(tmp_path):
 def test_the_best_weights_must_be_there(tmp_path):
     save_best(tmp_path, [0.5, 0.4], 0.25)
     save_weights(weights_path(tmp_path, 1), TENSORS, {})
-    with pytest.raises(InputError, match=r"best\.json names weights-0\.pt, which is not there: copy it back"):
+    with pytest.raises(
+        InputError, match=r"best\.json names weights-0\.pt, which is not there: copy it back"
+    ):
         choose_weights(tmp_path)
     assert permutation_margin(tmp_path / "weights-0.pt") == 0.25
     assert permutation_margin(tmp_path / "weights-1.pt") is None  # it was measured with others
@@ -129,7 +133,10 @@ def test_two_generations_of_state(tmp_path, capsys):
 def test_another_run_that_has_not_ended_is_not_lost(tmp_path, capsys):
     run = {"base": "tiny", "dtype": "float32"}
     stage(tmp_path, 3, run)
-    with pytest.raises(InputError, match=r"step-3: it belongs to another run \(other base\) that has not ended\. Set"):
+    with pytest.raises(
+        InputError,
+        match=r"step-3: it belongs to another run \(other base\) that has not ended\. Set",
+    ):
         newest_state([tmp_path], run | {"base": "other"})
     assert newest_state([tmp_path], run).name == "step-3"
     stage(tmp_path, 6, run, done=True)

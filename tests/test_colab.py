@@ -1,4 +1,5 @@
-"""The three notebooks as Colab runs them: its modules stood in for, a Drive with the repository's zip, fresh machines.
+"""The three notebooks as Colab runs them: its modules stood in for, a Drive with the repository's
+zip, fresh machines.
 
 What is simulated is Colab, not the project: kernels, files, training and export are the real thing.
 """
@@ -116,7 +117,10 @@ def run_all(notebook, drive: Path, stand_ins: Path, machine: Path, kill_when=Non
         "JUPYTER_PREFER_ENV_PATH": "1",
     }
     client = NotebookClient(
-        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(machine / "content")}}
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(machine / "content")}},
     )
 
     def killer():
@@ -129,14 +133,20 @@ def run_all(notebook, drive: Path, stand_ins: Path, machine: Path, kill_when=Non
     client.execute(env=env)
     assert not (machine / "pip.log").exists()
     assert not list((machine / "content").iterdir())
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     return "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
 
 
 def read(home: Path, name: str, settings: dict | None = None):
     """Read a notebook from Drive and set its form's fields."""
     notebook = nbformat.read(home / name, as_version=4)
-    (form,) = [i for i, cell in enumerate(notebook.cells) if PARAMETERS_TAG in cell.metadata.get("tags", [])]
+    (form,) = [
+        i
+        for i, cell in enumerate(notebook.cells)
+        if PARAMETERS_TAG in cell.metadata.get("tags", [])
+    ]
     lines = "\n".join(f"{key} = {value!r}" for key, value in (settings or {}).items())
     notebook.cells.insert(form + 1, nbformat.v4.new_code_cell(lines))
     return notebook
@@ -144,7 +154,8 @@ def read(home: Path, name: str, settings: dict | None = None):
 
 @pytest.fixture(scope="module")
 def undisturbed(colab, data, tmp_path_factory):
-    """The folder on Drive after all three notebooks, each on a machine of its own; and what they printed."""
+    """The folder on Drive after all three notebooks, each on a machine of its own; and what they
+    printed."""
     machines = tmp_path_factory.mktemp("undisturbed")
     home = upload(machines / "drive")
     shutil.make_archive(home / "competition" / "open", "zip", data.parent, data.name)
@@ -161,9 +172,13 @@ def test_the_three_notebooks_on_fresh_machines(undisturbed):
         assert "Colab, Python 3." in text and f"working in {home}" in text
         assert "all requirements are there" in text and "all is on Drive" in text
     assert "open.zip as unpacked in" in printed[TRAIN] and "starting from step 0" in printed[TRAIN]
-    assert {"weights-0.pt", "best.json", "report.html", "torchscript.pt", "torchscript.pt.sha256"} <= {
-        path.name for path in (home / "checkpoint").iterdir()
-    }
+    assert {
+        "weights-0.pt",
+        "best.json",
+        "report.html",
+        "torchscript.pt",
+        "torchscript.pt.sha256",
+    } <= {path.name for path in (home / "checkpoint").iterdir()}
     assert (home / "submission.csv").read_text().splitlines()[0] == "ID,answer"
     assert len((home / "submission.csv").read_text().splitlines()) == 21
 
@@ -175,14 +190,22 @@ def test_killed_in_mid_training_and_run_again(colab, data, undisturbed, tmp_path
     shutil.copytree(data, home / "competition", dirs_exist_ok=True)
     state = home / "checkpoint" / "state"
     with pytest.raises(DeadKernelError):
-        run_all(read(home, TRAIN, SETTINGS), drive, colab, tmp_path / "first", lambda: (state / "step-2").exists())
+        run_all(
+            read(home, TRAIN, SETTINGS),
+            drive,
+            colab,
+            tmp_path / "first",
+            lambda: (state / "step-2").exists(),
+        )
     assert not (home / "checkpoint" / "weights-0.pt").exists()
     printed = run_all(read(home, TRAIN, SETTINGS), drive, colab, tmp_path / "second")
     assert "going on from checkpoint/state/step-" in printed
     assert "reading the copy of competition in" in printed
     for name in (EXPORT, ANSWER):
         run_all(read(home, name), drive, colab, tmp_path / name)
-    ours, theirs = (torch.load(place / "checkpoint" / "weights-0.pt")["tensors"] for place in (home, expected))
+    ours, theirs = (
+        torch.load(place / "checkpoint" / "weights-0.pt")["tensors"] for place in (home, expected)
+    )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     for name in ("submission.csv", "probabilities.csv"):
         assert (home / name).read_bytes() == (expected / name).read_bytes()
@@ -208,7 +231,9 @@ def test_a_folder_of_another_name_or_none_is_explained_in_one_line(name, colab, 
     with pytest.raises(CellExecutionError) as stopped:
         run_all(nbformat.read(ROOT / TRAIN, as_version=4), drive, colab, tmp_path / "machine")
     assert stopped.value.ename == "FileNotFoundError"
-    assert "rename the unzipped folder to bridgeblip and upload it to My Drive" in stopped.value.evalue
+    assert (
+        "rename the unzipped folder to bridgeblip and upload it to My Drive" in stopped.value.evalue
+    )
 
 
 def test_the_outer_folder_does_not_shadow_the_package(tmp_path):
@@ -219,17 +244,27 @@ def test_the_outer_folder_does_not_shadow_the_package(tmp_path):
     notebook.cells = code
     NotebookClient(notebook, resources={"metadata": {"path": str(home.parent)}}).execute()
     printed = "".join(output.text for cell in code for output in cell.outputs)
-    assert "Jupyter, Python" in printed and printed.splitlines()[-1] == str(home / "bridgeblip" / "__init__.py")
+    assert "Jupyter, Python" in printed and printed.splitlines()[-1] == str(
+        home / "bridgeblip" / "__init__.py"
+    )
 
 
 def test_on_kaggle_the_repository_is_found_among_the_inputs(tmp_path):
     home = upload(tmp_path / "input" / "somebody" / "a-data-set")
     (tmp_path / "working").mkdir()
-    cell = next(cell for cell in nbformat.read(home / TRAIN, as_version=4).cells if cell.cell_type == "code")
-    code = cell.source.replace("/kaggle/input", str(tmp_path / "input")).replace("%matplotlib inline", "")
+    cell = next(
+        cell for cell in nbformat.read(home / TRAIN, as_version=4).cells if cell.cell_type == "code"
+    )
+    code = cell.source.replace("/kaggle/input", str(tmp_path / "input")).replace(
+        "%matplotlib inline", ""
+    )
     env = os.environ | {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
     code += "\nimport bridgeblip; print(bridgeblip.__file__)"
     command = [sys.executable, "-c", code]
-    printed = subprocess.run(command, cwd=tmp_path / "working", env=env, capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        command, cwd=tmp_path / "working", env=env, capture_output=True, text=True, check=True
+    )
     lines = printed.stdout.splitlines()
-    assert lines[0].startswith("Kaggle, Python") and lines[-1] == str(home / "bridgeblip" / "__init__.py")
+    assert lines[0].startswith("Kaggle, Python") and lines[-1] == str(
+        home / "bridgeblip" / "__init__.py"
+    )

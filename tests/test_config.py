@@ -56,5 +56,7 @@ def test_selections_by_name_or_list():
     assert decoder_layers("0, 2,5") == [0, 2, 5] == decoder_layers((0, 2, 5))
     for layers in LAYER_SELECTIONS.values():
         assert check_decoder_layers(layers, 24) == list(layers)
-    with pytest.raises(InputError, match=r"'every-fourth' is unknown: expected every-third.* indices like 0,3,6"):
+    with pytest.raises(
+        InputError, match=r"'every-fourth' is unknown: expected every-third.* indices like 0,3,6"
+    ):
         decoder_layers("every-fourth")

@@ -1,4 +1,5 @@
-"""Miniature annotation files in the published layouts, each with real pictures, to question CSVs."""
+"""Miniature annotation files in the published layouts, each with real pictures, to question
+CSVs."""
 
 import copy
 import json
@@ -24,9 +25,24 @@ AOKVQA = [
         "question": "What is the man by the bags awaiting?",
         "choices": ["skateboarder", "train", "delivery", "cab"],
         "correct_choice_idx": 3,
-        "direct_answers": ["ride", "ride", "bus", "taxi", "travelling", "traffic", "taxi", "cab", "cab", "his ride"],
+        "direct_answers": [
+            "ride",
+            "ride",
+            "bus",
+            "taxi",
+            "travelling",
+            "traffic",
+            "taxi",
+            "cab",
+            "cab",
+            "his ride",
+        ],
         "difficult_direct_answer": False,
-        "rationales": ["A train would not be on the street.", "He is by the road.", "He has luggage."],
+        "rationales": [
+            "A train would not be on the street.",
+            "He is by the road.",
+            "He has luggage.",
+        ],
     },
     {
         "split": "train",
@@ -81,7 +97,13 @@ VISUAL7W = {
     "images": [
         {
             "qa_pairs": [
-                pair(871917, 2323054, "What type of flooring?", "Wood.", ["Tile.", "Carpet.", "Cement."]),
+                pair(
+                    871917,
+                    2323054,
+                    "What type of flooring?",
+                    "Wood.",
+                    ["Tile.", "Carpet.", "Cement."],
+                ),
                 pair(871918, 2323054, "Who is there?", "No one.", ["A man.", "A boy.", "A girl."]),
             ],
             "image_id": 2323054,
@@ -89,7 +111,9 @@ VISUAL7W = {
             "filename": "v7w_2323054.jpg",
         },
         {
-            "qa_pairs": [pair(986943, 2359297, "When is it?", "Noon.", ["Night.", "Dusk.", "Dawn."])],
+            "qa_pairs": [
+                pair(986943, 2359297, "When is it?", "Noon.", ["Night.", "Dusk.", "Dawn."])
+            ],
             "image_id": 2359297,
             "split": "val",
             "filename": "v7w_2359297.jpg",
@@ -130,9 +154,23 @@ def problem(question, choices, answer, hint="", image="image.png", split="train"
 
 
 SCIENCEQA = {
-    "1": problem("Which of these states is farthest north?", ["West Virginia", "Louisiana", "Arizona", "Oklahoma"], 0),
-    "2": problem("Which angle is it?", ["a 30\u00b0 angle", "a 45\u00b0 angle"], 1, "Tom had a catapult.\nFigure: it."),
-    "4": problem("Which figure of speech is used?\nSing, O goddess.", ["chiasmus", "apostrophe"], 1, image=None),
+    "1": problem(
+        "Which of these states is farthest north?",
+        ["West Virginia", "Louisiana", "Arizona", "Oklahoma"],
+        0,
+    ),
+    "2": problem(
+        "Which angle is it?",
+        ["a 30\u00b0 angle", "a 45\u00b0 angle"],
+        1,
+        "Tom had a catapult.\nFigure: it.",
+    ),
+    "4": problem(
+        "Which figure of speech is used?\nSing, O goddess.",
+        ["chiasmus", "apostrophe"],
+        1,
+        image=None,
+    ),
     "5": problem("Which could the test show?", ["steadiness", "size", "damage"], 2, split="val"),
     "9": problem("Which one is it?", ["one", "two", "three", "four", "five"], 4),
 }
@@ -153,7 +191,11 @@ def downloads(tmp_path, pictures) -> Path:
         "coco/test2017/000000000005.jpg",
         "v7w/images/v7w_2323054.jpg",
         "v7w/images/v7w_2359297.jpg",
-        *(f"scienceqa/images/{p['split']}/{number}/image.png" for number, p in SCIENCEQA.items() if p["image"]),
+        *(
+            f"scienceqa/images/{p['split']}/{number}/image.png"
+            for number, p in SCIENCEQA.items()
+            if p["image"]
+        ),
     ]
     folder = tmp_path / "downloads"
     for name, picture in zip(names, pictures, strict=True):
@@ -195,7 +237,9 @@ def test_aokvqa(downloads, tmp_path, capsys):
     assert capsys.readouterr().out == f"wrote {out}: 3 questions about 3 picture files\n"
     assert out.read_text(encoding="utf-8").startswith("ID,img_path,Question,A,B,C,D,answer\n")
     first, awkward, third = read_questions(out, need_answers=True)
-    assert first.id == "aokvqa-22MexNkBPpdZGX6sxbxVBH" and third.id == "aokvqa-22jbM6gDxdaMaunuzgrsBB"
+    assert (
+        first.id == "aokvqa-22MexNkBPpdZGX6sxbxVBH" and third.id == "aokvqa-22jbM6gDxdaMaunuzgrsBB"
+    )
     assert first.choices == ("skateboarder", "train", "delivery", "cab") and first.answer == 3
     assert awkward.question == 'The sign says "정지", or\n"stop"; what\'s next, then?'
     assert awkward.choices == ('a "full", complete stop', "빨리, 더 빨리", "a turn,\nleft", "None")
@@ -207,7 +251,9 @@ def test_splits_that_are_not_asked_for_are_counted(downloads):
     files = [downloads / "aokvqa" / f"aokvqa_v1p0_{split}.json" for split in ("train", "val")]
     summary = prepare("aokvqa", files, downloads / "coco", downloads / "q.csv")
     assert summary.questions == 2 and list(summary.left_out) == ["split val not asked for"]
-    with pytest.raises(InputError, match=r"no question of split dev in .*: the splits there are train, val"):
+    with pytest.raises(
+        InputError, match=r"no question of split dev in .*: the splits there are train, val"
+    ):
         prepare("aokvqa", files, downloads / "coco", downloads / "q.csv", ["train", "dev"])
 
 
@@ -219,22 +265,38 @@ def test_visual7w(downloads, capsys):
     assert "3 questions about 2 picture files" in capsys.readouterr().out
     questions = read_questions(out, need_answers=True)
     assert [q.choices[q.answer] for q in questions] == ["Wood.", "No one.", "Noon."]
-    assert [choice for choice in questions[0].choices if choice != "Wood."] == ["Tile.", "Carpet.", "Cement."]
-    assert pd.read_csv(out)["img_path"].tolist() == ["images/v7w_2323054.jpg"] * 2 + ["images/v7w_2359297.jpg"]
+    assert [choice for choice in questions[0].choices if choice != "Wood."] == [
+        "Tile.",
+        "Carpet.",
+        "Cement.",
+    ]
+    assert pd.read_csv(out)["img_path"].tolist() == ["images/v7w_2323054.jpg"] * 2 + [
+        "images/v7w_2359297.jpg"
+    ]
     whole = out.read_bytes()
     assert main([*arguments, "--split", "train", "val"]) == 0 and out.read_bytes() == whole
-    assert main([*arguments, "--split", "train", "val", "--seed", "1"]) == 0 and out.read_bytes() != whole
+    assert (
+        main([*arguments, "--split", "train", "val", "--seed", "1"]) == 0
+        and out.read_bytes() != whole
+    )
     assert main(arguments) == 0
-    assert [q.answer for q in read_questions(out)] == [q.answer for q in questions[:2]]  # val or not, the same place
+    assert [q.answer for q in read_questions(out)] == [
+        q.answer for q in questions[:2]
+    ]  # val or not, the same place
 
 
 def test_right_answers_of_visual7w_are_spread_evenly(tmp_path):
     image = changed(VISUAL7W["images"][0], lambda i: i.update(qa_pairs=[
         pair(500_000 + n, 1, "What is it?", "right", ["a", "b", "c"]) for n in range(4000)]))  # fmt: skip
     path = write_json(tmp_path / "dataset_v7w_telling.json", {"images": [image]})
-    places = {seed: [e.answer for e in read_annotations("visual7w", path, tmp_path, seed)] for seed in (0, 1)}
+    places = {
+        seed: [e.answer for e in read_annotations("visual7w", path, tmp_path, seed)]
+        for seed in (0, 1)
+    }
     for answers in places.values():
-        assert all(920 < count < 1080 for count in Counter(answers).values())  # 1000 expected, deviation 27
+        assert all(
+            920 < count < 1080 for count in Counter(answers).values()
+        )  # 1000 expected, deviation 27
     assert 0.2 < sum(a == b for a, b in zip(*places.values(), strict=True)) / 4000 < 0.3
     assert read_annotations("visual7w", path, tmp_path, 0)[17].choices[places[0][17]] == "right"
     assert places[0][:8] == [0, 1, 1, 0, 3, 1, 2, 2]  # the same on every machine and Python
@@ -252,10 +314,18 @@ def test_scienceqa(downloads, tmp_path, capsys):
         "left out 1: more than four choices; the first is scienceqa-9",
     ]
     four, two, three = read_questions(out, need_answers=True)
-    assert four.question == "Which of these states is farthest north?" and four.choice_mask == [True] * 4
+    assert (
+        four.question == "Which of these states is farthest north?"
+        and four.choice_mask == [True] * 4
+    )
     assert two.question == "Tom had a catapult.\nFigure: it.\nWhich angle is it?"
     assert two.choices == ("a 30° angle", "a 45° angle", "", "") and two.answer == 1
-    assert "C." not in render_prompt(two.question, two.choices) and two.choice_mask == [True, True, False, False]
+    assert "C." not in render_prompt(two.question, two.choices) and two.choice_mask == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert three.answer == 2 and three.image.samefile(folder / "images/val/5/image.png")
 
 
@@ -269,7 +339,10 @@ def test_scienceqa(downloads, tmp_path, capsys):
         (lambda rows: rows[0].pop("correct_choice_idx"), "no answer"),
         (lambda rows: rows[0].update(correct_choice_idx=4), "no answer"),
         (lambda rows: rows[0].update(choices=["train", "cab", "bus", ""]), "no answer"),
-        (lambda rows: rows[0].update(choices=["cab", "train", "bus", "cab "]), "right choice given twice"),
+        (
+            lambda rows: rows[0].update(choices=["cab", "train", "bus", "cab "]),
+            "right choice given twice",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_left_out_and_named(downloads, change, reason):
@@ -278,16 +351,27 @@ def test_rows_that_cannot_be_used_are_left_out_and_named(downloads, change, reas
         reason: ["aokvqa-22MexNkBPpdZGX6sxbxVBH"]
     }
     assert f"left out 1: {reason}; the first is aokvqa-22MexNkBPpdZGX6sxbxVBH" in str(summary)
-    assert [q.id for q in read_questions(summary.out, need_answers=True)] == ["aokvqa-2aMexNkBPpdZGX6sxbxVBX"]
+    assert [q.id for q in read_questions(summary.out, need_answers=True)] == [
+        "aokvqa-2aMexNkBPpdZGX6sxbxVBX"
+    ]
 
 
 def test_nothing_usable_keeps_what_was_there(downloads, tmp_path, capsys):
     (tmp_path / "q.csv").write_text("mine")
     path = downloads / "aokvqa" / "aokvqa_v1p0_test.json"
-    with pytest.raises(InputError, match=r"no usable question .*left out 1: no answer; the first is aokvqa-23C"):
+    with pytest.raises(
+        InputError, match=r"no usable question .*left out 1: no answer; the first is aokvqa-23C"
+    ):
         prepare("aokvqa", [path], downloads / "coco", tmp_path / "q.csv", ["test"])
-    with pytest.raises(InputError, match=r"left out 2: picture not found; .*nowhere/train2017/000000299207\.jpg"):
-        prepare("aokvqa", [downloads / "aokvqa" / "aokvqa_v1p0_train.json"], "nowhere", tmp_path / "q.csv")
+    with pytest.raises(
+        InputError, match=r"left out 2: picture not found; .*nowhere/train2017/000000299207\.jpg"
+    ):
+        prepare(
+            "aokvqa",
+            [downloads / "aokvqa" / "aokvqa_v1p0_train.json"],
+            "nowhere",
+            tmp_path / "q.csv",
+        )
     assert (tmp_path / "q.csv").read_text() == "mine"
 
 
@@ -309,7 +393,13 @@ def test_nothing_usable_keeps_what_was_there(downloads, tmp_path, capsys):
 def test_another_file_is_one_line_and_exit_code_2(downloads, source, file, capsys):
     whole = (downloads / "v7w" / "dataset_v7w_telling.json").read_text()
     (downloads / "cut.json").write_text(whole[: len(whole) // 2])
-    arguments = [str(downloads / file), "--images", str(downloads), "--out", str(downloads / "q.csv")]
+    arguments = [
+        str(downloads / file),
+        "--images",
+        str(downloads),
+        "--out",
+        str(downloads / "q.csv"),
+    ]
     assert main(["prepare", source, *arguments]) == 2
     error = capsys.readouterr().err
     expected = {
@@ -318,13 +408,16 @@ def test_another_file_is_one_line_and_exit_code_2(downloads, source, file, capsy
         "scienceqa": "problems.json",
     }
     assert error.startswith(f"error: {downloads / file} ") and error.count("\n") == 1
-    assert f"expected {'A-OKVQA' if source == 'aokvqa' else ''}" in error and expected[source] in error
+    assert (
+        f"expected {'A-OKVQA' if source == 'aokvqa' else ''}" in error and expected[source] in error
+    )
     assert not (downloads / "q.csv").exists()
 
 
 @pytest.fixture
 def csvs(downloads) -> list[Path]:
-    """Three question files that share IDs: one as prepared, one in Korean Windows' form, one with faults."""
+    """Three question files that share IDs: one as prepared, one in Korean Windows' form, one with
+    faults."""
     first = prepare("aokvqa", [downloads / "aokvqa" / "aokvqa_v1p0_train.json"], downloads / "coco",
                     downloads / "first.csv").out  # fmt: skip
     shared = "aokvqa-22MexNkBPpdZGX6sxbxVBH"
@@ -340,7 +433,9 @@ def csvs(downloads) -> list[Path]:
         "5,images/v7w_2323054.jpg,What?,x,,,,A",
         "6,,What?,x,y,z,w,A",
     ]
-    faulty.write_text("\n".join(["ID,img_path,Question,A,B,C,D,answer", *rows]), encoding="utf-8-sig")
+    faulty.write_text(
+        "\n".join(["ID,img_path,Question,A,B,C,D,answer", *rows]), encoding="utf-8-sig"
+    )
     return [first, korean, faulty]
 
 
@@ -363,7 +458,11 @@ def test_csvs_are_joined(downloads, csvs, tmp_path, capsys):
         (q.question, q.choices, q.answer) for q in read_questions(csvs[0])
     ]
     korean = questions[2]
-    assert korean.question == "무엇, 이것은?" and korean.choices == ("담배", "", "막대", "") and korean.answer == 2
+    assert (
+        korean.question == "무엇, 이것은?"
+        and korean.choices == ("담배", "", "막대", "")
+        and korean.answer == 2
+    )
     assert korean.image.samefile(downloads / "coco" / "val2017" / "000000461751.jpg")
     assert pd.read_csv(out)["img_path"].str.startswith("../downloads/").all()
 
@@ -372,7 +471,19 @@ def test_csvs_that_cannot_be_joined(csvs, tmp_path, capsys):
     with pytest.raises(InputError, match=r"first\.csv is one of the files to join"):
         join(csvs, csvs[0].parent / "ko" / ".." / "first.csv")
     (tmp_path / "test.csv").write_text("ID,img_path,Question,A,B,C,D\n1,x.jpg,?,a,b,c,d\n")
-    assert main(["prepare", "csv", str(csvs[0]), str(tmp_path / "test.csv"), "--out", str(tmp_path / "q.csv")]) == 2
+    assert (
+        main(
+            [
+                "prepare",
+                "csv",
+                str(csvs[0]),
+                str(tmp_path / "test.csv"),
+                "--out",
+                str(tmp_path / "q.csv"),
+            ]
+        )
+        == 2
+    )
     assert "test.csv lacks answer: it has the columns id," in capsys.readouterr().err
     assert not (tmp_path / "q.csv").exists()
 
@@ -403,5 +514,7 @@ def test_prepared_questions_can_be_collated(downloads):
 def test_nothing_at_all_is_refused(tmp_path):
     with pytest.raises(InputError, match="no usable question"):
         write_questions([], tmp_path / "q.csv")
-    with pytest.raises(InputError, match=r"no question of split train in .*: the splits there are none"):
+    with pytest.raises(
+        InputError, match=r"no question of split train in .*: the splits there are none"
+    ):
         prepare("aokvqa", [write_json(tmp_path / "empty.json", [])], tmp_path, tmp_path / "q.csv")

@@ -34,7 +34,9 @@ def test_submission_has_the_samples_header_ids_and_order(demo):
     out, _ = demo
     sample = pd.read_csv(out / "competition" / "sample_submission.csv")
     submission = pd.read_csv(out / "submission.csv")
-    assert list(submission.columns) == list(sample.columns) and list(submission["ID"]) == list(sample["ID"])
+    assert list(submission.columns) == list(sample.columns) and list(submission["ID"]) == list(
+        sample["ID"]
+    )
     assert set(submission["answer"]) <= set("ABCD")
 
 
@@ -54,7 +56,10 @@ def test_notebooks_show_figures_and_warn_of_nothing(demo):
         notebook = nbformat.read(out / "notebooks" / name, as_version=4)
         outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
         images = [o for o in outputs if "image/png" in o.get("data", {})]
-        assert len(images) == {"train.ipynb": 6, "torchscript.ipynb": 0, "torchscript_inference.ipynb": 3}[name]
+        assert (
+            len(images)
+            == {"train.ipynb": 6, "torchscript.ipynb": 0, "torchscript_inference.ipynb": 3}[name]
+        )
         assert "Warning" not in json.dumps([o.get("text", "") for o in outputs])
 
 
@@ -65,14 +70,19 @@ def test_weights_hold_no_base_tensor(demo):
 
 
 def test_notebooks_out_of_order_name_the_one_to_run_first(tmp_path):
-    shared = {"CHECKPOINT_DIR": str(tmp_path / "checkpoint"), "COMPETITION_DIR": str(tmp_path / "competition")}
+    shared = {
+        "CHECKPOINT_DIR": str(tmp_path / "checkpoint"),
+        "COMPETITION_DIR": str(tmp_path / "competition"),
+    }
     cases = {
         "train.ipynb": r"train\.csv not found: put the organiser's file there",
         "torchscript.ipynb": r"no weights-N\.pt in .*run train\.ipynb first",
         "torchscript_inference.ipynb": r"torchscript\.pt not found: run train\.ipynb first",
     }
     for name, message in cases.items():
-        parameters = {k: v for k, v in shared.items() if name != "torchscript.ipynb" or k == "CHECKPOINT_DIR"}
+        parameters = {
+            k: v for k, v in shared.items() if name != "torchscript.ipynb" or k == "CHECKPOINT_DIR"
+        }
         parameters |= {"BASE": "tiny"} if name == "train.ipynb" else {}
         with pytest.raises(InputError, match=message):
             run_notebook(name, parameters, tmp_path / name)

@@ -7,12 +7,23 @@ import pandas as pd
 
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import read_questions
-from bridgeblip.embedded.digits import KINDS, NUMBERS, DigitQuestion, digit_pictures, make_question, split_questions
+from bridgeblip.embedded.digits import (
+    KINDS,
+    NUMBERS,
+    DigitQuestion,
+    digit_pictures,
+    make_question,
+    split_questions,
+)
 
 
 def test_no_picture_is_in_two_splits():
     splits = digit_pictures()
-    assert {name: len(pictures) for name, pictures in splits.items()} == {"test": 300, "train": 400, "pretrain": 1097}
+    assert {name: len(pictures) for name, pictures in splits.items()} == {
+        "test": 300,
+        "train": 400,
+        "pretrain": 1097,
+    }
     contents = [{picture.tobytes() for picture, _ in pictures} for pictures in splits.values()]
     assert len(set.union(*contents)) == sum(map(len, contents)) == 1797
 
@@ -24,7 +35,9 @@ def right_texts(q: DigitQuestion, digit: int) -> list[str]:
     if q.kind in ("initial", "sum_initial"):
         return [choice for choice in q.choices if choice[0] == NUMBERS[digit + k][0]]
     if q.kind == "parity":
-        return [f"{'odd' if digit % 2 else 'even'} and {'above four' if digit > 4 else 'below five'}"]
+        return [
+            f"{'odd' if digit % 2 else 'even'} and {'above four' if digit > 4 else 'below five'}"
+        ]
     if q.kind == "above":
         return [min((c for c in q.choices if NUMBERS.index(c) > digit), key=NUMBERS.index)]
     numbers = {
@@ -56,8 +69,14 @@ def test_letters_are_balanced_and_say_nothing():
 
 
 def test_official_form(competition):
-    heads = {name: (competition / name).read_bytes()[:3] for name in ("train.csv", "test.csv", "sample_submission.csv")}
-    assert heads["train.csv"] == heads["test.csv"] == b"\xef\xbb\xbf" and heads["sample_submission.csv"] == b"ID,"
+    heads = {
+        name: (competition / name).read_bytes()[:3]
+        for name in ("train.csv", "test.csv", "sample_submission.csv")
+    }
+    assert (
+        heads["train.csv"] == heads["test.csv"] == b"\xef\xbb\xbf"
+        and heads["sample_submission.csv"] == b"ID,"
+    )
     sample = pd.read_csv(competition / "sample_submission.csv")
     assert list(sample.columns) == ["ID", "answer"] and set(sample["answer"]) == {"-"}
     assert "answer" not in pd.read_csv(competition / "test.csv").columns

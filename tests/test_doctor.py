@@ -30,7 +30,12 @@ def checkpoint(base, processor, tmp_path_factory) -> Path:
     """Weights as trained for no step, and their bundle."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings())
-    manifest = {"base": str(base), "revision": None, "layers": list(LAYERS), "bridge": vars(BridgeSettings())}
+    manifest = {
+        "base": str(base),
+        "revision": None,
+        "layers": list(LAYERS),
+        "bridge": vars(BridgeSettings()),
+    }
     manifest["processor"] = processor.fingerprint
     save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
     export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
@@ -40,14 +45,23 @@ def checkpoint(base, processor, tmp_path_factory) -> Path:
 @pytest.fixture
 def home(tmp_path, base, competition, checkpoint) -> Path:
     """A healthy set-up to break: ``base``, ``competition`` and ``checkpoint``."""
-    for name, folder in {"base": base, "competition": competition, "checkpoint": checkpoint}.items():
+    for name, folder in {
+        "base": base,
+        "competition": competition,
+        "checkpoint": checkpoint,
+    }.items():
         shutil.copytree(folder, tmp_path / name)
     return tmp_path
 
 
 def examine(home, stage, **changes) -> list[Finding]:
     csv = home / "competition" / ("train.csv" if stage == "train" else "test.csv")
-    settings = {"csv": csv, "base": home / "base", "checkpoint_dir": home / "checkpoint", "layers": LAYERS}
+    settings = {
+        "csv": csv,
+        "base": home / "base",
+        "checkpoint_dir": home / "checkpoint",
+        "layers": LAYERS,
+    }
     return check(stage, **settings | changes)
 
 
@@ -58,7 +72,9 @@ def test_a_healthy_set_up_can_start(home, stage, capsys):
     assert print_findings(findings)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(findings) + 1 and "can start" in printed[-1]
-    assert all(word in "".join(printed) for word in ("Python", "torch", "parameters", "memory", "disk"))
+    assert all(
+        word in "".join(printed) for word in ("Python", "torch", "parameters", "memory", "disk")
+    )
 
 
 def change_table(change, file="train.csv"):
@@ -109,10 +125,15 @@ def cut(pattern, share=0.5):
 
 
 def first_picture(content=None):
-    """Replace the picture of the first question, under that name only; cut in half where no content is given."""
+    """Replace the picture of the first question, under that name only; cut in half where no content
+    is given."""
 
     def act(home, monkeypatch):
-        path = home / "competition" / pd.read_csv(home / "competition" / "train.csv", dtype=str)["img_path"][0]
+        path = (
+            home
+            / "competition"
+            / pd.read_csv(home / "competition" / "train.csv", dtype=str)["img_path"][0]
+        )
         path.write_bytes(content or path.read_bytes()[: path.stat().st_size // 2])
 
     return act
@@ -182,57 +203,174 @@ def given(**changes):
 
 TRAIN, EXPORT, PREDICT = doctor.STAGES
 BROKEN = [  # name, stage, what breaks it, what must be found
-    ("missing csv", TRAIN, remove("competition/train.csv"), "train.csv not found: put the organiser's"),
+    (
+        "missing csv",
+        TRAIN,
+        remove("competition/train.csv"),
+        "train.csv not found: put the organiser's",
+    ),
     ("empty csv", TRAIN, write("competition/train.csv", b""), "train.csv is no CSV table"),
     ("header only", TRAIN, change_table(lambda t: t.head(0)), "train.csv has no rows"),
     ("binary csv", TRAIN, write("competition/train.csv", b"\xff\xfe\0\1\xff"), "neither UTF-8 nor"),
-    ("no column", TRAIN, change_table(lambda t: t.drop(columns="img_path")), "lacks the column img_path"),
-    ("no answers", TRAIN, change_table(lambda t: t.drop(columns="answer")), "lacks the column answer"),
-    ("repeated IDs", TRAIN, put("ID", "TRAIN_0000"), "1 repeated IDs.*TRAIN_0000.*make them unique"),
+    (
+        "no column",
+        TRAIN,
+        change_table(lambda t: t.drop(columns="img_path")),
+        "lacks the column img_path",
+    ),
+    (
+        "no answers",
+        TRAIN,
+        change_table(lambda t: t.drop(columns="answer")),
+        "lacks the column answer",
+    ),
+    (
+        "repeated IDs",
+        TRAIN,
+        put("ID", "TRAIN_0000"),
+        "1 repeated IDs.*TRAIN_0000.*make them unique",
+    ),
     ("bad letter", TRAIN, put("answer", "E"), "line 5.*answer 'E' is not the letter of a choice"),
     ("no picture", TRAIN, put("img_path", "./no.png"), "1 of 72 pictures not found.*no.png"),
-    ("few pictures", TRAIN, change_table(lambda t: t.head(54)), "9 distinct pictures; expected 10 or more"),
-    ("cut picture", TRAIN, first_picture(), "13 distinct.*1 of them can't be read.*truncated.*replace"),
+    (
+        "few pictures",
+        TRAIN,
+        change_table(lambda t: t.head(54)),
+        "9 distinct pictures; expected 10 or more",
+    ),
+    (
+        "cut picture",
+        TRAIN,
+        first_picture(),
+        "13 distinct.*1 of them can't be read.*truncated.*replace",
+    ),
     ("text as picture", TRAIN, first_picture(b"hello"), "1 of them can't be read.*cannot identify"),
     ("long prompt", TRAIN, put("Question", "is it so? " * 90), "TRAIN_0003.*, 1 prompts are above"),
-    ("Korean", TRAIN, put("Question", "이것은 무엇입니까"), "^warning .*1 of 72 .*이.*in TRAIN_0003.*English"),
+    (
+        "Korean",
+        TRAIN,
+        put("Question", "이것은 무엇입니까"),
+        "^warning .*1 of 72 .*이.*in TRAIN_0003.*English",
+    ),
     ("no base", TRAIN, given(base="nowhere"), "base model 'nowhere' not found: expected 'tiny'"),
     ("no config", TRAIN, remove("base/config.json"), "has no config.json"),
     ("other model", TRAIN, change_config(model_type="blip-2"), "a 'blip-2' model: expected"),
-    ("decoder only", TRAIN, change_config(text_config={"model_type": "opt"}), "'opt'; expected 't5'"),
-    ("no shard", TRAIN, remove("base/model-00002*"), "lacks 1 of .* weights files: model-00002.*copy"),
+    (
+        "decoder only",
+        TRAIN,
+        change_config(text_config={"model_type": "opt"}),
+        "'opt'; expected 't5'",
+    ),
+    (
+        "no shard",
+        TRAIN,
+        remove("base/model-00002*"),
+        "lacks 1 of .* weights files: model-00002.*copy",
+    ),
     ("cut shard", TRAIN, cut("base/model-*"), "model-00001.* bytes, its header asks for .*: copy"),
-    ("empty shard", TRAIN, cut("base/model-*", 0), "has 0 bytes, its header asks for 8: copy it again"),
+    (
+        "empty shard",
+        TRAIN,
+        cut("base/model-*", 0),
+        "has 0 bytes, its header asks for 8: copy it again",
+    ),
     ("cut index", TRAIN, cut("base/*.index.json"), "base can't be read .JSONDecodeError"),
     ("no tokenizer", TRAIN, remove("base/tokenizer.json"), "lacks tokenizer.json: copy the whole"),
-    ("odd tokenizer", TRAIN, write("base/tokenizer.json", b"{}"), "base can't be read .*: copy it again"),
-    ("no Q-Former's", TRAIN, remove("base/q*/tokenizer.json"), "lacks qformer_tokenizer/tokenizer.json"),
+    (
+        "odd tokenizer",
+        TRAIN,
+        write("base/tokenizer.json", b"{}"),
+        "base can't be read .*: copy it again",
+    ),
+    (
+        "no Q-Former's",
+        TRAIN,
+        remove("base/q*/tokenizer.json"),
+        "lacks qformer_tokenizer/tokenizer.json",
+    ),
     ("no such layer", TRAIN, given(layers=(0, 6)), r"layers \[6\] do not exist: the base has 6"),
     ("unsorted layers", TRAIN, given(layers=(3, 0)), r"layers \[3, 0\]: expected .*rising order"),
-    ("over budget", TRAIN, given(limit=1000), "at most 1,000 are allowed: keep fewer decoder layers"),
+    (
+        "over budget",
+        TRAIN,
+        given(limit=1000),
+        "at most 1,000 are allowed: keep fewer decoder layers",
+    ),
     ("disk full", TRAIN, small_disk, "disk: about .* to be written .*, 0.0 MiB free: free some"),
-    ("little memory", TRAIN, memory(10**5, 10**5), "memory: about .* needed.*take a larger machine"),
-    ("memory in use", TRAIN, memory(10**5, 10**9), "^warning .*memory: about .* needed.*close other programs"),
-    ("small GPU", TRAIN, gpu("T4", (7, 5), 9, 10), "GPU memory: about .* needed.*take a larger machine"),
-    ("GPU without kernels", TRAIN, gpu("P100", (6, 0), 2**40, 2**40, "no kernel image"), "can't .*P100 .no kernel"),
-    ("old package", TRAIN, installed(transformers="4.57.1"), "4.57.1; expected transformers>=.*restart"),
-    ("no package", TRAIN, installed(peft=None), "peft is not installed; expected peft>=.*pip install"),
-    ("torchao", TRAIN, installed(torchao="0.10.0"), "torchao 0.10.0: peft .*: pip uninstall -y torchao"),
-    ("no weights", EXPORT, remove("checkpoint/weights-0.pt"), "no weights-N.pt in .*run train.ipynb"),
+    (
+        "little memory",
+        TRAIN,
+        memory(10**5, 10**5),
+        "memory: about .* needed.*take a larger machine",
+    ),
+    (
+        "memory in use",
+        TRAIN,
+        memory(10**5, 10**9),
+        "^warning .*memory: about .* needed.*close other programs",
+    ),
+    (
+        "small GPU",
+        TRAIN,
+        gpu("T4", (7, 5), 9, 10),
+        "GPU memory: about .* needed.*take a larger machine",
+    ),
+    (
+        "GPU without kernels",
+        TRAIN,
+        gpu("P100", (6, 0), 2**40, 2**40, "no kernel image"),
+        "can't .*P100 .no kernel",
+    ),
+    (
+        "old package",
+        TRAIN,
+        installed(transformers="4.57.1"),
+        "4.57.1; expected transformers>=.*restart",
+    ),
+    (
+        "no package",
+        TRAIN,
+        installed(peft=None),
+        "peft is not installed; expected peft>=.*pip install",
+    ),
+    (
+        "torchao",
+        TRAIN,
+        installed(torchao="0.10.0"),
+        "torchao 0.10.0: peft .*: pip uninstall -y torchao",
+    ),
+    (
+        "no weights",
+        EXPORT,
+        remove("checkpoint/weights-0.pt"),
+        "no weights-N.pt in .*run train.ipynb",
+    ),
     ("cut weights", EXPORT, cut("checkpoint/weights-0.pt"), "weights-0.pt can't be read.*copy it"),
     ("bare weights", EXPORT, bare_weights, "bare state dict names no base: say which"),
-    ("other tokenizer", EXPORT, append("base/tokenizer.json", "\n"), "trained with another tokenizer.*give the base"),
+    (
+        "other tokenizer",
+        EXPORT,
+        append("base/tokenizer.json", "\n"),
+        "trained with another tokenizer.*give the base",
+    ),
     ("disk full", EXPORT, small_disk, "disk: about .* to be written to .*checkpoint"),
     ("no bundle", PREDICT, remove("checkpoint/torchscript.pt"), "run torchscript.ipynb first"),
     ("cut bundle", PREDICT, cut("checkpoint/torchscript.pt"), "has not the SHA-256 that"),
     ("foreign bundle", PREDICT, foreign_archive, "no bridgeblip bundle.*run torchscript.ipynb"),
-    ("other prompt", PREDICT, other_prompt, "exported with another processor or prompt .*export it again"),
+    (
+        "other prompt",
+        PREDICT,
+        other_prompt,
+        "exported with another processor or prompt .*export it again",
+    ),
     ("other IDs", PREDICT, change_table(lambda t: t.head(9), "test.csv"), "differ in 11 IDs"),
     ("disk full", PREDICT, small_disk, "disk: about 1.0 MiB to be written"),
 ]
 
 
-@pytest.mark.parametrize("stage, harm, what", [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+@pytest.mark.parametrize(
+    "stage, harm, what", [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN]
+)
 def test_a_broken_set_up_has_its_own_finding(home, monkeypatch, stage, harm, what):
     changes = harm(home, monkeypatch) or {}
     findings = [str(f) for f in examine(home, stage, **changes) if f.level not in ("ok", "note")]
@@ -272,7 +410,9 @@ def test_every_distinct_picture_is_decoded_once(home, monkeypatch):
     seen = []
     monkeypatch.setattr(doctor, "_fault", lambda path: seen.append(path) or "")
     findings = examine(home, TRAIN)
-    assert len(seen) == 12 and "12 distinct pictures under 72 names" in "".join(f.what for f in findings)
+    assert len(seen) == 12 and "12 distinct pictures under 72 names" in "".join(
+        f.what for f in findings
+    )
 
 
 def no_half_precision(home, monkeypatch):
@@ -280,17 +420,24 @@ def no_half_precision(home, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("stage, dtype", [("export", "float16"), ("export", "bfloat16"), ("export", "float32")])
+@pytest.mark.parametrize(
+    "stage, dtype", [("export", "float16"), ("export", "bfloat16"), ("export", "float32")]
+)
 def test_a_format_that_would_take_hours_is_a_warning(home, monkeypatch, stage, dtype):
     no_half_precision(home, monkeypatch)
     warnings = [str(f) for f in examine(home, stage, dtype=dtype) if f.level == "warning"]
     assert len(warnings) == (dtype != "float32") and all(
-        f"computing on cpu: this CPU has no quick way to multiply in {dtype}: take a" in line for line in warnings
+        f"computing on cpu: this CPU has no quick way to multiply in {dtype}: take a" in line
+        for line in warnings
     )
 
 
 def test_a_bundle_in_a_format_that_the_machine_is_slow_in(home, monkeypatch):
-    export_bundle(home / "checkpoint" / "weights-0.pt", home / "checkpoint" / "torchscript.pt", dtype="bfloat16")
+    export_bundle(
+        home / "checkpoint" / "weights-0.pt",
+        home / "checkpoint" / "torchscript.pt",
+        dtype="bfloat16",
+    )
     no_half_precision(home, monkeypatch)
     (warning,) = [str(f) for f in examine(home, "predict") if f.level == "warning"]
     assert "no quick way to multiply in bfloat16: export it as float32" in warning
@@ -311,18 +458,25 @@ def test_few_questions_have_a_profile(home):
 def test_a_gpu_is_described(home, monkeypatch, capability, dtype):
     gpu("A GPU", capability, 14 * 2**30, 15 * 2**30)(home, monkeypatch)
     text = "".join(map(str, examine(home, TRAIN)))
-    assert f"A GPU, compute capability {capability[0]}.{capability[1]}, 15.0 GiB memory, 14.0 GiB of it free" in text
+    assert (
+        f"A GPU, compute capability {capability[0]}.{capability[1]}, 15.0 GiB memory, 14.0 GiB of "
+        f"it free" in text
+    )
     assert f"weights in {dtype}: " in text and "GPU memory: about" in text
 
 
 def test_packages_that_a_stage_does_not_need_are_no_problem(home, monkeypatch):
     installed(peft=None, torchao="0.10.0")(home, monkeypatch)
-    assert "peft is not installed" in "".join(f.what for f in examine(home, "predict") if f.level == "note")
+    assert "peft is not installed" in "".join(
+        f.what for f in examine(home, "predict") if f.level == "note"
+    )
     assert print_findings(examine(home, "predict"))
 
 
 def test_importing_is_light_and_a_stage_must_exist():
     light = "import sys, bridgeblip.hosting.doctor; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", light], check=True, cwd=ROOT)
-    with pytest.raises(InputError, match="stage 'test' does not exist: expected one of train, export, predict"):
+    with pytest.raises(
+        InputError, match="stage 'test' does not exist: expected one of train, export, predict"
+    ):
         check("test")

@@ -32,7 +32,12 @@ def weights(base, processor, tmp_path_factory):
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3)
-    manifest = {"base": str(base), "revision": None, "layers": list(LAYERS), "bridge": vars(settings)}
+    manifest = {
+        "base": str(base),
+        "revision": None,
+        "layers": list(LAYERS),
+        "bridge": vars(settings),
+    }
     path = tmp_path_factory.mktemp("weights") / "weights-0.pt"
     save_weights(path, trained_tensors(model), manifest)
     return path
@@ -47,7 +52,9 @@ def exported(weights):
 def result_of_training(base, competition, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     settings = TrainSettings(validation_fraction=0.25, learning_rate=1e-2)
-    return train(competition / "train.csv", base, folder, settings, BridgeSettings(rank=192), LAYERS).weights[0]
+    return train(
+        competition / "train.csv", base, folder, settings, BridgeSettings(rank=192), LAYERS
+    ).weights[0]
 
 
 def call(model, inputs):
@@ -70,21 +77,32 @@ def test_trace_equals_the_trained_model_whatever_the_shape(weights, processor, q
 
 
 def test_single_token_self_attention_is_exact(base, processor):
-    attention = load_sliced(base, processor.letter_ids, LAYERS).language_model.decoder.block[0].layer[0].SelfAttention
+    attention = (
+        load_sliced(base, processor.letter_ids, LAYERS)
+        .language_model.decoder.block[0]
+        .layer[0]
+        .SelfAttention
+    )
     hidden = torch.randn(5, 1, 32)
     torch.testing.assert_close(SingleTokenSelfAttention(attention)(hidden)[0], attention(hidden)[0])
 
 
 def test_no_device_constant_survives_saving_and_loading(exported):
     loaded = torch.jit.load(str(exported[0]))
-    kinds = [n.output().type().kind() for g in graphs(loaded) for n in g.findAllNodes("prim::Constant")]
+    kinds = [
+        n.output().type().kind() for g in graphs(loaded) for n in g.findAllNodes("prim::Constant")
+    ]
     assert kinds and "DeviceObjType" not in kinds
 
 
 def test_dead_work_is_gone(exported):
     names = [name for name, _ in torch.jit.load(str(exported[0])).named_parameters()]
     assert not [n for n in names if "lora" in n or "lm_head" in n]
-    assert not [n for n in names if "decoder" in n and "SelfAttention" in n and n.split(".")[-2] in ("q", "k")]
+    assert not [
+        n
+        for n in names
+        if "decoder" in n and "SelfAttention" in n and n.split(".")[-2] in ("q", "k")
+    ]
 
 
 def test_parity_table_covers_each_form(exported):
@@ -121,11 +139,13 @@ def swap_layers(wrapper, *inputs):
 
 FAULTS = {
     "head dropped": lambda wrapper, *inputs: wrapper.model.score(*inputs).float() * 0,
-    "mask ignored": lambda wrapper, *inputs: wrapper.model.score(*inputs[:4], torch.ones_like(inputs[4])).float(),
-    "one layer swapped": swap_layers,
-    "prompt not given to the Q-Former": lambda wrapper, embeds, ids, mask, *text: wrapper.model.score(
-        embeds, ids, torch.zeros_like(mask), *text
+    "mask ignored": lambda wrapper, *inputs: wrapper.model.score(
+        *inputs[:4], torch.ones_like(inputs[4])
     ).float(),
+    "one layer swapped": swap_layers,
+    "prompt not given to the Q-Former": lambda wrapper, embeds, ids, mask, *text: (
+        wrapper.model.score(embeds, ids, torch.zeros_like(mask), *text).float()
+    ),
 }
 
 
@@ -139,7 +159,12 @@ def test_a_fault_planted_in_tracing_stops_the_export(weights, tmp_path, monkeypa
 
 
 def test_the_margin_that_training_recorded_travels_with_the_file(weights, tmp_path):
-    assert load_bundle(export_bundle(weights, tmp_path / "plain.pt")[0]).manifest["trained"]["permute_below"] is None
+    assert (
+        load_bundle(export_bundle(weights, tmp_path / "plain.pt")[0]).manifest["trained"][
+            "permute_below"
+        ]
+        is None
+    )
     shutil.copy(weights, tmp_path)
     save_best(tmp_path, [0.5], 0.125)
     path, _ = export_bundle(tmp_path / weights.name, tmp_path / "torchscript.pt")
@@ -167,7 +192,8 @@ def test_weights_on_another_base_of_the_same_shape_are_caught(result_of_training
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_base_is_caught_in_half_precision_too(competition, tmp_path, dtype):
-    """On a pretrained base: what rounding does to random weights of that size is anybody's guess."""
+    """On a pretrained base: what rounding does to random weights of that size is anybody's
+    guess."""
     weights = train(
         competition / "train.csv", "tiny", tmp_path / "run", TrainSettings(validation_fraction=0.25)
     ).weights
@@ -221,9 +247,15 @@ def test_a_complete_state_dict_exports_too(weights, base, tmp_path):
 
 def test_weights_of_another_base_are_refused(weights, tmp_path):
     loaded = load_weights(weights)
-    save_weights(tmp_path / "weights-0.pt", loaded.tensors, loaded.manifest | {"processor": "another"})
+    save_weights(
+        tmp_path / "weights-0.pt", loaded.tensors, loaded.manifest | {"processor": "another"}
+    )
     with pytest.raises(InputError, match="another tokenizer"):
         restore(tmp_path / "weights-0.pt")
-    save_weights(tmp_path / "weights-1.pt", loaded.tensors, loaded.manifest | {"base": "tiny", "layers": [0, 3]})
+    save_weights(
+        tmp_path / "weights-1.pt",
+        loaded.tensors,
+        loaded.manifest | {"base": "tiny", "layers": [0, 3]},
+    )
     with pytest.raises(InputError, match="do not fit"):
         restore(tmp_path / "weights-1.pt")

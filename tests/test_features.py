@@ -3,7 +3,14 @@ import torch
 from conftest import LAYERS
 
 from bridgeblip.bridge.config import BridgeSettings
-from bridgeblip.bridge.features import CachedPictures, FeatureCache, clear, default_folder, encoder_key, fill
+from bridgeblip.bridge.features import (
+    CachedPictures,
+    FeatureCache,
+    clear,
+    default_folder,
+    encoder_key,
+    fill,
+)
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.train import train
 from bridgeblip.data.pictures import picture_keys
@@ -30,17 +37,25 @@ def pictures(questions):
 def encodings(model, monkeypatch):
     """How many pictures were encoded, call by call."""
     sizes, encode = [], model.encode_image
-    monkeypatch.setattr(model, "encode_image", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(
+        model, "encode_image", lambda pixels: sizes.append(len(pixels)) or encode(pixels)
+    )
     return sizes
 
 
-def test_each_distinct_picture_is_encoded_once(cache, model, processor, pictures, questions, encodings):
+def test_each_distinct_picture_is_encoded_once(
+    cache, model, processor, pictures, questions, encodings
+):
     assert fill(cache, model, processor, pictures, 5)
     assert len(questions) == 72 and encodings == [5, 5, 2]
-    assert fill(cache, model, processor, pictures, 5) and len(encodings) == 3  # nothing is left to do
+    assert (
+        fill(cache, model, processor, pictures, 5) and len(encodings) == 3
+    )  # nothing is left to do
     read = CachedPictures(cache, picture_keys(q.image for q in questions))
     cached = processor.collate(questions[:7], read)
-    assert "pixel_values" not in cached and cached["labels"].tolist() == [q.answer for q in questions[:7]]
+    assert "pixel_values" not in cached and cached["labels"].tolist() == [
+        q.answer for q in questions[:7]
+    ]
     fresh = model.encode_image(processor.collate(questions[:7])["pixel_values"])
     torch.testing.assert_close(cached["image_embeds"], fresh, atol=1e-5, rtol=1e-5)
 
@@ -56,7 +71,9 @@ def test_torn_features_are_made_anew(cache, model, processor, pictures, encoding
     cache.path(third).unlink()
     assert not any(cache.has(key) for key in (first, second, third))
     assert fill(cache, model, processor, pictures, 5)
-    assert encodings == [5, 5, 2, 5] and torch.equal(cache.read(first), whole)  # the same batch, so the same bits
+    assert encodings == [5, 5, 2, 5] and torch.equal(
+        cache.read(first), whole
+    )  # the same batch, so the same bits
 
 
 def test_the_share_of_each_process_adds_up(cache, model, processor, pictures, encodings):
@@ -73,7 +90,9 @@ def test_room_is_made_by_what_was_used_longest_ago(cache, model, processor, pict
     assert all(other.has(key) for key in pictures)
     assert 0 < sum(cache.has(key) for key in pictures) < len(pictures)
     third = FeatureCache(tmp_path, "a third one")
-    assert not fill(third, model, processor, pictures, 5, limit=size // 2) and not third.has(next(iter(pictures)))
+    assert not fill(third, model, processor, pictures, 5, limit=size // 2) and not third.has(
+        next(iter(pictures))
+    )
 
 
 def test_another_encoder_has_another_key(model, processor):
@@ -90,7 +109,15 @@ def test_training_is_the_same_with_and_without_cache(base, competition, tmp_path
 
     def trained(name, features):
         bridge = BridgeSettings(rank=192)
-        train(competition / "train.csv", base, tmp_path / name, settings, bridge, LAYERS, features=features)
+        train(
+            competition / "train.csv",
+            base,
+            tmp_path / name,
+            settings,
+            bridge,
+            LAYERS,
+            features=features,
+        )
         return load_weights(tmp_path / name / "weights-0.pt").tensors
 
     cached, fresh = trained("cached", tmp_path / "features"), trained("fresh", None)
@@ -98,16 +125,23 @@ def test_training_is_the_same_with_and_without_cache(base, competition, tmp_path
         torch.testing.assert_close(cached[name], fresh[name], atol=1e-4, rtol=1e-3)
 
 
-def test_room_is_made_and_cleared_in_a_folder_of_our_own_alone(model, processor, questions, tmp_path, monkeypatch):
+def test_room_is_made_and_cleared_in_a_folder_of_our_own_alone(
+    model, processor, questions, tmp_path, monkeypatch
+):
     monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path))
-    others = [tmp_path / "drive" / "base.safetensors", default_folder() / "instructblip" / "model.safetensors"]
+    others = [
+        tmp_path / "drive" / "base.safetensors",
+        default_folder() / "instructblip" / "model.safetensors",
+    ]
     for path in others:
         path.parent.mkdir(parents=True)
         path.write_bytes(b"not ours")
     cache = FeatureCache(default_folder(), encoder_key(model, processor))
     paths = {key: path for path, key in picture_keys(q.image for q in questions[:3]).items()}
     size = model.encode_image(processor.blank_pixels[None]).nbytes
-    assert fill(cache, model, processor, paths, 2, limit=size * len(paths))  # what else there is would be in the way
+    assert fill(
+        cache, model, processor, paths, 2, limit=size * len(paths)
+    )  # what else there is would be in the way
     assert all(path.read_bytes() == b"not ours" for path in others)
     count, total = clear()
     assert count == len(paths) + 1 and total > size * len(paths)

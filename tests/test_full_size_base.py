@@ -8,7 +8,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
+from transformers import (
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+)
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import INDEX_FILE, LM_HEAD
@@ -27,7 +31,9 @@ def scaled_down() -> dict:
     narrow = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     config["vision_config"] |= narrow
     config["qformer_config"] |= narrow | dict(encoder_hidden_size=16)
-    config["text_config"] |= dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=4, num_heads=2)
+    config["text_config"] |= dict(
+        d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=4, num_heads=2
+    )
     return config
 
 
@@ -44,7 +50,11 @@ def tensors(folder):
 
 
 def read_tensors(folder) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def test_full_size_counts():
@@ -60,31 +70,54 @@ def test_full_size_counts():
 
 
 def test_hugging_face_loads_every_tensor_and_keeps_the_lm_head_untied(folder, tensors):
-    model, info = InstructBlipForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    assert {name: list(found) for name, found in info.items() if found} == {}  # missing, unexpected, mismatched
-    state = {name: tensor for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
-    assert {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in state.items()}
+    model, info = InstructBlipForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert {
+        name: list(found) for name, found in info.items() if found
+    } == {}  # missing, unexpected, mismatched
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if "embed_tokens" not in name
+    }
+    assert {name: t.shape for name, t in tensors.items()} == {
+        name: t.shape for name, t in state.items()
+    }
     assert all(torch.equal(tensors[name], state[name]) for name in tensors)
-    assert state[LM_HEAD].data_ptr() != state[SHARED].data_ptr() and not torch.equal(state[LM_HEAD], state[SHARED])
+    assert state[LM_HEAD].data_ptr() != state[SHARED].data_ptr() and not torch.equal(
+        state[LM_HEAD], state[SHARED]
+    )
     assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in tensors.values())
     text = model.config.text_config
-    assert not text.scale_decoder_outputs and text.dense_act_fn == "gelu" and text.decoder_start_token_id == 0
-    assert model.generation_config.decoder_start_token_id == 0 and model.generation_config.eos_token_id == 1
+    assert (
+        not text.scale_decoder_outputs
+        and text.dense_act_fn == "gelu"
+        and text.decoder_start_token_id == 0
+    )
+    assert (
+        model.generation_config.decoder_start_token_id == 0
+        and model.generation_config.eos_token_id == 1
+    )
 
 
 def test_shards_and_index_agree(folder, tensors):
     index = json.loads((folder / INDEX_FILE).read_text())
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(files) > 2
-    assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    assert files == [
+        f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)
+    ]
     assert index["weight_map"].keys() == tensors.keys()
-    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert index["metadata"]["total_parameters"] == sum(
+        tensor.numel() for tensor in tensors.values()
+    )
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     for file in files:
         with safe_open(folder / file, framework="pt") as shard:
             names = list(shard.keys())
             assert shard.metadata() == {"format": "pt"}
-        assert {name for name, held_by in index["weight_map"].items() if held_by == file} == set(names)
+        assert {name for name, held_by in index["weight_map"].items() if held_by == file} == set(
+            names
+        )
         assert sum(tensors[name].nbytes for name in names) <= SHARD_BYTES
 
 
@@ -98,7 +131,9 @@ def test_values_are_distinct_and_depend_on_nothing_but_the_seed(tensors, tmp_pat
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     write_base(scaled_down(), tmp_path / "other", seed=1)
     other = read_tensors(tmp_path / "other")
-    assert not any(torch.equal(other[name], half[name]) for name in tensors if tensors[name].dim() > 1)
+    assert not any(
+        torch.equal(other[name], half[name]) for name in tensors if tensors[name].dim() > 1
+    )
 
 
 def test_processor_has_the_real_ids(folder):
@@ -110,11 +145,19 @@ def test_processor_has_the_real_ids(folder):
     assert bert.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]) == [
         0, 100, 101, 102, 103, 30522,
     ]  # fmt: skip
-    assert (len(t5), len(bert), bert.bos_token, theirs.num_query_tokens) == (32101, 30523, "[DEC]", 32)
+    assert (len(t5), len(bert), bert.bos_token, theirs.num_query_tokens) == (
+        32101,
+        30523,
+        "[DEC]",
+        32,
+    )
     ours = QuestionProcessor.from_base(folder)
     assert ours.letter_ids == [71, 272, 205, 309]
     assert (ours.image_size, ours.image_token_id, ours.prompt_limit) == ((224, 224), 32100, 512)
-    prompts = ['Which colour is the naïve BUS at 7:45? A. dark-red B. "blue" C. 3/4 D. {x}~z', "jazz"]
+    prompts = [
+        'Which colour is the naïve BUS at 7:45? A. dark-red B. "blue" C. 3/4 D. {x}~z',
+        "jazz",
+    ]
     expected = theirs(text=prompts, padding=True, return_tensors="pt")
     got = ours.encode_prompts(prompts)
     assert not (got["input_ids"] == t5.unk_token_id).any()
@@ -129,7 +172,9 @@ def test_processor_has_the_real_ids(folder):
 def test_logits_depend_on_picture_and_prompt(folder):
     processor = QuestionProcessor.from_base(folder)
     model = load_sliced(folder, processor.letter_ids, [0, 3])
-    prompts = processor.encode_prompts(["Which digit is shown?"] * 2 + ["What is it? A. a cat B. a dog"])
+    prompts = processor.encode_prompts(
+        ["Which digit is shown?"] * 2 + ["What is it? A. a cat B. a dog"]
+    )
     noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     pictures = [processor.pixels(Image.fromarray(noise[i])) for i in (0, 1, 0)]
     first, other_picture, other_prompt = model(**prompts, pixel_values=torch.stack(pictures)).logits
@@ -140,7 +185,10 @@ def test_logits_depend_on_picture_and_prompt(folder):
 def test_a_processor_is_copied_and_nothing_else(folder, tmp_path):
     out = tmp_path / "copy"
     write_base(scaled_down(), out, processor=folder)
-    assert QuestionProcessor.from_base(out).fingerprint == QuestionProcessor.from_base(folder).fingerprint
+    assert (
+        QuestionProcessor.from_base(out).fingerprint
+        == QuestionProcessor.from_base(folder).fingerprint
+    )
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"  # the copy's own
     assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
 

@@ -45,7 +45,12 @@ def make_bundle(base, processor, folder):
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3)
-    manifest = {"base": str(base), "revision": None, "layers": list(LAYERS), "bridge": vars(BridgeSettings(rank=192))}
+    manifest = {
+        "base": str(base),
+        "revision": None,
+        "layers": list(LAYERS),
+        "bridge": vars(BridgeSettings(rank=192)),
+    }
     save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
     return export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")[0]
 
@@ -101,15 +106,22 @@ def test_no_memory_for_the_file_is_not_called_damage(bundle_path, monkeypatch):
         torch.empty(2**60, dtype=torch.uint8)  # the allocator refuses in its own words
 
     monkeypatch.setattr(torch.jit, "load", refuse)
-    with pytest.raises(InputError, match=r"no memory on cpu for .*torchscript\.pt, 0\.\d GB: restart this"):
+    with pytest.raises(
+        InputError, match=r"no memory on cpu for .*torchscript\.pt, 0\.\d GB: restart this"
+    ):
         load_bundle(bundle_path)
 
 
 def test_answers_as_the_trained_model_does(bundle, bundle_path, asked):
     trained = restore(bundle_path.with_name("weights-0.pt")).model
-    expected = predict(Bundle(trained, bundle.processor, {}, torch.device("cpu")), asked).probabilities
+    expected = predict(
+        Bundle(trained, bundle.processor, {}, torch.device("cpu")), asked
+    ).probabilities
     answers = predict(bundle, asked)
-    assert letters_of(answers.probabilities) == letters_of(expected) and len(set(letters_of(expected))) > 1
+    assert (
+        letters_of(answers.probabilities) == letters_of(expected)
+        and len(set(letters_of(expected))) > 1
+    )
     np.testing.assert_allclose(answers.probabilities, expected, atol=1e-4)
     np.testing.assert_allclose(answers.probabilities.sum(1), 1, atol=1e-5)
     assert not any(answers.flags) and not any(answers.problems)
@@ -121,7 +133,9 @@ def test_official_layout_is_encoded_once_a_picture_in_any_order_and_batch(bundle
     watched = Watched(bundle)
     expected = predict(watched.bundle, rows, batch_size=64).probabilities
     assert sum(watched.encoded) == 213 and max(watched.encoded) <= inference.PICTURES_A_WINDOW
-    np.testing.assert_allclose(predict(bundle, rows, batch_size=1).probabilities, expected, atol=1e-4)
+    np.testing.assert_allclose(
+        predict(bundle, rows, batch_size=1).probabilities, expected, atol=1e-4
+    )
     shuffled = random.Random(0).sample(range(852), 852)
     again = predict(bundle, [rows[i] for i in shuffled], batch_size=7).probabilities
     assert letters_of(again) == [letters_of(expected)[i] for i in shuffled]
@@ -129,12 +143,16 @@ def test_official_layout_is_encoded_once_a_picture_in_any_order_and_batch(bundle
 
 
 def test_long_prompts_come_in_smaller_batches(bundle, asked, monkeypatch):
-    rows = [replace(asked[0], id=str(i), question="digit " * (1 if i % 2 else 80)) for i in range(20)]
+    rows = [
+        replace(asked[0], id=str(i), question="digit " * (1 if i % 2 else 80)) for i in range(20)
+    ]
     monkeypatch.setattr(inference, "TOKENS_A_BATCH", 400)
     watched = Watched(bundle)
     predict(watched.bundle, rows, batch_size=8)
     assert all(size == 1 or size * length <= 400 for size, length in watched.scored)
-    assert sum(size for size, _ in watched.scored) == 20 and {size for size, _ in watched.scored} >= {3, 8}
+    assert sum(size for size, _ in watched.scored) == 20 and {
+        size for size, _ in watched.scored
+    } >= {3, 8}
 
 
 @pytest.mark.filterwarnings("ignore:no memory for")
@@ -144,7 +162,9 @@ def test_batches_that_do_not_fit_are_halved(bundle, asked):
         answers = predict(watched.bundle, asked)
     assert sum(watched.encoded) == 5 and max(watched.encoded) <= 2
     assert max(size for size, _ in watched.scored) == 2
-    np.testing.assert_allclose(answers.probabilities, predict(bundle, asked).probabilities, atol=1e-5)
+    np.testing.assert_allclose(
+        answers.probabilities, predict(bundle, asked).probabilities, atol=1e-5
+    )
     with pytest.raises(RuntimeError, match="allocate memory"):
         predict(Watched(bundle, memory=0).bundle, asked[:1])
 
@@ -177,7 +197,9 @@ def test_unsure_rows_are_averaged_over_the_orders_of_their_choices(bundle, asked
         views = []
         for order in cyclic_orders(question.choices):
             (seen,) = predict(bundle, [question.reordered(order)], permute_below=0).probabilities
-            views.append({question.choices[order.get(place, place)]: p for place, p in enumerate(seen)})
+            views.append(
+                {question.choices[order.get(place, place)]: p for place, p in enumerate(seen)}
+            )
         mean = [np.mean([view[choice] for view in views]) for choice in question.choices]
         np.testing.assert_allclose(averaged, mean, atol=1e-5)
         first = {max(view, key=view.get) for view in views}
@@ -186,9 +208,15 @@ def test_unsure_rows_are_averaged_over_the_orders_of_their_choices(bundle, asked
     half = float(np.median(margins(single.probabilities)))
     some = predict(replace(bundle, manifest={"trained": {"permute_below": half}}), rows)
     asked_again = margins(single.probabilities) < half
-    assert [bool(flags) for flags in some.flags] == asked_again.tolist() and 0 < asked_again.sum() < 8
-    np.testing.assert_allclose(some.probabilities[asked_again], every.probabilities[asked_again], atol=1e-5)
-    np.testing.assert_allclose(some.probabilities[~asked_again], single.probabilities[~asked_again], atol=1e-5)
+    assert [
+        bool(flags) for flags in some.flags
+    ] == asked_again.tolist() and 0 < asked_again.sum() < 8
+    np.testing.assert_allclose(
+        some.probabilities[asked_again], every.probabilities[asked_again], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        some.probabilities[~asked_again], single.probabilities[~asked_again], atol=1e-5
+    )
 
 
 def test_permutation_margin_is_chosen_only_where_it_pays():
@@ -204,7 +232,9 @@ def test_permutation_margin_is_chosen_only_where_it_pays():
     assert 0.1 < threshold < 0.3 and (margins(single) < threshold).sum() == 8
     assert choose_permutation_margin(single, single, answers) is None
     assert choose_permutation_margin(averaged[8:], single[8:], answers[8:]) > 0.8  # it pays for all
-    assert choose_permutation_margin(single[5:], averaged[5:], answers[5:]) is None  # three rows: that may be luck
+    assert (
+        choose_permutation_margin(single[5:], averaged[5:], answers[5:]) is None
+    )  # three rows: that may be luck
 
 
 def test_numbers_that_are_none_are_refused(bundle, asked):
@@ -212,7 +242,9 @@ def test_numbers_that_are_none_are_refused(bundle, asked):
         def score(self, embeds, **texts):
             return super().score(embeds, **texts) * float("nan")
 
-    with pytest.raises(InputError, match=r"gives .* no finite number: export it as bfloat16 or float32"):
+    with pytest.raises(
+        InputError, match=r"gives .* no finite number: export it as bfloat16 or float32"
+    ):
         predict(Broken(bundle).bundle, asked)
 
 
@@ -228,9 +260,16 @@ def test_finished_windows_are_not_answered_again(bundle, asked, tmp_path, monkey
     watched = Watched(bundle)
     again = predict(watched.bundle, asked, permute_below=0.2, out=out)
     printed = capsys.readouterr().out
-    assert sum(watched.encoded) == 2 and "passing over 1 windows" in printed and "3 of 5 windows" in printed
+    assert (
+        sum(watched.encoded) == 2
+        and "passing over 1 windows" in printed
+        and "3 of 5 windows" in printed
+    )
     assert (again.probabilities == expected.probabilities).all() and again.flags == expected.flags
-    for settings in ({"permute_below": 0}, {"batch_size": 4}):  # the windows now belong to other settings
+    for settings in (
+        {"permute_below": 0},
+        {"batch_size": 4},
+    ):  # the windows now belong to other settings
         watched = Watched(bundle)
         predict(watched.bundle, asked, **settings, out=out)
         assert sum(watched.encoded) == 5 and "passing over 5 windows" in capsys.readouterr().out
@@ -248,14 +287,20 @@ def test_unusable_bundles_are_one_clear_error(bundle, bundle_path, tmp_path, dam
     path = tmp_path / "torchscript.pt"
     content = bundle_path.read_bytes()
     middle = len(content) // 2
-    changes = {"newer": {"format": 99}, "other processor": {"processor": "another"}, "other prompt": {"prompt": "?"}}
+    changes = {
+        "newer": {"format": 99},
+        "other processor": {"processor": "another"},
+        "other prompt": {"prompt": "?"},
+    }
     if damage == "weights only":
         (tmp_path / "weights-0.pt").write_bytes(b"")
     elif damage == "other hash":
         path.write_bytes(content)
         path.with_name("torchscript.pt.sha256").write_text(f"{'0' * 64}  torchscript.pt\n")
     elif damage in ("torn", "text", "flipped"):
-        with zipfile.ZipFile(bundle_path) as archive:  # a bit of a tensor: between the files there is only padding
+        with zipfile.ZipFile(
+            bundle_path
+        ) as archive:  # a bit of a tensor: between the files there is only padding
             tensors = [part for part in archive.infolist() if "/data/" in part.filename]
             tensor = archive.read(max(tensors, key=lambda part: part.file_size))
         place = content.index(tensor) + len(tensor) // 2
@@ -263,13 +308,17 @@ def test_unusable_bundles_are_one_clear_error(bundle, bundle_path, tmp_path, dam
         path.write_bytes({"torn": content[:middle], "text": b"hello", "flipped": flipped}[damage])
     elif damage != "missing":
         manifest = json.dumps(bundle.manifest | changes.get(damage, {}))
-        files = bundle.processor.files | {"manifest.json": "{}" if damage == "no manifest" else manifest}
+        files = bundle.processor.files | {
+            "manifest.json": "{}" if damage == "no manifest" else manifest
+        }
         torch.jit.save(bundle.model, str(path), _extra_files={} if damage == "foreign" else files)
     messages = {
         "missing": "train.ipynb first", "weights only": "torchscript.ipynb first", "newer": "update bridgeblip",
         "torn": "no whole TorchScript", "text": "no whole TorchScript", "flipped": "is damaged",
-        "other hash": r"not the SHA-256 that .*torchscript\.pt\.sha256 names", "foreign": "no bridgeblip bundle",
-        "no manifest": "no readable manifest", "other processor": "processor inside", "other prompt": "prompt '\\?'",
+        "other hash": r"not the SHA-256 that .*torchscript\.pt\.sha256 names", "foreign": "no "
+                                                                                          "bridgeblip bundle",
+        "no manifest": "no readable "
+                       "manifest", "other processor": "processor inside", "other prompt": "prompt '\\?'",
     }  # fmt: skip
     with pytest.raises(InputError, match=rf"torchscript\.pt.*{messages[damage]}") as caught:
         load_bundle(path)
@@ -283,12 +332,20 @@ def test_a_bundle_with_its_hash_beside_it_loads(bundle_path, tmp_path):
     assert load_bundle(path).fingerprint == load_bundle(bundle_path).fingerprint != ""
 
 
-def test_the_command_refuses_other_ids_early_and_tells_of_problems(bundle_path, competition, tmp_path, capsys):
+def test_the_command_refuses_other_ids_early_and_tells_of_problems(
+    bundle_path, competition, tmp_path, capsys
+):
     table = pd.read_csv(competition / "test.csv", dtype=str).head(4)
     (tmp_path / "a.png").write_bytes((competition / table["img_path"][0]).read_bytes())
     table["img_path"] = ["a.png", "lost.png", "a.png", "a.png"]
     table.to_csv(tmp_path / "test.csv", index=False)
-    arguments = ["predict", "--csv", str(tmp_path / "test.csv"), "--out", str(tmp_path / "submission.csv")]
+    arguments = [
+        "predict",
+        "--csv",
+        str(tmp_path / "test.csv"),
+        "--out",
+        str(tmp_path / "submission.csv"),
+    ]
     (tmp_path / "sample_submission.csv").write_text("ID,answer\nTEST_0000,-\n")
     (tmp_path / "empty.pt").touch()
     assert main([*arguments, "--model", str(tmp_path / "empty.pt")]) == 2  # never opened
@@ -315,7 +372,8 @@ def written(out):
 
 @pytest.fixture(scope="module")
 def uninterrupted(bundle_path, official, tmp_path_factory):
-    """The command in a process that can import none of the training libraries, beside nothing but the bundle."""
+    """The command in a process that can import none of the training libraries, beside nothing but
+    the bundle."""
     alone = tmp_path_factory.mktemp("alone")
     (alone / "torchscript.pt").write_bytes(bundle_path.read_bytes())
     out = alone / "submission.csv"
@@ -343,7 +401,9 @@ def test_needs_neither_transformers_nor_peft(uninterrupted, bundle_path, officia
     assert list(pd.read_csv(uninterrupted)["answer"]) == letters_of(expected.probabilities)
 
 
-def test_killed_at_any_moment_and_run_again_gives_the_same_files(uninterrupted, bundle_path, official, tmp_path):
+def test_killed_at_any_moment_and_run_again_gives_the_same_files(
+    uninterrupted, bundle_path, official, tmp_path
+):
     out = tmp_path / "submission.csv"
     arguments = [sys.executable, "-m", "bridgeblip", *command(bundle_path, official, out)]
     generator = random.Random(time.time_ns())
@@ -352,7 +412,9 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_files(uninterrupted, 
         if before > 4:  # of 7: nothing would be left to interrupt
             shutil.rmtree(kept_folder(out))
             before = 0
-        process = subprocess.Popen(arguments, cwd=ROOT, env=ALONE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=ALONE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while len(list(kept_folder(out).glob("*.json"))) <= before and process.poll() is None:
             time.sleep(0.005)
         time.sleep(generator.random() / 2)
@@ -362,15 +424,25 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_files(uninterrupted, 
             assert written(out) == written(uninterrupted)
             out.unlink()
     kept = list(kept_folder(out).glob("*.json"))
-    done = subprocess.run(arguments, cwd=ROOT, env=ALONE, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=ALONE, capture_output=True, text=True, check=True
+    )
     assert ("going on after an interruption" in done.stdout) == bool(kept)
     assert written(out) == written(uninterrupted) and not kept_folder(out).exists()
 
 
 def test_two_processes_share_the_rows(uninterrupted, bundle_path, official, tmp_path):
     out = tmp_path / "submission.csv"
-    # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would start one process
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would start
+    # one process
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+    ]
     done = subprocess.run(
         [*launch, "-m", "bridgeblip", *command(bundle_path, official, out)],
         cwd=ROOT, env=ALONE, capture_output=True, text=True, check=False,
@@ -382,10 +454,29 @@ def test_two_processes_share_the_rows(uninterrupted, bundle_path, official, tmp_
 
 def test_two_processes_evaluate(bundle_path, competition, tmp_path):
     """Answers are gathered twice, with the pictures and without."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+    ]
     csv, page = str(competition / "train.csv"), tmp_path / "report.html"
-    evaluate = ["-m", "bridgeblip", "evaluate", "--model", str(bundle_path), "--csv", csv, "--out", str(page)]
-    done = subprocess.run([*launch, *evaluate], cwd=ROOT, env=ALONE, capture_output=True, text=True, timeout=120)
+    evaluate = [
+        "-m",
+        "bridgeblip",
+        "evaluate",
+        "--model",
+        str(bundle_path),
+        "--csv",
+        csv,
+        "--out",
+        str(page),
+    ]
+    done = subprocess.run(
+        [*launch, *evaluate], cwd=ROOT, env=ALONE, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert page.is_file() and done.stdout.count("wrote") == 1
 
@@ -401,5 +492,7 @@ def test_large_tensors_get_large_pages():
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not pages.is_file() or "[madvise]" not in pages.read_text():
         pytest.skip("this system gives large pages to all, or to none")
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True
+    )
     assert int(done.stdout) < 2**26 / 2**12 / 2, done

@@ -13,7 +13,9 @@ VERBS = ("demo", "doctor", "prepare", "train", "features", "export", "share", "p
 def test_help_names_every_verb_and_loads_nothing_heavy():
     script = "import sys; from bridgeblip.__main__ import build_parser; print(build_parser().format_help()); " \
              "print([m for m in ('torch', 'pandas', 'transformers', 'PIL') if m in sys.modules])"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert all(verb in done.stdout for verb in VERBS)
     assert done.stdout.rstrip().endswith("[]")
 
@@ -28,7 +30,10 @@ def test_every_verb_has_help(verb, capsys):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["train", "--train-csv", "nowhere/train.csv"], "nowhere/train.csv not found: put the organiser's file there"),
+        (
+            ["train", "--train-csv", "nowhere/train.csv"],
+            "nowhere/train.csv not found: put the organiser's file there",
+        ),
         (["export", "--weights", "nowhere/weights-0.pt"], "run train.ipynb first"),
         (["predict", "--model", "nowhere/torchscript.pt"], "nowhere/torchscript.pt not found"),
     ],
@@ -46,5 +51,18 @@ def test_train_export_predict(base, competition, tmp_path, capsys):
                  str(tmp_path), "--rank", "0"]) == 0  # fmt: skip
     assert main(["export", "--weights", str(weights), "--out", str(bundle)]) == 0
     out = tmp_path / "submission.csv"
-    assert main(["predict", "--model", str(bundle), "--csv", str(competition / "test.csv"), "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "predict",
+                "--model",
+                str(bundle),
+                "--csv",
+                str(competition / "test.csv"),
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert out.is_file() and "20 answers" in capsys.readouterr().out

@@ -23,7 +23,8 @@ from bridgeblip.evidence.metrics import (
 
 
 def draw_run(generator, pictures, skill, likeness, sizes=(4, 4)):
-    """Right or wrong by row, and the picture of each row; ``likeness`` is the correlation within a picture."""
+    """Right or wrong by row, and the picture of each row; ``likeness`` is the correlation within a
+    picture."""
     size = generator.integers(sizes[0], sizes[1] + 1, pictures)
     spread = 1 / likeness - 1
     chance = generator.beta(skill * spread, (1 - skill) * spread, pictures)
@@ -49,14 +50,17 @@ def run():
     [(20, 0.7, 0.2, (3, 3)), (60, 0.6, 0.5, (4, 4)), (213, 0.85, 0.3, (1, 7))],
 )
 def test_intervals_cover_what_they_promise(pictures, skill, likeness, sizes, monkeypatch):
-    """95% intervals hold the truth in 92% to 98% of simulated runs; rows drawn one by one would not."""
+    """95% intervals hold the truth in 92% to 98% of simulated runs; rows drawn one by one would
+    not."""
     monkeypatch.setattr(metrics, "RESAMPLES", 500)
     generator, covered, naive, runs = np.random.default_rng(5), 0, 0, 300
     for _ in range(runs):
         right, groups = draw_run(generator, pictures, skill, likeness, sizes)
         estimate = clustered_mean(right, groups)
         covered += estimate.low <= skill <= estimate.high
-        naive += abs(right.mean() - skill) <= 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / len(right))
+        naive += abs(right.mean() - skill) <= 1.96 * np.sqrt(
+            right.mean() * (1 - right.mean()) / len(right)
+        )
     assert 0.92 <= covered / runs <= 0.98
     if likeness == 0.5:
         assert naive / runs < 0.9
@@ -67,7 +71,9 @@ def test_intervals_of_differences_cover(monkeypatch):
     generator, covered, runs = np.random.default_rng(6), 0, 300
     for _ in range(runs):
         first, groups = draw_run(generator, 60, 0.7, 0.3)
-        second = np.where(generator.random(len(first)) < 0.2, generator.random(len(first)) < 0.8, first)
+        second = np.where(
+            generator.random(len(first)) < 0.2, generator.random(len(first)) < 0.8, first
+        )
         truth = 0.2 * (0.8 - 0.7)
         estimate = clustered_mean(second.astype(float) - first, groups, least=-1.0)
         covered += estimate.low <= truth <= estimate.high
@@ -90,16 +96,23 @@ def test_interval_is_the_bootstrap_of_whole_pictures(run, weighted):
     ).confidence_interval
     found = clustered_mean(right, groups, weights if weighted else None)
     assert found.value == pytest.approx(sums.sum() / sizes.sum())
-    assert found.low == pytest.approx(expected.low, abs=0.006) and found.high == pytest.approx(expected.high, abs=0.006)
-    assert found == clustered_mean(right, groups, weights if weighted else None)  # the seed is fixed
+    assert found.low == pytest.approx(expected.low, abs=0.006) and found.high == pytest.approx(
+        expected.high, abs=0.006
+    )
+    assert found == clustered_mean(
+        right, groups, weights if weighted else None
+    )  # the seed is fixed
 
 
 def test_no_interval_is_surer_than_its_pictures():
-    """Where all pictures agree no resample differs: the interval is then that of as many coin tosses."""
+    """Where all pictures agree no resample differs: the interval is then that of as many coin
+    tosses."""
     five = clustered_mean(np.ones(20), np.arange(20) % 5)
     assert (five.value, five.high) == (1, 1) and five.low == pytest.approx(0.025 ** (1 / 5))
     nothing = clustered_mean(np.zeros(20), np.arange(20) % 5, least=-1.0)
-    assert nothing.low == pytest.approx(-nothing.high) and nothing.high == pytest.approx(1 - 0.025 ** (1 / 5))
+    assert nothing.low == pytest.approx(-nothing.high) and nothing.high == pytest.approx(
+        1 - 0.025 ** (1 / 5)
+    )
     assert clustered_mean([True], ["one"]).low == pytest.approx(0.025)
 
 
@@ -116,9 +129,16 @@ def test_measures_equal_scikit_learn(run):
     given = probabilities.argmax(1)
     found = measure(answers, probabilities, groups)
     assert found.accuracy.value == accuracy_score(answers, given) == found.right / found.questions
-    assert (found.questions, found.pictures, found.weighted, found.collapse) == (300, 75, None, None)
+    assert (found.questions, found.pictures, found.weighted, found.collapse) == (
+        300,
+        75,
+        None,
+        None,
+    )
     assert found.confusion == confusion_matrix(answers, given).tolist()
-    assert [part.accuracy.value for part in found.recall] == pytest.approx(recall_score(answers, given, average=None))
+    assert [part.accuracy.value for part in found.recall] == pytest.approx(
+        recall_score(answers, given, average=None)
+    )
     assert [part.rows for part in found.recall] == np.bincount(answers).tolist()
     share, sure = calibration_curve(given == answers, probabilities.max(1), n_bins=10)
     assert [b.accuracy.value for b in found.reliability] == pytest.approx(share)
@@ -152,12 +172,23 @@ def test_parts_are_measured_apart():
 
 
 def test_openers_and_lengths(questions):
-    texts = ["What is, it?"] * 12 + ["what IS shown"] * 3 + ["이 사진에 무엇이 있나요?"] * 10 + ["Why?"] * 2 + [""]
+    texts = (
+        ["What is, it?"] * 12
+        + ["what IS shown"] * 3
+        + ["이 사진에 무엇이 있나요?"] * 10
+        + ["Why?"] * 2
+        + [""]
+    )
     asked = [replace(questions[0], question=text) for text in texts]
     assert openers(asked) == ["what is"] * 15 + ["이 사진에"] * 10 + [OTHER_OPENERS] * 3
     many = [replace(questions[0], question=f"opener {i // 10}") for i in range(200)]
     assert len(set(openers(many))) == metrics.OPENERS_SHOWN + 1
-    lengths = [("a", "b", "c", ""), ("a", "two words", "c", "d"), ("a b c d", "", "", "e"), ("a", "b", "c", "d " * 9)]
+    lengths = [
+        ("a", "b", "c", ""),
+        ("a", "two words", "c", "d"),
+        ("a b c d", "", "", "e"),
+        ("a", "b", "c", "d " * 9),
+    ]
     asked = [replace(questions[0], choices=choices) for choices in lengths]
     assert choice_lengths(asked) == ["1 word", "2 to 3 words", "4 to 6 words", LONG]
     assert guessing(asked) == pytest.approx((1 / 3 + 1 / 4 + 1 / 2 + 1 / 4) / 4)
@@ -180,12 +211,18 @@ def test_comparison_is_paired(run):
     second[right] = np.eye(4)[(answers[right] + 1) % 4]
     found = compare(answers, first, second, groups)
     assert (found.changed, found.gained, found.lost) == (12, 10, 2)
-    assert found.difference.value == pytest.approx(8 / 300) == found.second.value - found.first.value
+    assert (
+        found.difference.value == pytest.approx(8 / 300) == found.second.value - found.first.value
+    )
     assert found.difference.high - found.difference.low < found.second.high - found.second.low
     assert found.difference.low > 0
     back = compare(answers, second, first, groups).difference
-    assert back.value == -found.difference.value and back.high == pytest.approx(-found.difference.low, abs=0.004)
+    assert back.value == -found.difference.value and back.high == pytest.approx(
+        -found.difference.low, abs=0.004
+    )
     same = compare(answers, first, first, groups)
     assert (same.changed, same.difference.value) == (0, 0) and same.difference.high > 0
     weights = np.where(np.isin(np.arange(300), wrong), 2.0, 1.0)
-    assert compare(answers, first, second, groups, weights).difference.value == pytest.approx(18 / 310)
+    assert compare(answers, first, second, groups, weights).difference.value == pytest.approx(
+        18 / 310
+    )

@@ -45,7 +45,9 @@ def test_no_linear_is_given_a_slice(sliced, batch):
     seen = {}
     for name, module in sliced.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: seen.update({name: inputs[0]})
+            )
     sliced(**batch)
     assert len(seen) > 60 and all(inputs.is_contiguous() for inputs in seen.values())
 
@@ -59,7 +61,9 @@ def test_every_kept_tensor_equals_its_source(sliced, hf_model):
 
 
 def test_head_starts_from_the_letters_rows_or_from_noise(base, processor, hf_model, sliced):
-    assert torch.equal(sliced.head.weight, hf_model.language_model.lm_head.weight[processor.letter_ids])
+    assert torch.equal(
+        sliced.head.weight, hf_model.language_model.lm_head.weight[processor.letter_ids]
+    )
     noise = load_sliced(base, processor.letter_ids, LAYERS, head_init="random")
     assert not torch.equal(noise.head.weight, sliced.head.weight)
     with pytest.raises(InputError, match="letter ids"):
@@ -86,7 +90,8 @@ def test_shape_that_contradicts_the_config_is_named(base, processor, tmp_path):
 
 
 def test_frozen_means_frozen_and_in_eval(sliced, batch):
-    """Two steps: nothing frozen moves, every B and the head learn at once, every A one step later."""
+    """Two steps: nothing frozen moves, every B and the head learn at once, every A one step
+    later."""
     model = attach_bridge(sliced, BridgeSettings(rank=192, dropout=0.0)).train()
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -101,14 +106,18 @@ def test_frozen_means_frozen_and_in_eval(sliced, batch):
         if name in frozen:
             assert torch.equal(parameter, frozen[name]), name
             assert parameter.grad is None
-    assert len([n for n in grads if "lora_A" in n]) == 9 * len(LAYERS)  # all but self-attention's q and k
+    assert len([n for n in grads if "lora_A" in n]) == 9 * len(
+        LAYERS
+    )  # all but self-attention's q and k
 
 
 def test_only_the_adapters_dropout_follows_train(sliced, batch):
     model = attach_bridge(sliced, BridgeSettings(rank=192, dropout=0.5))
     model.train()
     torch.manual_seed(0)
-    torch.testing.assert_close(model(**batch).logits, model(**batch).logits)  # B is 0: T5's dropout would show
+    torch.testing.assert_close(
+        model(**batch).logits, model(**batch).logits
+    )  # B is 0: T5's dropout would show
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -160,7 +169,8 @@ def test_picture_and_prompt_both_matter(sliced, batch):
 
 
 def test_small_updates_survive_merging_in_half_precision(base, processor):
-    """Updates far below a step of bfloat16 are there in the mean; rounding to the nearest would lose most of them."""
+    """Updates far below a step of bfloat16 are there in the mean; rounding to the nearest would
+    lose most of them."""
     torch.manual_seed(0)
     sliced = load_sliced(base, processor.letter_ids, LAYERS, dtype=torch.bfloat16)
     model = attach_bridge(sliced, BridgeSettings(rank=192))
@@ -170,15 +180,22 @@ def test_small_updates_survive_merging_in_half_precision(base, processor):
             torch.nn.init.normal_(layer.lora_B["default"].weight, std=3e-4)
             before[name] = layer.get_base_layer().weight.float().clone()
             updates[name] = layer.get_delta_weight("default").detach()
-    merged = {name.replace(".base_layer", ""): w.float() for name, w in merge_bridge(model).named_parameters()}
+    merged = {
+        name.replace(".base_layer", ""): w.float()
+        for name, w in merge_bridge(model).named_parameters()
+    }
     after = {name: merged[f"{name.removeprefix('base_model.model.')}.weight"] for name in before}
     wanted = torch.cat([update.flatten() for update in updates.values()])
     got = torch.cat([(after[name] - before[name]).flatten() for name in before])
-    nearest = torch.cat([((before[n] + u).bfloat16().float() - before[n]).flatten() for n, u in updates.items()])
+    nearest = torch.cat(
+        [((before[n] + u).bfloat16().float() - before[n]).flatten() for n, u in updates.items()]
+    )
     share = [float((moved * wanted).sum() / wanted.square().sum()) for moved in (got, nearest)]
     assert share[0] == pytest.approx(1, abs=0.2) and share[1] < 0.6
     values = torch.randn(1000)
-    steps = (round_fairly(values, torch.bfloat16, torch.Generator()).float() - values).abs() / values.abs()
+    steps = (
+        round_fairly(values, torch.bfloat16, torch.Generator()).float() - values
+    ).abs() / values.abs()
     assert steps.max() < 2**-7
     assert torch.equal(round_fairly(values, torch.float16, torch.Generator()), values.half())
 
@@ -186,7 +203,9 @@ def test_small_updates_survive_merging_in_half_precision(base, processor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_autocast_stops_at_the_model(dtype, base, processor, batch):
     """It would take T5's products that overflow from float32 to float16."""
-    model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS, dtype=dtype), BridgeSettings())
+    model = attach_bridge(
+        load_sliced(base, processor.letter_ids, LAYERS, dtype=dtype), BridgeSettings()
+    )
     wo = model.base_model.model.language_model.encoder.block[0].layer[1].DenseReluDense.wo
     seen = []
     wo.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))

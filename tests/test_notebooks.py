@@ -19,7 +19,12 @@ from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER
 from bridgeblip.training.weights import BEST_FILE, weights_path
 
-WRITTEN_BY_HAND = {"competition/train.csv", "competition/test.csv", f"competition/{SAMPLE_FILE}", "competition/"}
+WRITTEN_BY_HAND = {
+    "competition/train.csv",
+    "competition/test.csv",
+    f"competition/{SAMPLE_FILE}",
+    "competition/",
+}
 WRITTEN_BY_NOTEBOOKS = {"checkpoint/", "checkpoint/torchscript.pt", "torchscript.pt", "torchscript.pt.sha256",
                         f"checkpoint/{BEST_FILE}", BEST_FILE, f"checkpoint/{STATE_FOLDER}/", f"{STATE_FOLDER}/",
                         f"checkpoint/{weights_path('', 0)}", "checkpoint/weights-N.pt", REPORT_FILE, "tensorboard/",
@@ -63,7 +68,9 @@ def texts(notebook) -> list[str]:
 def settings_of(notebook) -> dict[str, object]:
     """What the one cell of settings sets."""
     (cell,) = [cell for cell in notebook.cells if PARAMETERS_TAG in cell.metadata.get("tags", [])]
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+    return {
+        node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body
+    }
 
 
 def imported(notebook) -> dict[str, object]:
@@ -72,7 +79,9 @@ def imported(notebook) -> dict[str, object]:
     for node in nodes(notebook, ast.ImportFrom):
         if node.module.split(".")[0] == "bridgeblip":
             module = importlib.import_module(node.module)
-            found |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
+            found |= {
+                alias.asname or alias.name: getattr(module, alias.name) for alias in node.names
+            }
     return found
 
 
@@ -93,12 +102,18 @@ def test_every_cell_parses_and_holds_no_logic(notebook):
 
 
 def test_chapters(notebook):
-    titles = [line for text in texts(notebook) for line in text.splitlines() if line.startswith("#")]
-    assert titles[0].startswith("# bridgeblip") and len([t for t in titles if t.startswith("# ")]) == 1
+    titles = [
+        line for text in texts(notebook) for line in text.splitlines() if line.startswith("#")
+    ]
+    assert (
+        titles[0].startswith("# bridgeblip") and len([t for t in titles if t.startswith("# ")]) == 1
+    )
     chapters = [title.removeprefix("## ") for title in titles[1:]]
     assert chapters[:3] == ["Set-up", "Settings", "Look at the input"]
     assert chapters[-1] == "Next"
-    after = [chapter for chapter in chapters[3:-1] if chapter in ("Check", "Save", "What was saved")]
+    after = [
+        chapter for chapter in chapters[3:-1] if chapter in ("Check", "Save", "What was saved")
+    ]
     assert len(after) == 2 and after[0] == "Check" and chapters[3] != "Check"
 
 
@@ -137,14 +152,21 @@ def test_set_up_is_the_same_in_all():
     assert found[0] == found[1] == found[2]
     assert "google.colab" in found[0][1].source
     endings = [nbformat.read(ROOT / name, as_version=4).cells[-3:-1] for name in NOTEBOOKS]
-    assert len({cell.source for _, cell in endings}) == len({text.source for text, _ in endings}) == 1
+    assert (
+        len({cell.source for _, cell in endings}) == len({text.source for text, _ in endings}) == 1
+    )
     assert "finish()" in endings[0][1].source
 
 
 def test_set_up_comes_before_any_other_import():
     for name in NOTEBOOKS:
         first, *later = trees(nbformat.read(ROOT / name, as_version=4))
-        before = [alias.name for node in ast.walk(first) if isinstance(node, ast.Import) for alias in node.names]
+        before = [
+            alias.name
+            for node in ast.walk(first)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        ]
         assert before == ["os", "sys"]
         assert later
 
@@ -166,23 +188,35 @@ def test_every_attribute_of_what_a_call_returns_exists(notebook):
     for node in nodes(notebook, ast.Assign):
         if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", None) in known:
             function = known[node.value.func.id]
-            given = function if inspect.isclass(function) else typing.get_type_hints(function)["return"]
+            given = (
+                function if inspect.isclass(function) else typing.get_type_hints(function)["return"]
+            )
             target = node.targets[0]
             names, kinds = (
-                ([target], [given]) if isinstance(target, ast.Name) else (target.elts, typing.get_args(given))
+                ([target], [given])
+                if isinstance(target, ast.Name)
+                else (target.elts, typing.get_args(given))
             )
             types |= {name.id: kind for name, kind in zip(names, kinds, strict=True)}
     checked = 0
     for node in nodes(notebook, ast.Attribute):
         kind = types.get(getattr(node.value, "id", None))
         if inspect.isclass(kind):
-            assert hasattr(kind, node.attr) or node.attr in getattr(kind, "__dataclass_fields__", {}), ast.unparse(node)
+            assert hasattr(kind, node.attr) or node.attr in getattr(
+                kind, "__dataclass_fields__", {}
+            ), ast.unparse(node)
             checked += 1
     assert checked >= 1
 
 
 def test_text_names_only_paths_and_settings_that_exist(notebook):
-    known = WRITTEN_BY_HAND | WRITTEN_BY_NOTEBOOKS | SHOWN_IN_TEXT | settings_of(notebook).keys() | set(NOTEBOOKS)
+    known = (
+        WRITTEN_BY_HAND
+        | WRITTEN_BY_NOTEBOOKS
+        | SHOWN_IN_TEXT
+        | settings_of(notebook).keys()
+        | set(NOTEBOOKS)
+    )
     for text in texts(notebook):
         for span in re.findall(r"`([^`]+)`", text):
             layers = re.fullmatch(r"\d+(,\d+)+", span) and decoder_layers(span)
@@ -190,8 +224,11 @@ def test_text_names_only_paths_and_settings_that_exist(notebook):
 
 
 def test_text_holds_no_figure_that_the_code_knows(notebook):
-    """Any digit outside of code is one too many, but for the order of the notebooks in the title."""
+    """Any digit outside of code is one too many, but for the order of the notebooks in the
+    title."""
     for text in texts(notebook):
         prose = re.sub(r"`[^`]*`|\]\([^)]*\)|^# bridgeblip \d of \d:", "", text)
-        found = {word.strip(".,;:()") for word in prose.split() if re.search(r"\d", word)} - WORDS_WITH_DIGITS
+        found = {
+            word.strip(".,;:()") for word in prose.split() if re.search(r"\d", word)
+        } - WORDS_WITH_DIGITS
         assert not found, found

@@ -33,12 +33,29 @@ class Tags(HTMLParser):
 
 def is_self_contained(html):
     tags = Tags(html).tags
-    assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object", "embed", "base", "form", "a"}
+    assert not {tag for tag, _ in tags} & {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "a",
+    }
     for _, attributes in tags:
-        assert not [name for name in attributes if name.startswith("on") or name in ("href", "srcset", "background")]
+        assert not [
+            name
+            for name in attributes
+            if name.startswith("on") or name in ("href", "srcset", "background")
+        ]
         assert attributes.get("src", "data:image/").startswith("data:image/")
     without_data = re.sub(r'src="data:[^"]*"', "", html)
-    return "http" not in without_data.replace("http-equiv", "") and "url(" not in without_data and "@import" not in html
+    return (
+        "http" not in without_data.replace("http-equiv", "")
+        and "url(" not in without_data
+        and "@import" not in html
+    )
 
 
 @pytest.fixture
@@ -46,7 +63,13 @@ def hostile(questions, tmp_path):
     """Questions whose texts and file try to break the page, some Korean, and probabilities."""
     broken = tmp_path / "broken.jpg"
     broken.write_text("no picture")
-    texts = {"id": HOSTILE, "question": HOSTILE, "choices": (HOSTILE, "<b>", "사과", ""), "answer": 1, "image": broken}
+    texts = {
+        "id": HOSTILE,
+        "question": HOSTILE,
+        "choices": (HOSTILE, "<b>", "사과", ""),
+        "answer": 1,
+        "image": broken,
+    }
     asked = [replace(questions[0], **texts), *questions[1:12]]
     asked[1] = replace(asked[1], question="이 사진에 무엇이 보입니까?", image=None)
     return asked, np.tile([0.7, 0.1, 0.1, 0.1], (12, 1))
@@ -65,7 +88,10 @@ def test_all_text_is_escaped_and_nothing_is_fetched(hostile, tmp_path):
     assert text.count(HOSTILE) >= 8 and "<b>" in text and "<i>" * 40 in text
     assert "이 사진에 무엇이 보입니까?" in text and "한국어" in text and "사과" in text
     assert html.count("no readable picture") == 4  # two pictures, each in two sections
-    assert '<meta name="viewport" content="width=device-width' in html and "prefers-color-scheme: dark" in html
+    assert (
+        '<meta name="viewport" content="width=device-width' in html
+        and "prefers-color-scheme: dark" in html
+    )
     assert len(html) < 300_000
     write_comparison(out, asked, probabilities, probabilities[:, ::-1], names=(HOSTILE, "b"))
     html = out.read_text(encoding="utf-8")
@@ -77,19 +103,26 @@ def test_sections_without_input_say_so(questions, tmp_path):
     write_report(tmp_path / "report.html", questions, right)
     text = Tags((tmp_path / "report.html").read_text(encoding="utf-8")).text
     for lacking in (
-        "the score without looking", "weighted accuracy", "other models on these questions", "no flags came",
+        "the score "
+        "without looking", "weighted accuracy", "other models on these questions", "no flags came",
         "no list of them", "no times and sizes", "no manifest",
     ):  # fmt: skip
         assert re.search(rf"Not measured: [^.]*{lacking}", text), lacking
     assert "There are none: every answer is right." in text
-    write_report(tmp_path / "report.html", questions, right, flags=[[]] * 72, problems=pd.DataFrame())
+    write_report(
+        tmp_path / "report.html", questions, right, flags=[[]] * 72, problems=pd.DataFrame()
+    )
     text = Tags((tmp_path / "report.html").read_text(encoding="utf-8")).text
     assert "Not measured: no question was asked again" in text and "No row had a problem." in text
 
 
 def test_bars_draw_the_interval():
     html = page.bars([("a", Estimate(0.5, 0.25, 0.875), "note"), ("b", 0.125, "")])
-    assert "50.0%<small>25.0–87.5%</small>" in html and "left:25.0%;width:62.5%" in html and "left:50.0%" in html
+    assert (
+        "50.0%<small>25.0–87.5%</small>" in html
+        and "left:25.0%;width:62.5%" in html
+        and "left:50.0%" in html
+    )
     assert "<th>b</th><td>12.5%</td>" in html
 
 

@@ -9,7 +9,8 @@ from bridgeblip.machine import LARGE, NonFiniteError, choose_precision, slow_for
 
 
 @pytest.mark.parametrize(
-    "capability, expected", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+    "capability, expected",
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
 )
 def test_compute_capability_decides(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -30,7 +31,9 @@ def test_fp16_keeps_what_overflows_in_fp32(base, processor, batch):
     model = load_sliced(base, processor.letter_ids, LAYERS, dtype=torch.float16)
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     wide = {name for name, dtype in kinds.items() if dtype == torch.float32}
-    assert wide == {n for n in kinds if n.endswith("DenseReluDense.wo.weight") or n.startswith("head.")}
+    assert wide == {
+        n for n in kinds if n.endswith("DenseReluDense.wo.weight") or n.startswith("head.")
+    }
     with torch.no_grad():
         half = model(**batch).logits
         full = load_sliced(base, processor.letter_ids, LAYERS)(**batch).logits
@@ -38,7 +41,8 @@ def test_fp16_keeps_what_overflows_in_fp32(base, processor, batch):
 
 
 @pytest.mark.parametrize(
-    "place", ["language_model.encoder.block.1.layer.1.DenseReluDense.wo", "vision_model.post_layernorm"]
+    "place",
+    ["language_model.encoder.block.1.layer.1.DenseReluDense.wo", "vision_model.post_layernorm"],
 )
 def test_the_module_that_overflows_is_named(base, processor, batch, place):
     model = load_sliced(base, processor.letter_ids, LAYERS)
@@ -46,7 +50,9 @@ def test_the_module_that_overflows_is_named(base, processor, batch, place):
         model.get_submodule(place).weight.fill_(3e38)
     with pytest.raises(NonFiniteError, match=place.replace(".", r"\.")):
         model(**batch)
-    bridged = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings(rank=192))
+    bridged = attach_bridge(
+        load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings(rank=192)
+    )
     with torch.no_grad():
         bridged.base_model.model.get_submodule(place).weight.fill_(3e38)
     with pytest.raises(NonFiniteError, match="first module"):
@@ -55,14 +61,19 @@ def test_the_module_that_overflows_is_named(base, processor, batch, place):
 
 def test_half_precision_keeps_the_head_as_it_was_trained(base, processor):
     model = load_sliced(base, processor.letter_ids, LAYERS, dtype=torch.bfloat16)
-    assert {name for name, p in model.named_parameters() if p.dtype == torch.float32} == {"head.weight", "head.bias"}
+    assert {name for name, p in model.named_parameters() if p.dtype == torch.float32} == {
+        "head.weight",
+        "head.bias",
+    }
 
 
 def test_formats_that_a_machine_is_slow_in(monkeypatch):
     assert slow_format("cpu", torch.float32) == ""
     for capability, emulated in (((7, 5), True), ((8, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, has=capability: has)
-        assert bool(slow_format("cuda", torch.bfloat16)) == emulated and not slow_format("cuda", torch.float16)
+        assert bool(slow_format("cuda", torch.bfloat16)) == emulated and not slow_format(
+            "cuda", torch.float16
+        )
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert "no quick way to multiply in float16" in slow_format("cpu", torch.float16)
     assert slow_format("cpu", torch.float32) == ""

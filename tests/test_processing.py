@@ -18,8 +18,13 @@ from bridgeblip.data.pictures import load_ahead
 def theirs(base):
     processor = InstructBlipProcessor.from_pretrained(base)
     settings = processor.image_processor.to_dict()
-    settings = {key: settings[key] for key in ("size", "image_mean", "image_std", "rescale_factor", "resample")}
-    processor.image_processor = BlipImageProcessorPil(**settings)  # with torchvision another one is the default
+    settings = {
+        key: settings[key]
+        for key in ("size", "image_mean", "image_std", "rescale_factor", "resample")
+    }
+    processor.image_processor = BlipImageProcessorPil(
+        **settings
+    )  # with torchvision another one is the default
     return processor
 
 
@@ -30,7 +35,12 @@ def pictures():
 
 
 def test_equals_instructblip_processor_to_the_bit(processor, theirs):
-    prompts = ["Which digit is shown?", "Two  spaces\nand a line, naïve “quotes” <pad> 한글", "x", "A. one B. two"]
+    prompts = [
+        "Which digit is shown?",
+        "Two  spaces\nand a line, naïve “quotes” <pad> 한글",
+        "x",
+        "A. one B. two",
+    ]
     expected = theirs(images=list(pictures()), text=prompts, padding=True, return_tensors="pt")
     got = processor.encode_prompts(prompts)
     got["pixel_values"] = torch.stack([processor.pixels(picture) for picture in pictures()])
@@ -52,14 +62,20 @@ def test_sixteen_bits_are_scaled_not_clipped(processor, tmp_path, suffix):
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     deep.save(tmp_path / f"deep.{suffix}")
     assert torch.equal(processor.load_pixels(tmp_path / f"deep.{suffix}"), expected)
-    assert torch.equal(processor.pixels(Image.fromarray(np.asarray(deep).astype(np.int32))), expected)
-    assert torch.equal(processor.pixels(Image.fromarray(grey.astype(np.int32))), expected)  # eight bits in thirty-two
+    assert torch.equal(
+        processor.pixels(Image.fromarray(np.asarray(deep).astype(np.int32))), expected
+    )
+    assert torch.equal(
+        processor.pixels(Image.fromarray(grey.astype(np.int32))), expected
+    )  # eight bits in thirty-two
 
 
 def test_transparency_is_white_and_exif_rotation_is_applied(processor, tmp_path):
     white = processor.pixels(Image.new("RGB", (9, 9), "white"))
     assert torch.equal(processor.pixels(Image.new("RGBA", (9, 9), (0, 0, 0, 0))), white)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    )
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn by 90 degrees to view"
     picture.save(tmp_path / "turned.png", exif=exif)
@@ -92,7 +108,9 @@ def test_a_long_question_is_cut_at_its_front_and_no_more_than_needed(processor, 
     fitted = processor.fit(long)
     assert fitted.question.startswith("...") and long.question.endswith(fitted.question[3:])
     assert (fitted.choices, fitted.id) == (long.choices, long.id)
-    more = replace(long, question="..." + long.question[-len(fitted.question) + 2 :])  # one character more
+    more = replace(
+        long, question="..." + long.question[-len(fitted.question) + 2 :]
+    )  # one character more
     lengths = [
         max(
             len(tokenizer.encode(processor.prompt(q)))
@@ -108,25 +126,39 @@ def test_a_long_question_is_cut_at_its_front_and_no_more_than_needed(processor, 
 def test_choices_that_are_too_long_by_themselves_are_cut_alike(processor, questions):
     choices = ("one " * 100, "two", "", "four " * 50 + "end")
     fitted = processor.fit(replace(questions[0], choices=choices))
-    assert fitted.question == "..." and fitted.choices[1:3] == ("two", "") and fitted.choices[3].endswith("end")
+    assert (
+        fitted.question == "..."
+        and fitted.choices[1:3] == ("two", "")
+        and fitted.choices[3].endswith("end")
+    )
     assert len(fitted.choices[0]) == len(fitted.choices[3]) > 50
     processor.encode_prompts([processor.prompt(fitted)])
 
 
 def test_collate(processor, questions):
     batch = processor.collate(questions[:5])
-    assert batch["pixel_values"].shape == (5, 3, 32, 32) and batch["pixel_values"].dtype == torch.float32
+    assert (
+        batch["pixel_values"].shape == (5, 3, 32, 32)
+        and batch["pixel_values"].dtype == torch.float32
+    )
     assert batch["labels"].tolist() == [q.answer for q in questions[:5]]
-    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [processor.num_query_tokens] * 5
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [
+        processor.num_query_tokens
+    ] * 5
 
 
 def test_files_carry_everything(processor):
     again = QuestionProcessor(dict(processor.files))
     assert again.fingerprint == processor.fingerprint
     prompt = ["Which digit is shown?"]
-    assert torch.equal(again.encode_prompts(prompt)["input_ids"], processor.encode_prompts(prompt)["input_ids"])
+    assert torch.equal(
+        again.encode_prompts(prompt)["input_ids"], processor.encode_prompts(prompt)["input_ids"]
+    )
     changed = json.loads(processor.files["processor.json"]) | {"image_mean": [0, 0, 0]}
-    assert QuestionProcessor(processor.files | {"processor.json": json.dumps(changed)}).fingerprint != again.fingerprint
+    assert (
+        QuestionProcessor(processor.files | {"processor.json": json.dumps(changed)}).fingerprint
+        != again.fingerprint
+    )
 
 
 def test_incomplete_folder_is_named(tmp_path):

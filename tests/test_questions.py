@@ -25,7 +25,10 @@ def test_prompt_is_pinned():
     assert render_prompt("What is it?", ("a cat", "a dog", "a cow", "an owl")) == (
         "Question: What is it? Options: A. a cat B. a dog C. a cow D. an owl Short answer:"
     )
-    assert render_prompt("Which?", ("x", "", "y", "")) == "Question: Which? Options: A. x C. y Short answer:"
+    assert (
+        render_prompt("Which?", ("x", "", "y", ""))
+        == "Question: Which? Options: A. x C. y Short answer:"
+    )
 
 
 def test_reads_the_official_form(competition):
@@ -108,12 +111,16 @@ def test_lines_are_those_of_the_file(competition, tmp_path):
 
 def test_letters_are_those_of_the_header(competition, tmp_path):
     assert read_questions(competition / "train.csv")[0].letters == ("A", "B", "C", "D")
-    lower = read_questions(rewrite(competition, tmp_path, lambda table: table.rename(columns=str.lower)))
+    lower = read_questions(
+        rewrite(competition, tmp_path, lambda table: table.rename(columns=str.lower))
+    )
     assert lower[0].letters == ("a", "b", "c", "d")
 
 
 def test_a_comma_without_quotes_is_no_shifted_column(tmp_path):
-    (tmp_path / "x.csv").write_text("ID,img_path,Question,A,B,C,D\n1,a.png,Well, what is it?,a,b,c,d\n")
+    (tmp_path / "x.csv").write_text(
+        "ID,img_path,Question,A,B,C,D\n1,a.png,Well, what is it?,a,b,c,d\n"
+    )
     with pytest.raises(InputError, match=r"x\.csv is no CSV table .*length of data"):
         read_questions(tmp_path / "x.csv", strict=False)
     (tmp_path / "x.csv").write_text("ID,img_path,Question,A,B,C,D\n1,a.png,What?,a,b\n")
@@ -129,21 +136,27 @@ def test_a_prediction_survives_bad_rows(competition, tmp_path):
         table.loc[[1, 2, 3, 4, 5, 6], "img_path"] = [
             "no.png", "../secret.png", "a/../../secret.png", str(tmp_path / "secret.png"), "", f"{'x' * 300}.png"
         ]  # fmt: skip
-        table.loc[7, ["answer", "img_path"]] = ["-", f"train_input_images/../{table['img_path'][7]}"]
+        table.loc[7, ["answer", "img_path"]] = [
+            "-",
+            f"train_input_images/../{table['img_path'][7]}",
+        ]
         return table
 
     path = rewrite(competition, tmp_path, change)
     questions = read_questions(path, strict=False)
     assert len(questions) == 72 and not any(q.problem for q in questions[7:])
     assert [q.image is None for q in questions[:8]] == [False, *[True] * 6, False]
-    reasons = ["fewer than two", "fewer than two.*; picture no.png not found", *["outside the folder"] * 3,
+    reasons = ["fewer than two", "fewer than two.*; picture "
+                                 "no.png not found", *["outside the folder"] * 3,
                "not found", "xxx.png not found"]  # fmt: skip
     for question, reason in zip(questions, reasons, strict=False):
         assert re.search(reason, question.problem), question.problem
     assert questions[0].choice_mask == [False, False, False, True] and questions[7].answer is None
 
 
-@pytest.mark.parametrize("change", [lambda t: t.drop(columns="A"), put("ID", "TRAIN_0000"), lambda t: t.head(0)])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.drop(columns="A"), put("ID", "TRAIN_0000"), lambda t: t.head(0)]
+)
 def test_a_prediction_refuses_whole_files_too(competition, tmp_path, change):
     with pytest.raises(InputError, match=r"train\.csv .*(column a|repeated|no rows)"):
         read_questions(rewrite(competition, tmp_path, change), strict=False)
@@ -157,7 +170,11 @@ def test_two_columns_of_one_name_are_refused(competition, tmp_path):
 def test_cyclic_orders_turn_the_filled_choices_only():
     question = Question("1", None, "?", ("w", "", "y", "z"), answer=2)
     turned = [question.reordered(order) for order in cyclic_orders(question.choices)]
-    assert [q.choices for q in turned] == [("w", "", "y", "z"), ("y", "", "z", "w"), ("z", "", "w", "y")]
+    assert [q.choices for q in turned] == [
+        ("w", "", "y", "z"),
+        ("y", "", "z", "w"),
+        ("z", "", "w", "y"),
+    ]
     assert [q.choices[q.answer] for q in turned] == ["y"] * 3
     assert cyclic_orders(("", "x", "", "")) == [{1: 1}] and cyclic_orders(("",) * 4) == [{}]
 
@@ -167,13 +184,17 @@ def test_split_keeps_every_picture_on_one_side(questions):
     assert len(training) + len(validation) == len(questions)
     seen = [{picture_key(q.image) for q in part} for part in (training, validation)]
     assert len(seen[1]) == 3 and not seen[0] & seen[1]
-    assert len(set(picture_keys(q.image for q in questions).values())) == 12  # 72 names, 12 pictures
+    assert (
+        len(set(picture_keys(q.image for q in questions).values())) == 12
+    )  # 72 names, 12 pictures
     assert split_by_picture(questions, 0.25, seed=0) == (training, validation)
     with pytest.raises(InputError, match="12 distinct pictures"):
         split_by_picture(questions, 0.05, seed=0)
 
 
 def test_split_of_fewer_questions_than_letters_can_be_balanced_over(questions):
-    one_each = list({picture_key(q.image): q for q in questions}.values())  # 12, about three of each letter
+    one_each = list(
+        {picture_key(q.image): q for q in questions}.values()
+    )  # 12, about three of each letter
     training, validation = split_by_picture(one_each, 0.1, seed=0)
     assert len(validation) in (1, 2) and len(training) + len(validation) == 12

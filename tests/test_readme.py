@@ -1,4 +1,5 @@
-"""The pages name only what exists, show only commands that run, and quote only what the code says."""
+"""The pages name only what exists, show only commands that run, and quote only what the code
+says."""
 
 import ast
 import json
@@ -28,7 +29,9 @@ PAGES = (*LANGUAGES, "CONTRIBUTING.md", "checkpoint/README.md", "competition/REA
 WRITTEN_BY_USE = {"demo/competition/", "demo/notebooks/", "checkpoint/", "checkpoint/state/", "checkpoint/adapter/",
                   "competition/"}  # fmt: skip
 COMMAND = re.compile(r"(\w+=\S+ )?(\.venv/bin/\w+|python3?|make|pip|hf|accelerate) ")
-MARKED = re.compile(r"\*(Needs .+|.+필요합니다.*)\*")  # the line above a block that can't be run here
+MARKED = re.compile(
+    r"\*(Needs .+|.+필요합니다.*)\*"
+)  # the line above a block that can't be run here
 RUN_ELSEWHERE = {  # command of the README: the file that has the same run, and its words for it
     "make demo": ("tests/test_demo.py", "run_demo(out"),
     "make test": (".ci/run", "make test\n"),
@@ -45,10 +48,14 @@ def text_of(page: str) -> str:
 
 
 def blocks(page: str) -> list[tuple[bool, list[str]]]:
-    """The commands of each code block, and whether the line above says that they can't be run here."""
+    """The commands of each code block, and whether the line above says that they can't be run
+    here."""
     parts = re.split(r"(?m)^```\n", text_of(page))  # prose, code, prose, ...
     found = [
-        (bool(MARKED.fullmatch(prose.rstrip().rpartition("\n")[2])), list(filter(COMMAND.match, code.splitlines())))
+        (
+            bool(MARKED.fullmatch(prose.rstrip().rpartition("\n")[2])),
+            list(filter(COMMAND.match, code.splitlines())),
+        )
         for prose, code in zip(parts[::2], parts[1::2], strict=False)
     ]
     return [(marked, lines) for marked, lines in found if lines]
@@ -75,7 +82,11 @@ def table_with(page: str, first_cell: str) -> list[list[str]]:
 
 
 def test_every_bridgeblip_command_parses():
-    verbs = [shlex.split(line.split("-m bridgeblip ")[1]) for line in commands() if "-m bridgeblip " in line]
+    verbs = [
+        shlex.split(line.split("-m bridgeblip ")[1])
+        for line in commands()
+        if "-m bridgeblip " in line
+    ]
     assert {arguments[0] for arguments in verbs} >= {
         "demo", "doctor", "prepare", "train", "features", "export", "predict", "blend", "evaluate", "share", "ablate"
     }  # fmt: skip
@@ -103,11 +114,28 @@ def test_commands_in_the_prose_stand_in_a_block_too(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_that_is_named_exists(page):
-    verbs = next(action for action in build_parser()._actions if action.dest not in ("help",)).choices.values()
-    sources = [v for verb in verbs for a in verb._actions if isinstance(a.choices, dict) for v in a.choices.values()]
-    known = {option for verb in [*verbs, *sources] for action in verb._actions for option in action.option_strings}
+    verbs = next(
+        action for action in build_parser()._actions if action.dest not in ("help",)
+    ).choices.values()
+    sources = [
+        v
+        for verb in verbs
+        for a in verb._actions
+        if isinstance(a.choices, dict)
+        for v in a.choices.values()
+    ]
+    known = {
+        option
+        for verb in [*verbs, *sources]
+        for action in verb._actions
+        for option in action.option_strings
+    }
     prose = re.sub(r"```.*?```", "", text_of(page), flags=re.S)
-    named = {option for code in re.findall(r"`([^`]+)`", prose) for option in re.findall(r"(?<!\S)--[a-z-]+", code)}
+    named = {
+        option
+        for code in re.findall(r"`([^`]+)`", prose)
+        for option in re.findall(r"(?<!\S)--[a-z-]+", code)
+    }
     assert named <= known, named - known
 
 
@@ -124,13 +152,16 @@ def test_commands_run_elsewhere_are_run_there():
 
 @pytest.fixture
 def checkout(tmp_path, downloads, monkeypatch):  # noqa: F811
-    """A folder as a reader of the README has it: questions, downloads, a copy of the base, the demo's files."""
+    """A folder as a reader of the README has it: questions, downloads, a copy of the base, the
+    demo's files."""
     folder = tmp_path / "bridgeblip"
     folder.mkdir()
     for name in ("bridgeblip", "requirements.txt"):
         (folder / name).symlink_to(ROOT / name)
     write_competition(folder / "competition", tmp_path / "answers.csv", {"train": 12, "test": 5})
-    write_competition(folder / "demo" / "competition", folder / "demo" / "answers.csv", {"train": 12, "test": 5})
+    write_competition(
+        folder / "demo" / "competition", folder / "demo" / "answers.csv", {"train": 12, "test": 5}
+    )
     write_competition(folder / "heldout", tmp_path / "heldout.csv", {"train": 5, "test": 1})
     (folder / "heldout" / "train.csv").rename(folder / "heldout" / "questions.csv")
     for source, name in (
@@ -149,7 +180,8 @@ def checkout(tmp_path, downloads, monkeypatch):  # noqa: F811
 
 
 def two_results(folder) -> None:
-    """Answers to questions set apart by the bundle, looking and not: what runs/a and runs/b stand for."""
+    """Answers to questions set apart by the bundle, looking and not: what runs/a and runs/b stand
+    for."""
     bundle = load_bundle(folder / "rehearsal" / "torchscript.pt")
     questions = read_questions(folder / "heldout" / "questions.csv", need_answers=True)
     for name, blank in (("a", False), ("b", True)):
@@ -161,16 +193,22 @@ def test_every_command_that_needs_nothing_special_runs(checkout, capfd):
     """In the order of the page, but what others read comes first."""
     shown = [line for line in commands(marked=False) if line not in RUN_ELSEWHERE]
     assert len(shown) == len(set(shown)) >= 15
-    last = [line for line in shown if "runs/" in line or "HF_HUB_OFFLINE" in line or "--clear" in line]
+    last = [
+        line for line in shown if "runs/" in line or "HF_HUB_OFFLINE" in line or "--clear" in line
+    ]
     for line in sorted(shown, key=lambda line: line in last):  # stable
         words = shlex.split(line)
         if line == last[0]:
             two_results(checkout)
         if words[0] == "HF_HUB_OFFLINE=1":  # the hub's client reads it once, when it is imported
-            done = subprocess.run([sys.executable, *words[2:]], env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
+            done = subprocess.run(
+                [sys.executable, *words[2:]], env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False
+            )
             code = done.returncode
         else:
-            assert words[:3] == ["python", "-m", "bridgeblip"], f"neither run here nor elsewhere, nor marked: {line}"
+            assert words[:3] == ["python", "-m", "bridgeblip"], (
+                f"neither run here nor elsewhere, nor marked: {line}"
+            )
             code = main(words[3:])
         assert code == 0, f"{line}\n{capfd.readouterr().err[-2000:]}"
     for name in ("rehearsal/submission.csv", "report.html", "comparison.html", "blend/submission.csv",
@@ -183,7 +221,9 @@ def test_the_hubs_command_is_well_formed_and_names_the_pinned_revision(tmp_path)
     assert REAL_BASE in line and REAL_REVISION in line
     hf = os.path.join(os.path.dirname(sys.executable), "hf")
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([hf, *shlex.split(line)[1:]], cwd=tmp_path, env=offline, capture_output=True, text=True)
+    done = subprocess.run(
+        [hf, *shlex.split(line)[1:]], cwd=tmp_path, env=offline, capture_output=True, text=True
+    )
     assert "offline mode is enabled" in done.stderr, done.stderr  # it has understood the rest
 
 
@@ -195,7 +235,9 @@ def test_every_link_and_path_exists(page):
     text = text_of(page)
     for link in re.findall(r"\]\(([^):#]+)\)", text):
         assert (ROOT / page).parent.joinpath(link).exists(), link
-    for path in re.findall(r"`((?:bridgeblip|tools|tests|checkpoint|competition|results|docs)/[\w./-]*)`", text):
+    for path in re.findall(
+        r"`((?:bridgeblip|tools|tests|checkpoint|competition|results|docs)/[\w./-]*)`", text
+    ):
         written = path in WRITTEN_BY_USE or re.search(r"\.(csv|pt|html)$|best\.json$", path)
         assert written or (ROOT / path).exists(), path
 
@@ -218,7 +260,11 @@ def test_pictures_are_small():
 def test_every_module_and_tool_has_its_line():
     names = " ".join(row[0] for row in table_with("README.md", "`bridgeblip/bridge/config.py`"))
     listed = set(re.findall(r"`([^`]+)`", names))
-    paths = [path for folder in ("bridgeblip", "tools", "experiments") for path in (ROOT / folder).rglob("*.py")]
+    paths = [
+        path
+        for folder in ("bridgeblip", "tools", "experiments")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
     files = {path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"}
     assert files <= listed
 
@@ -236,7 +282,11 @@ def literals() -> str:
     texts = set()
     for node in [node for source in sources for node in ast.walk(ast.parse(source))]:
         if isinstance(node, ast.JoinedStr):
-            texts.add("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            texts.add(
+                "".join(
+                    part.value if isinstance(part, ast.Constant) else "…" for part in node.values
+                )
+            )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             texts.add(node.value)
     return "\n".join(text.replace("\n", " ") for text in texts)
@@ -275,7 +325,9 @@ def test_memory_by_part_is_what_the_code_computes(real):
     expected = [[part, *(held[part] for held in training)] for part in training[0]]
     expected[-1][0] = "training, in all"
     expected.append(["answering, in all", *answering])
-    assert table[1:] == [[part, *(f"{gigabytes(count):.2f}" for count in counts)] for part, *counts in expected]
+    assert table[1:] == [
+        [part, *(f"{gigabytes(count):.2f}" for count in counts)] for part, *counts in expected
+    ]
 
 
 def test_what_each_machine_has_left_is_what_the_code_computes(real):
@@ -307,7 +359,10 @@ def test_layer_selections_are_reported_as_they_were_measured():
 
 def test_speed_is_reported_as_it_was_measured():
     measured = {row[0]: row for row in table_with("results/bench.md", "bundle")}
-    names = {"the bundle": "bundle", "the bundle, unsure rows in four orders": "bundle, four orders where unsure"}
+    names = {
+        "the bundle": "bundle",
+        "the bundle, unsure rows in four orders": "bundle, four orders where unsure",
+    }
     rows = table_with("README.md", "the bundle")
     assert len(rows) == len(measured) == 4
 
@@ -316,8 +371,12 @@ def test_speed_is_reported_as_it_was_measured():
 
     for answers_by, speed, efficiency, padding in rows:
         line = measured[names.get(answers_by, answers_by.strip("`").replace("`,", ","))]
-        assert (speed, efficiency, padding) == (median(line[2]), median(line[4]), line[8]), answers_by
-    times = re.search(r"are ([\d.]+ \([\d.]+ to [\d.]+\)) times as fast", text_of("results/bench.md"))[1]
+        assert (speed, efficiency, padding) == (median(line[2]), median(line[4]), line[8]), (
+            answers_by
+        )
+    times = re.search(
+        r"are ([\d.]+ \([\d.]+ to [\d.]+\)) times as fast", text_of("results/bench.md")
+    )[1]
     assert f"are {median(times)} times as fast" in text_of("README.md")
 
 
@@ -332,15 +391,23 @@ def skeleton(page: str) -> dict[str, object]:
         "code blocks": re.findall(r"```.*?```", text_of(page), flags=re.S),
         "blocks that can't be run here": [marked for marked, _ in blocks(page)],
         "code in the prose": set(re.findall(r"`([^`]+)`", prose)),
-        "code by table row": [sorted(re.findall(r"`([^`]+)`", row)) for row in re.findall(r"(?m)^\|.*", prose)],
+        "code by table row": [
+            sorted(re.findall(r"`([^`]+)`", row)) for row in re.findall(r"(?m)^\|.*", prose)
+        ],
         "links": [link for link in re.findall(r"\]\(([^)#]+)\)", prose) if link not in LANGUAGES],
         "links within the page": len(re.findall(r"\]\(#", prose)),
-        "figures by table row": [re.findall(r"\d\.\d+", row) for row in re.findall(r"(?m)^\|.*", prose)],
+        "figures by table row": [
+            re.findall(r"\d\.\d+", row) for row in re.findall(r"(?m)^\|.*", prose)
+        ],
     }
 
 
 def test_both_languages_are_the_same_page():
     english, korean = map(skeleton, LANGUAGES)
-    assert english["code blocks"] and english["links"] and any(english["blocks that can't be run here"])
+    assert (
+        english["code blocks"]
+        and english["links"]
+        and any(english["blocks that can't be run here"])
+    )
     for what in english:
         assert korean[what] == english[what], what

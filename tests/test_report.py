@@ -70,17 +70,23 @@ def test_training_figure_starts_before_training():
 
 
 def test_reliability_figure_shows_every_bin():
-    bins = [Bin(0.5, 0.6, 10, 0.55, Estimate(0.4, 0.2, 0.7)), Bin(0.9, 1.0, 90, 0.97, Estimate(0.95, 0.9, 0.99))]
+    bins = [
+        Bin(0.5, 0.6, 10, 0.55, Estimate(0.4, 0.2, 0.7)),
+        Bin(0.9, 1.0, 90, 0.97, Estimate(0.95, 0.9, 0.99)),
+    ]
     figure = reliability_figure(bins)
     texts(figure)
     upper, lower = figure.axes
-    assert list(upper.lines[1].get_xdata()) == [0.55, 0.97] and list(upper.lines[1].get_ydata()) == [0.4, 0.95]
+    assert list(upper.lines[1].get_xdata()) == [0.55, 0.97] and list(
+        upper.lines[1].get_ydata()
+    ) == [0.4, 0.95]
     assert [bar.get_height() for bar in lower.patches] == [10, 90]
 
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """160 test questions with answers, and a prediction of them that is written as predict writes it."""
+    """160 test questions with answers, and a prediction of them that is written as predict writes
+    it."""
     folder = tmp_path_factory.mktemp("judged")
     write_competition(folder, folder / "answers.csv", {"train": 1, "test": 40})
     asked = with_answers(read_questions(folder / "test.csv"), folder / "answers.csv")
@@ -90,10 +96,15 @@ def judged(tmp_path_factory):
     scores[np.arange(len(asked)), truth] += generator.normal(2.5, 1.5, len(asked))
     probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     unsure = (probabilities.max(1) < 0.6).tolist()
-    flags = [["permuted"] * u + ["order"] * (u and i % 3 == 0) + ["blank"] * (i == 7) for i, u in enumerate(unsure)]
+    flags = [
+        ["permuted"] * u + ["order"] * (u and i % 3 == 0) + ["blank"] * (i == 7)
+        for i, u in enumerate(unsure)
+    ]
     answers = Answers(probabilities.astype(np.float32), flags, [""] * len(asked))
     write_submission(asked, answers, None, folder / "submission.csv")
-    table = pd.read_csv(folder / "test.csv").assign(answer=[letter(i) for i in truth], worth=np.arange(len(asked)))
+    table = pd.read_csv(folder / "test.csv").assign(
+        answer=[letter(i) for i in truth], worth=np.arange(len(asked))
+    )
     table.to_csv(folder / "answered.csv", index=False)
     return folder, asked
 
@@ -143,12 +154,16 @@ def shown(estimate):
 def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path):
     """The page shows what the JSON holds, and the JSON what anyone computes from the CSV files."""
     folder, asked = judged
-    table = pd.read_csv(folder / "probabilities.csv").merge(pd.read_csv(folder / "answered.csv"), on="ID")
+    table = pd.read_csv(folder / "probabilities.csv").merge(
+        pd.read_csv(folder / "answered.csv"), on="ID"
+    )
     values = table[["A_x", "B_x", "C_x", "D_x"]].to_numpy()
     table["given"] = [letter(i) for i in values.argmax(1)]
     table["right"] = table["given"] == table["answer"]
     table["sure"] = values.max(1)
-    table["picture"] = [hashlib.md5((folder / path).read_bytes()).hexdigest() for path in table["img_path"]]
+    table["picture"] = [
+        hashlib.md5((folder / path).read_bytes()).hexdigest() for path in table["img_path"]
+    ]
     probabilities, flags = read_probabilities(folder, asked)
     assert (probabilities == values).all()
     blank = np.roll(values, 1, axis=0)
@@ -170,14 +185,21 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
         np.quantile(again, [0.025, 0.975]), abs=0.02
     )
     head = page.sections[""]
-    assert f"{table['right'].mean():.1%}" in head and f"{table['right'].sum()} of 160 questions on 40" in head
+    assert (
+        f"{table['right'].mean():.1%}" in head
+        and f"{table['right'].sum()} of 160 questions on 40" in head
+    )
     assert f"{found['accuracy']['low']:.1%} to {found['accuracy']['high']:.1%}" in head
     assert facts["verdict"]["sentence"] in head
 
     right_blank = np.array([letter(i) for i in blank.argmax(1)]) == table["answer"]
     assert facts["blank"]["first"]["value"] == pytest.approx(right_blank.mean())
-    assert facts["blank"]["difference"]["value"] == pytest.approx((table["right"] * 1 - right_blank * 1).mean())
-    assert found["weighted"]["value"] == pytest.approx(np.average(table["right"], weights=table["worth"]))
+    assert facts["blank"]["difference"]["value"] == pytest.approx(
+        (table["right"] * 1 - right_blank * 1).mean()
+    )
+    assert found["weighted"]["value"] == pytest.approx(
+        np.average(table["right"], weights=table["worth"])
+    )
     against = page.bars("Against simpler ways to answer")
     assert [cells[1] for cells in against] == [
         shown(found["accuracy"]), shown(found["weighted"]), "25.0%",
@@ -190,9 +212,12 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
     assert found["confusion"] == pd.crosstab(table["answer"], table["given"]).to_numpy().tolist()
     given = table["given"].value_counts()
     recall = table.groupby("answer")["right"].agg(["mean", "size"])
-    assert [part["accuracy"]["value"] for part in found["recall"]] == pytest.approx(list(recall["mean"]))
+    assert [part["accuracy"]["value"] for part in found["recall"]] == pytest.approx(
+        list(recall["mean"])
+    )
     assert page.bars("By right letter") == [
-        [f"{part['name']}right {recall['size'][part['name']]} times, given {given[part['name']]} times",
+        [f"{part['name']}right {recall['size'][part['name']]} times, given {given[part['name']]} "
+         f"times",
          shown(part["accuracy"])]
         for part in found["recall"]
     ]  # fmt: skip
@@ -202,15 +227,26 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
     orders = facts["orders"]
     assert orders["asked_again"] == asked_again.sum()
     assert orders["consistent"]["value"] == pytest.approx(1 - depends.sum() / asked_again.sum())
-    kind = np.where(~asked_again, "asked in one", np.where(depends, "the answer dep", "the same answ"))
+    kind = np.where(
+        ~asked_again, "asked in one", np.where(depends, "the answer dep", "the same answ")
+    )
     expected = table.groupby(kind)["right"].agg(["mean", "size"])
-    assert [part["accuracy"]["value"] for part in orders["accuracy"]] == pytest.approx(list(expected["mean"]))
+    assert [part["accuracy"]["value"] for part in orders["accuracy"]] == pytest.approx(
+        list(expected["mean"])
+    )
     assert [part["rows"] for part in orders["accuracy"]] == list(expected["size"])
     text = page.sections["Does the order of the choices matter?"]
-    assert f"{asked_again.sum()} questions" in text and f"{orders['consistent']['value']:.1%} (95%" in text
+    assert (
+        f"{asked_again.sum()} questions" in text
+        and f"{orders['consistent']['value']:.1%} (95%" in text
+    )
 
-    bins = table.groupby(np.ceil(table["sure"] * 10).astype(int)).agg({"right": "mean", "sure": "mean", "ID": "size"})
-    assert [b["accuracy"]["value"] for b in found["reliability"]] == pytest.approx(list(bins["right"]))
+    bins = table.groupby(np.ceil(table["sure"] * 10).astype(int)).agg(
+        {"right": "mean", "sure": "mean", "ID": "size"}
+    )
+    assert [b["accuracy"]["value"] for b in found["reliability"]] == pytest.approx(
+        list(bins["right"])
+    )
     assert [b["confidence"] for b in found["reliability"]] == pytest.approx(list(bins["sure"]))
     error = (bins["ID"] * (bins["right"] - bins["sure"]).abs()).sum() / 160
     assert found["calibration_error"] == pytest.approx(error)
@@ -221,7 +257,11 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
     common = opener.value_counts()
     opener = opener.where(opener.map(common) >= 10, "other openers")
     length = table[["A_y", "B_y", "C_y", "D_y"]].map(lambda text: len(text.split())).max(axis=1)
-    length = pd.cut(length, [0, 1, 3, 6, 99], labels=["1 word", "2 to 3 words", "4 to 6 words", "7 words or more"])
+    length = pd.cut(
+        length,
+        [0, 1, 3, 6, 99],
+        labels=["1 word", "2 to 3 words", "4 to 6 words", "7 words or more"],
+    )
     for name, kinds, heading in [
         ("openers", opener, "By how the question begins"),
         ("choice_lengths", length.astype(str), "By length of the longest choice"),
@@ -236,23 +276,45 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
     wrong = table[~table["right"]].sort_values("sure", ascending=False, kind="stable")
     table["margin again"] = np.sort(values)[:, -1] - np.sort(values)[:, -2]
     unsure = table.sort_values("margin again", kind="stable")
-    assert facts["mistakes"] == list(wrong["ID"][:12]) and facts["least_certain"] == list(unsure["ID"][:12])
+    assert facts["mistakes"] == list(wrong["ID"][:12]) and facts["least_certain"] == list(
+        unsure["ID"][:12]
+    )
     assert len(page.cards) == 24
     rows = [*wrong[:12].index, *unsure[:12].index]
     for i, card in zip(rows, page.cards, strict=True):
         for name, value in zip(letters(4), values[i], strict=True):
             mark = " ".join(
-                [", ".join(w for w in ("right", "given") if name == table.loc[i, w.replace("right", "answer")])]
+                [
+                    ", ".join(
+                        w
+                        for w in ("right", "given")
+                        if name == table.loc[i, w.replace("right", "answer")]
+                    )
+                ]
             )
-            expected = f"{name}. {table.loc[i, letter + '_y']} {mark} {value:.0%}".replace("  ", " ")
-            assert expected in card and table.loc[i, "ID"] in card and table.loc[i, "Question"] in card
-    assert all(f"sure to {sure:.1%}" in card for sure, card in zip(wrong["sure"], page.cards[:12], strict=False))
+            expected = f"{name}. {table.loc[i, letter + '_y']} {mark} {value:.0%}".replace(
+                "  ", " "
+            )
+            assert (
+                expected in card and table.loc[i, "ID"] in card and table.loc[i, "Question"] in card
+            )
+    assert all(
+        f"sure to {sure:.1%}" in card
+        for sure, card in zip(wrong["sure"], page.cards[:12], strict=False)
+    )
     for margin, card in zip(unsure["margin again"], page.cards[12:], strict=False):
         assert f"{100 * margin:.1f} points apart" in card
 
     data = dict(page.rows["Data"][1:11])
-    assert data["questions"] == "160" and data["distinct pictures"] == "40" and facts["data"]["questions"] == 160
-    assert data["questions answered without looking"] == "1" and data["questions with the same choice twice"] == "0"
+    assert (
+        data["questions"] == "160"
+        and data["distinct pictures"] == "40"
+        and facts["data"]["questions"] == 160
+    )
+    assert (
+        data["questions answered without looking"] == "1"
+        and data["questions with the same choice twice"] == "0"
+    )
     assert page.rows["Data"][-1] == ["TEST_0007", "too dark"]
     assert page.rows["Cost"][1:] == [["seconds", "3.25"], ["rows", "1,160"]]
 
@@ -275,10 +337,24 @@ def test_data_notes_count_what_is_odd(judged, tmp_path):
 @pytest.mark.parametrize(
     "given, blank, pictures, other, kind, expected",
     [
-        ("good", "chance", 40, 0.5, "good", "Believe it, for questions and pictures like these: between"),
+        (
+            "good",
+            "chance",
+            40,
+            0.5,
+            "good",
+            "Believe it, for questions and pictures like these: between",
+        ),
         ("good", None, 40, 0.5, "doubt", "whether it looks at the pictures was not measured."),
         ("good", "chance", 40, 0.9, "doubt", "it is not shown to beat 'head only', 90.0%."),
-        ("good", None, 20, 0.9, "doubt", "20 pictures are few, whether it looks at the pictures was not measured and"),
+        (
+            "good",
+            None,
+            20,
+            0.9,
+            "doubt",
+            "20 pictures are few, whether it looks at the pictures was not measured and",
+        ),
         ("B", None, 40, 0.5, "bad", "100% of all answers are B."),
         ("chance", None, 40, 0.5, "bad", "its interval reaches down to guessing, 25.0%."),
         ("good", "good", 40, 0.5, "bad", "without them it scores 90.0%."),
@@ -309,12 +385,19 @@ def test_comparison_says_whether_a_gain_is_noise(judged, tmp_path):
     out = tmp_path / "comparison.html"
 
     facts = write_comparison(out, asked, probabilities, mended, names=("runs/<a>", "runs/b"))
-    assert facts["verdict"]["kind"] == "good" and "better, and that is more than noise" in facts["verdict"]["sentence"]
+    assert (
+        facts["verdict"]["kind"] == "good"
+        and "better, and that is more than noise" in facts["verdict"]["sentence"]
+    )
     assert json.loads((tmp_path / "comparison.json").read_text())["changed"] == facts["changed"]
     page = Page(out.read_text())
     assert len(facts["changed"]) == (~right).sum() + 1 and "runs/<a>" in page.sections[""]
     expected = {
-        asked[i].id: [letter(truth[i]), letter(probabilities[i].argmax()), letter(mended[i].argmax())]
+        asked[i].id: [
+            letter(truth[i]),
+            letter(probabilities[i].argmax()),
+            letter(mended[i].argmax()),
+        ]
         for i in np.flatnonzero(probabilities.argmax(1) != mended.argmax(1))
     }
     assert {row[0]: row[1:4] for row in page.rows["All answers that changed"][1:]} == expected
@@ -334,7 +417,10 @@ def test_comparison_says_whether_a_gain_is_noise(judged, tmp_path):
     assert "0 answers mended, 1 spoiled" in verdict(probabilities, noise)["sentence"]
     weights = np.where(np.isin(np.arange(160), spoiled), 1.0, 0.0)
     weighted = write_comparison(out, asked, probabilities, noise, weights=weights)
-    assert weighted["comparison"].difference.value == -1 and "weighted" in Page(out.read_text()).sections[""]
+    assert (
+        weighted["comparison"].difference.value == -1
+        and "weighted" in Page(out.read_text()).sections[""]
+    )
 
 
 @pytest.mark.parametrize(
@@ -376,7 +462,9 @@ def test_answers_and_weights_are_checked(judged, tmp_path):
             read_weights(folder / "answered.csv", column, asked)
     with pytest.raises(InputError, match="lacks the column price"):
         read_weights(folder / "answered.csv", "price", asked)
-    (tmp_path / "answers.csv").write_text((folder / "answers.csv").read_text().replace("TEST_0002,", "TEST_0002,x"))
+    (tmp_path / "answers.csv").write_text(
+        (folder / "answers.csv").read_text().replace("TEST_0002,", "TEST_0002,x")
+    )
     with pytest.raises(InputError, match="of ID TEST_0002 is not the letter of a choice"):
         with_answers(asked, tmp_path / "answers.csv")
 
@@ -391,16 +479,30 @@ def test_evaluate_a_bundle_then_its_results(judged, base, processor, tmp_path, c
     assert main(["evaluate", "--model", str(bundle), *csv, "--out", str(out)]) == 0
     printed, facts = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
     assert facts["verdict"]["sentence"] in printed and f"wrote {out}" in printed
-    assert facts["blank"] and facts["cost"]["seconds to answer"] > 0 and facts["manifest"]["format"] == 1
+    assert (
+        facts["blank"]
+        and facts["cost"]["seconds to answer"] > 0
+        and facts["manifest"]["format"] == 1
+    )
     assert facts["problems"] == [] and facts["measures"]["questions"] == 40
 
     answered = ["--csv", str(folder / "answered.csv")]
-    assert main(["evaluate", str(folder), *answered, "--weights-column", "worth", "--out", str(out)]) == 0
+    assert (
+        main(["evaluate", str(folder), *answered, "--weights-column", "worth", "--out", str(out)])
+        == 0
+    )
     facts = json.loads((tmp_path / "report.json").read_text())
-    assert facts["measures"]["questions"] == 160 and facts["measures"]["weighted"] and facts["blank"] is None
+    assert (
+        facts["measures"]["questions"] == 160
+        and facts["measures"]["weighted"]
+        and facts["blank"] is None
+    )
     both = [str(folder), str(folder / "probabilities.csv")]
     assert main(["evaluate", *both, *answered, "--out", str(tmp_path / "both.html")]) == 0
-    assert "same letter to all 160 questions" in capsys.readouterr().out and (tmp_path / "both.json").is_file()
+    assert (
+        "same letter to all 160 questions" in capsys.readouterr().out
+        and (tmp_path / "both.json").is_file()
+    )
     for wrong in ([*both, "third"], ["--out", "report.json"]):
         assert main(["evaluate", *wrong, *answered]) == 2
         assert "expected at most two, and a name in .html" in capsys.readouterr().err

@@ -9,7 +9,10 @@ CONSTRAINTS = ("constraints.txt", "constraints-colab.txt")  # the newest; a stoc
 
 
 def lines(file: str) -> list[str]:
-    stripped = (line.partition("#")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines())
+    stripped = (
+        line.partition("#")[0].strip()
+        for line in (ROOT / file).read_text(encoding="utf-8").splitlines()
+    )
     return [line for line in stripped if line and not line.startswith("-r ")]
 
 
@@ -37,4 +40,7 @@ def test_requirements_have_a_lower_end_and_no_upper_one():
 
 def test_the_two_sets_differ_where_a_stock_colab_is_older():
     newest, colab = ({line.split("==")[0]: line for line in lines(file)} for file in CONSTRAINTS)
-    assert all(newest[name] != colab[name] for name in ("transformers", "peft", "accelerate", "numpy", "pandas"))
+    assert all(
+        newest[name] != colab[name]
+        for name in ("transformers", "peft", "accelerate", "numpy", "pandas")
+    )

@@ -1,4 +1,5 @@
-"""One prediction on what people really bring: every row gets an answer, every fault its name, no good row blame."""
+"""One prediction on what people really bring: every row gets an answer, every fault its name, no
+good row blame."""
 
 import re
 import struct
@@ -83,7 +84,9 @@ def bomb() -> bytes:
     """A PNG that says it has 3.6 billion pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     return (
@@ -95,13 +98,17 @@ def bomb() -> bytes:
 
 
 def bad_files(folder):
-    """Write what is no picture; return the path of each as a CSV has it, and what must be said about it."""
+    """Write what is no picture; return the path of each as a CSV has it, and what must be said
+    about it."""
     jpeg, png = (folder / "plain.jpg").read_bytes(), (folder / "plain.png").read_bytes()
     contents = {
         "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "cut.png": (png[: len(png) // 2], "truncated"),
         "cut early.jpg": (jpeg[:20], "OSError|UnidentifiedImageError"),
-        "damaged.png": (png[:60] + bytes(20) + png[80:], r"cut|broken|CRC|SyntaxError|OSError|zlib"),
+        "damaged.png": (
+            png[:60] + bytes(20) + png[80:],
+            r"cut|broken|CRC|SyntaxError|OSError|zlib",
+        ),
         "empty.jpg": (b"", "cannot identify"),
         "text.jpg": (b"this is no picture", "cannot identify"),
         "page.png": ("<html>로그인</html>".encode(), "cannot identify"),
@@ -113,7 +120,9 @@ def bad_files(folder):
     (folder / "folder.jpg").mkdir()
     (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
     photo(99).save(folder.parent / "secret.png")
-    return {name: f"{name}.* can't be read .*({reason})" for name, (_, reason) in contents.items()} | {
+    return {
+        name: f"{name}.* can't be read .*({reason})" for name, (_, reason) in contents.items()
+    } | {
         "folder.jpg": "folder.jpg not found",
         "dangling.jpg": "dangling.jpg not found",
         "missing.jpg": "missing.jpg not found",
@@ -135,7 +144,8 @@ ODD_ROWS = [  # question, choices, what must be said about the row
     ("One choice?", ("", "", "only", ""), "fewer than two choices"),
     ("No choice?", ("", "", "", ""), "fewer than two choices"),
     ("Is it so? " * 200 + "Which?", CHOICES, "128 tokens.*cut the question$"),
-    ("Which?", ("many words " * 150 + "!", *CHOICES[1:]), "128 tokens.*cut the question and the choices"),
+    ("Which?", ("many words " * 150 + "!", *CHOICES[1:]), "128 tokens.*cut the question and the "
+                                                          "choices"),
 ]  # fmt: skip
 
 
@@ -152,7 +162,8 @@ def rough(tmp_path_factory):
     rows += [("plain.png", question, choices, reason) for question, choices, reason in ODD_ROWS]
     order = np.random.default_rng(0).permutation(len(rows))
     table = pd.DataFrame(
-        [(*rows[i][2], rows[i][1], rows[i][0]) for i in order], columns=["D", "c", "B", "a", "question", "Path"]
+        [(*rows[i][2], rows[i][1], rows[i][0]) for i in order],
+        columns=["D", "c", "B", "a", "question", "Path"],
     )
     table.insert(2, "note", "더 있는 열")
     table["iD"] = [f"행 {i:03d}" for i in range(len(table))]
@@ -167,7 +178,9 @@ def test_every_row_is_answered_and_every_fault_named(rough, base, processor, tmp
     model = load_sliced(base, processor.letter_ids, LAYERS)
     bundle = Bundle(model, processor, {}, torch.device("cpu"))
     questions = read_questions(folder / "test.csv", strict=False)
-    assert len({q.image for q in questions}) >= 40 and len(questions) == len(GOOD) + 17 + len(ODD_ROWS)
+    assert len({q.image for q in questions}) >= 40 and len(questions) == len(GOOD) + 17 + len(
+        ODD_ROWS
+    )
     sample = find_sample(folder / "test.csv")
     read_sample([q.id for q in questions], sample)
     answers = predict(bundle, questions)
@@ -176,13 +189,19 @@ def test_every_row_is_answered_and_every_fault_named(rough, base, processor, tmp
     submission = pd.read_csv(tmp_path / "submission.csv", dtype=str, keep_default_na=False)
     assert list(submission.columns) == ["iD", "ANSWER"] and set(submission["ANSWER"]) <= set("ABCD")
     assert list(submission["iD"]) == list(pd.read_csv(sample)["iD"])
-    problems = pd.read_csv(tmp_path / "problems.csv", dtype=str, keep_default_na=False).set_index("ID")["reason"]
+    problems = pd.read_csv(tmp_path / "problems.csv", dtype=str, keep_default_na=False).set_index(
+        "ID"
+    )["reason"]
     assert set(problems.index) == {name for name, reason in reasons.items() if reason}
     for name, reason in problems.items():
         assert re.search(reasons[name], reason), (reason, reasons[name])
     flags = {q.id: words for q, words in zip(questions, answers.flags, strict=True)}
     for name, reason in reasons.items():
-        expected = ["shortened"] if "tokens" in (reason or "") else ["blank"] * ("choices" not in (reason or "choices"))
+        expected = (
+            ["shortened"]
+            if "tokens" in (reason or "")
+            else ["blank"] * ("choices" not in (reason or "choices"))
+        )
         assert flags[name] == expected, (name, reason)
 
     blank = predict(bundle, questions, blank_images=True).probabilities
@@ -191,7 +210,9 @@ def test_every_row_is_answered_and_every_fault_named(rough, base, processor, tmp
             flag == ["blank"] or sum(question.choice_mask) == 1
         )
     one = next(row for row, q in enumerate(questions) if q.choices.count("") == 3)
-    assert answers.probabilities[one].tolist() == [float(choice != "") for choice in questions[one].choices]
+    assert answers.probabilities[one].tolist() == [
+        float(choice != "") for choice in questions[one].choices
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949"])
@@ -202,5 +223,9 @@ def test_cells_are_kept_as_written_in_any_encoding(rough, tmp_path, encoding, en
     table = table[~table["Path"].str.contains("naïve")]  # cp949 has no such letters
     table.to_csv(tmp_path / "test.csv", index=False, encoding=encoding, lineterminator=ending)
     read = read_questions(tmp_path / "test.csv", strict=False)
-    assert [q.choices for q in read] == list(zip(table["a"], table["B"], table["c"], table["D"], strict=True))
-    assert [(q.id, q.question) for q in read] == list(zip(table["iD"], table["question"].str.strip(), strict=True))
+    assert [q.choices for q in read] == list(
+        zip(table["a"], table["B"], table["c"], table["D"], strict=True)
+    )
+    assert [(q.id, q.question) for q in read] == list(
+        zip(table["iD"], table["question"].str.strip(), strict=True)
+    )

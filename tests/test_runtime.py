@@ -27,11 +27,19 @@ def drive(tmp_path, monkeypatch) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def times(folder: Path) -> dict[Path, tuple[int, int]]:
-    return {path: (path.stat().st_ino, path.stat().st_ctime_ns) for path in folder.rglob("*") if path.is_file()}
+    return {
+        path: (path.stat().st_ino, path.stat().st_ctime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_nothing_is_copied_unless_it_lies_on_drive(tmp_path, monkeypatch):
@@ -66,7 +74,9 @@ def test_only_what_has_changed_or_is_not_whole_is_copied_again(drive):
     local_copy(drive / "train.csv")
     copied = contents(csv.parent)
     assert {name: copied[name] for name in contents(drive) if name in copied} == {
-        name: content for name, content in contents(drive).items() if not name.startswith("test_input")
+        name: content
+        for name, content in contents(drive).items()
+        if not name.startswith("test_input")
     }
     assert not (csv.parent / "sample_submission.csv").exists()
     assert {path.name for path, when in times(csv.parent).items() if before.get(path) != when} == {
@@ -75,7 +85,11 @@ def test_only_what_has_changed_or_is_not_whole_is_copied_again(drive):
 
 
 def test_absolute_paths_are_read_where_they_are(drive, capsys):
-    text = (drive / "train.csv").read_text(encoding="utf-8").replace("./train_input", f"{drive}/train_input")
+    text = (
+        (drive / "train.csv")
+        .read_text(encoding="utf-8")
+        .replace("./train_input", f"{drive}/train_input")
+    )
     (drive / "train.csv").write_text(text, encoding="utf-8")
     assert local_copy(drive / "train.csv") == drive / "train.csv"
     assert "absolute paths: reading from Drive" in capsys.readouterr().out
@@ -88,7 +102,9 @@ def test_what_the_check_up_should_name_stays_where_it_is(drive, tmp_path, capsys
     first = next((drive / "train_input_images").iterdir())
     shutil.move(first, drive.parent)
     text = (drive / "train.csv").read_text(encoding="utf-8")
-    (drive / "train.csv").write_text(text.replace(f"./train_input_images/{first.name}", f"../{first.name}"))
+    (drive / "train.csv").write_text(
+        text.replace(f"./train_input_images/{first.name}", f"../{first.name}")
+    )
     assert local_copy(drive / "train.csv") == drive / "train.csv"
     assert "pictures outside its folder" in capsys.readouterr().out
     assert not (tmp_path / "local").exists()
@@ -97,7 +113,9 @@ def test_what_the_check_up_should_name_stays_where_it_is(drive, tmp_path, capsys
 def test_a_disk_too_small_is_said_before_anything_is_copied(drive, tmp_path):
     picture = next((drive / "train_input_images").iterdir())
     os.truncate(picture, 8 * 2**40)  # a hole: it takes no room
-    with pytest.raises(InputError, match=r"needs 8796\.\d GB in .* can be used there: free some space"):
+    with pytest.raises(
+        InputError, match=r"needs 8796\.\d GB in .* can be used there: free some space"
+    ):
         local_copy(drive / "train.csv")
     assert not contents(tmp_path / "local")
 
@@ -147,7 +165,9 @@ def test_a_zip_that_can_not_be_used(drive, tmp_path):
     start = content.index(b"TRAIN_0000,")
     content[start : start + 5] = b"WRONG"
     archive.write_bytes(content)
-    with pytest.raises(InputError, match=r"download\.zip can't be unpacked \(Bad CRC-32.*copy it again"):
+    with pytest.raises(
+        InputError, match=r"download\.zip can't be unpacked \(Bad CRC-32.*copy it again"
+    ):
         local_copy(drive / "train.csv")
     archive.write_bytes(content[:1000])
     with pytest.raises(InputError, match=r"can't be unpacked \(File is not a zip file\)"):
@@ -157,10 +177,13 @@ def test_a_zip_that_can_not_be_used(drive, tmp_path):
 
 
 def test_the_repositorys_own_data_are_found_from_elsewhere(tmp_path, monkeypatch):
-    """As on Kaggle, where the kernel works in one folder and the repository can only be read in another."""
+    """As on Kaggle, where the kernel works in one folder and the repository can only be read in
+    another."""
     monkeypatch.setattr(runtime, "HOME", tmp_path / "input")
     monkeypatch.chdir(tmp_path)
-    write_competition(tmp_path / "input" / "competition", tmp_path / "answers.csv", {"train": 1, "test": 1})
+    write_competition(
+        tmp_path / "input" / "competition", tmp_path / "answers.csv", {"train": 1, "test": 1}
+    )
     assert local_copy("competition/train.csv") == tmp_path / "input" / "competition" / "train.csv"
     assert local_copy("elsewhere/train.csv") == Path("elsewhere/train.csv")
 
@@ -174,7 +197,8 @@ def test_the_bound_on_torchao_is_the_check_ups():
     assert runtime.TORCHAO_MINIMUM == doctor.TORCHAO_MINIMUM
 
 
-# Installing, for real: in a virtual environment that sees the packages here, from wheels in a folder.
+# Installing, for real: in a virtual environment that sees the packages here, from wheels in a
+# folder.
 
 
 @pytest.fixture(scope="module")
@@ -194,17 +218,24 @@ def make_wheel(folder: Path, name: str, version: str) -> None:
     files = {
         f"{name}/__init__.py": f"number = {version!r}\n",
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: "
+        "py3-none-any\n",
     }
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         for file, text in files.items():
             wheel.writestr(file, text)
-        wheel.writestr(f"{info}/RECORD", "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"]))
+        wheel.writestr(
+            f"{info}/RECORD", "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
+        )
 
 
 def run(machine: Path, code: str, *options: str, colab: bool = False, **env: str) -> str:
     """Run Python on that machine, in a folder of its own; return what it prints, errors last."""
-    start = "import sys, types; sys.modules['google.colab'] = types.ModuleType('google.colab'); " if colab else ""
+    start = (
+        "import sys, types; sys.modules['google.colab'] = types.ModuleType('google.colab'); "
+        if colab
+        else ""
+    )
     (machine / "work").mkdir(exist_ok=True)
     done = subprocess.run(
         [machine / "venv" / "bin" / "python", *options, "-c", start + code],
@@ -234,7 +265,10 @@ def test_set_up_installs_what_is_missing_and_a_second_time_nothing(machine):
     printed = run(machine, code + "; import needed; print(needed.number)")
     assert "Jupyter, Python 3." in printed and f"working in {ROOT}" in printed
     assert "installing needed==1.0 (now missing)\n1.0\n" in printed
-    assert run(machine, code, PIP_FIND_LINKS="", PATH="").splitlines()[-1] == "all requirements are there"
+    assert (
+        run(machine, code, PIP_FIND_LINKS="", PATH="").splitlines()[-1]
+        == "all requirements are there"
+    )
 
 
 def test_a_changed_package_asks_for_a_restart_only_if_it_was_imported(machine):
@@ -247,11 +281,17 @@ def test_a_changed_package_asks_for_a_restart_only_if_it_was_imported(machine):
     assert "InputError: needed had to be changed after being imported: restart the session" in asked
     again = run(machine, "import needed; " + set_up_with(machine, "needed>=2"))
     assert again.splitlines()[-1] == "all requirements are there"
-    assert run(machine, downgrade() + "; import needed; print(needed.number)").splitlines()[-1] == "2.0"
+    assert (
+        run(machine, downgrade() + "; import needed; print(needed.number)").splitlines()[-1]
+        == "2.0"
+    )
 
 
 def test_torch_is_never_installed(machine):
-    assert run(machine, set_up_with(machine, "torch>=99")).splitlines()[-1] == "all requirements are there"
+    assert (
+        run(machine, set_up_with(machine, "torch>=99")).splitlines()[-1]
+        == "all requirements are there"
+    )
     (machine / "bare").mkdir()
     (machine / "bare" / "packaging").symlink_to(Path(packaging.__file__).parent)
     code = f"import sys; sys.path.append({str(machine / 'bare')!r}); {set_up_with(machine, 'torch>=2.6')}"
@@ -261,7 +301,10 @@ def test_torch_is_never_installed(machine):
 
 def test_what_pip_can_not_get_is_said_and_left_to_the_check_up(machine):
     printed = run(machine, set_up_with(machine, "needed-but-nowhere>=1") + "; print('went on')")
-    assert "pip could not do it: ERROR: No matching distribution found for needed-but-nowhere>=1\nwent on" in printed
+    assert (
+        "pip could not do it: ERROR: No matching distribution found for "
+        "needed-but-nowhere>=1\nwent on" in printed
+    )
 
 
 def test_an_old_torchao_goes_on_a_hosted_machine_only(machine):
@@ -287,8 +330,11 @@ def test_results_go_where_the_kernel_is_if_the_repository_can_not_be_written(mac
 
 
 def test_on_colab_the_hub_looks_for_no_secret(machine):
-    code = (
-        "from bridgeblip.hosting.runtime import set_up; set_up(); from huggingface_hub.utils import build_hf_headers; "
+    code = "from bridgeblip.hosting.runtime import set_up; set_up(); from huggingface_hub.utils import build_hf_headers; "
+    printed = run(
+        machine,
+        code + "print(build_hf_headers().get('authorization'))",
+        colab=True,
+        HF_TOKEN="secret",
     )
-    printed = run(machine, code + "print(build_hf_headers().get('authorization'))", colab=True, HF_TOKEN="secret")
     assert printed.splitlines()[-1] == "None"

@@ -33,7 +33,9 @@ SETTINGS = TrainSettings(epochs=2, batch_size=16, validation_fraction=0.25, lear
 @pytest.fixture(scope="module")
 def result(base, competition, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    return train(competition / "train.csv", base, folder, SETTINGS, BridgeSettings(rank=192), LAYERS)
+    return train(
+        competition / "train.csv", base, folder, SETTINGS, BridgeSettings(rank=192), LAYERS
+    )
 
 
 def test_writes_small_self_contained_weights(result, base):
@@ -43,7 +45,15 @@ def test_writes_small_self_contained_weights(result, base):
     assert all(tensor.dtype == torch.float32 for tensor in content["tensors"].values())
     manifest = content["manifest"]
     assert manifest["base"] == str(base) and manifest["layers"] == list(LAYERS)
-    assert {"prompt", "letters", "processor", "config", "versions", "validation", "probe"} <= manifest.keys()
+    assert {
+        "prompt",
+        "letters",
+        "processor",
+        "config",
+        "versions",
+        "validation",
+        "probe",
+    } <= manifest.keys()
     assert manifest["probe"]["logits"].shape == (3, 4)
 
 
@@ -57,27 +67,46 @@ def test_history_and_validation(result):
 
 
 def test_a_run_that_has_ended_is_not_run_again(base, competition, tmp_path, capsys):
-    """Early stopping: the second epoch is no better at a rate of next to nothing, so it is the last."""
+    """Early stopping: the second epoch is no better at a rate of next to nothing, so it is the
+    last."""
     rates = {"learning_rate": 1e-9, "head_learning_rate": 1e-9}
     still = TrainSettings(epochs=5, batch_size=16, validation_fraction=0.25, patience=1, **rates)
-    runs = [train(competition / "train.csv", base, tmp_path, still, BridgeSettings(192), LAYERS) for _ in range(2)]
-    assert [len(run.weights) for run in runs] == [2, 2] and "going on from" in capsys.readouterr().out
-    assert (runs[0].probabilities == runs[1].probabilities).all() and runs[0].history.equals(runs[1].history)
+    runs = [
+        train(competition / "train.csv", base, tmp_path, still, BridgeSettings(192), LAYERS)
+        for _ in range(2)
+    ]
+    assert [len(run.weights) for run in runs] == [
+        2,
+        2,
+    ] and "going on from" in capsys.readouterr().out
+    assert (runs[0].probabilities == runs[1].probabilities).all() and runs[0].history.equals(
+        runs[1].history
+    )
 
 
-def test_result_report_and_margin_are_those_of_the_best_epoch(base, competition, tmp_path, monkeypatch):
+def test_result_report_and_margin_are_those_of_the_best_epoch(
+    base, competition, tmp_path, monkeypatch
+):
     measured = iter((0.2, 0.9, 0.5))  # before training and after each epoch
-    monkeypatch.setattr("bridgeblip.bridge.train.accuracy", lambda prediction: {"accuracy": next(measured, 0.0)})
-    result = train(competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192), LAYERS)
+    monkeypatch.setattr(
+        "bridgeblip.bridge.train.accuracy", lambda prediction: {"accuracy": next(measured, 0.0)}
+    )
+    result = train(
+        competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192), LAYERS
+    )
     first, last = (
-        predict(Bundle(restored.model, restored.processor, {}, torch.device("cpu")), result.validation).probabilities
+        predict(
+            Bundle(restored.model, restored.processor, {}, torch.device("cpu")), result.validation
+        ).probabilities
         for restored in map(restore, result.weights)
     )
     assert choose_weights(tmp_path)[0] == result.weights[0]
     np.testing.assert_allclose(result.probabilities, first, atol=1e-5)
     assert abs(first - last).max() > 1e-3
     facts = json.loads((tmp_path / "report.json").read_text())
-    assert facts["measures"]["accuracy"]["value"] == pytest.approx(accuracy_of(result.validation, first))
+    assert facts["measures"]["accuracy"]["value"] == pytest.approx(
+        accuracy_of(result.validation, first)
+    )
 
 
 def test_a_new_machine_gets_everything_back_from_the_copy(base, competition, tmp_path):
@@ -90,7 +119,9 @@ def test_a_new_machine_gets_everything_back_from_the_copy(base, competition, tmp
     assert names == {path.name for path in (tmp_path / "drive").iterdir()}
     shutil.rmtree(tmp_path / "local")
     again = run()
-    assert names <= {path.name for path in (tmp_path / "local").iterdir()} and first.history.equals(again.history)
+    assert names <= {path.name for path in (tmp_path / "local").iterdir()} and first.history.equals(
+        again.history
+    )
     (tmp_path / "local" / "weights-0.pt").unlink()
     (tmp_path / "drive" / "weights-0.pt").unlink()
     with pytest.raises(InputError, match=r"weights-0\.pt is gone although training has ended"):
@@ -98,7 +129,9 @@ def test_a_new_machine_gets_everything_back_from_the_copy(base, competition, tmp
 
 
 def test_the_same_seed_gives_the_same_tensors(result, base, competition, tmp_path):
-    again = train(competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192), LAYERS)
+    again = train(
+        competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192), LAYERS
+    )
     first, second = (load_weights(r.weights[1]).tensors for r in (result, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -108,7 +141,9 @@ def test_accumulation_does_not_change_the_step(base, processor, questions, tmp_p
 
     def step(batch_size, accumulation):
         torch.manual_seed(0)
-        model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings(rank=192, dropout=0.0))
+        model = attach_bridge(
+            load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings(rank=192, dropout=0.0)
+        )
         settings = TrainSettings(batch_size=batch_size, accumulation=accumulation, warmup=0.0)
         sgd = torch.optim.SGD(optimizer(model, settings).param_groups, lr=0.1)
         arguments = training_arguments(tmp_path, settings)
@@ -132,12 +167,16 @@ def test_accumulation_does_not_change_the_step(base, processor, questions, tmp_p
 
 def test_head_only(base, competition, tmp_path):
     settings = TrainSettings(validation_fraction=0.25)
-    result = train(competition / "train.csv", base, tmp_path, settings, BridgeSettings(rank=0), LAYERS)
+    result = train(
+        competition / "train.csv", base, tmp_path, settings, BridgeSettings(rank=0), LAYERS
+    )
     assert load_weights(result.weights[0]).tensors.keys() == {"head.weight", "head.bias"}
 
 
 def test_bad_input_stops_before_the_model_is_loaded(competition, tmp_path, monkeypatch):
-    monkeypatch.setattr("bridgeblip.bridge.train.load_sliced", lambda *a: pytest.fail("loading started"))
+    monkeypatch.setattr(
+        "bridgeblip.bridge.train.load_sliced", lambda *a: pytest.fail("loading started")
+    )
     with pytest.raises(InputError, match="not found"):
         train(tmp_path / "train.csv", "tiny", tmp_path)
     with pytest.raises(InputError, match="lacks the column answer"):
@@ -152,10 +191,22 @@ def test_an_unfinished_run_of_other_settings_is_refused_before_anything_long(
     folder = shutil.copytree(result.weights[0].parent, tmp_path / "checkpoint")
     for path in folder.glob("state/*/state.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"done": False}))
-    monkeypatch.setattr("bridgeblip.bridge.train.load_sliced", lambda *a: pytest.fail("loading started"))
+    monkeypatch.setattr(
+        "bridgeblip.bridge.train.load_sliced", lambda *a: pytest.fail("loading started")
+    )
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=r"another run \(other settings\) that has not ended.*delete the folder state"):
-        train(competition / "train.csv", base, folder, replace(SETTINGS, seed=7), BridgeSettings(rank=192), LAYERS)
+    with pytest.raises(
+        InputError,
+        match=r"another run \(other settings\) that has not ended.*delete the folder state",
+    ):
+        train(
+            competition / "train.csv",
+            base,
+            folder,
+            replace(SETTINGS, seed=7),
+            BridgeSettings(rank=192),
+            LAYERS,
+        )
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
@@ -171,11 +222,16 @@ train(csv, base, folder, settings, BridgeSettings(rank=192), (0, 2, 5), features
 
 
 def run_until_done(arguments: list[str], kills: int, rng: random.Random, spoil=None) -> int:
-    """Run KILLED to its end, killing it ``kills`` times at random moments of its work; return the kills that hit."""
+    """Run KILLED to its end, killing it ``kills`` times at random moments of its work; return the
+    kills that hit."""
     hit = 0
     while True:
         process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, bufsize=1
+            [sys.executable, "-c", KILLED, *arguments],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
         if hit < kills:
             text = "."
@@ -193,25 +249,36 @@ def run_until_done(arguments: list[str], kills: int, rng: random.Random, spoil=N
 
 
 def test_killed_and_resumed_ends_with_the_same_tensors(base, competition, tmp_path):
-    """Shuffling, averaging, dropout and the moments of saving included; torn states are passed over."""
+    """Shuffling, averaging, dropout and the moments of saving included; torn states are passed
+    over."""
     kills = int(os.environ.get("BRIDGEBLIP_KILLS", 3))
     epochs = kills  # long enough to be killed so often
     arguments = [str(competition / "train.csv"), str(base), str(epochs)]
-    run_until_done([*arguments, str(tmp_path / "whole"), str(tmp_path / "features")], 0, random.Random(0))
+    run_until_done(
+        [*arguments, str(tmp_path / "whole"), str(tmp_path / "features")], 0, random.Random(0)
+    )
     killed = tmp_path / "killed"
     spoiled = []
 
     def spoil():  # every second time the newest state is torn or emptied
-        states = sorted((killed / "state").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+        states = sorted(
+            (killed / "state").glob("step-*"), key=lambda path: int(path.name.split("-")[1])
+        )
         if states and len(spoiled) % 2:
             victim = states[-1] / "optimizer.pt"
             victim.write_bytes(victim.read_bytes()[: 100 * (len(spoiled) % 4 == 1)])
         spoiled.append(states)
 
-    hit = run_until_done([*arguments, str(killed), str(tmp_path / "features2")], kills, random.Random(1), spoil)
+    hit = run_until_done(
+        [*arguments, str(killed), str(tmp_path / "features2")], kills, random.Random(1), spoil
+    )
     assert hit == kills and any(spoiled)
     for epoch in range(epochs):
-        one, two = (load_weights(tmp_path / run / f"weights-{epoch}.pt") for run in ("whole", "killed"))
+        one, two = (
+            load_weights(tmp_path / run / f"weights-{epoch}.pt") for run in ("whole", "killed")
+        )
         assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors), epoch
         assert torch.equal(one.manifest["probe"]["logits"], two.manifest["probe"]["logits"])
-    assert json.loads((tmp_path / "whole/best.json").read_text()) == json.loads((killed / "best.json").read_text())
+    assert json.loads((tmp_path / "whole/best.json").read_text()) == json.loads(
+        (killed / "best.json").read_text()
+    )

@@ -2,11 +2,11 @@
 
     python tools/full_size.py STEP --base FOLDER [--work FOLDER]
 
-Steps, each meant for a process of its own because peak memory is a process's: "ours" loads the slice and
-runs a forward, "theirs" does so with Hugging Face's class and cuts it, "parity-ours" and "parity-theirs"
-write the letter logits of all 24 layers, "train" trains two steps, "export" and "predict" go on from there; "epochs"
-times an epoch with and without cached image features. Each prints one line of JSON. ``make_full_size_base.py`` writes
-the folder.
+Steps, each meant for a process of its own because peak memory is a process's: "ours" loads the
+slice and runs a forward, "theirs" does so with Hugging Face's class and cuts it, "parity-ours" and
+"parity-theirs" write the letter logits of all 24 layers, "train" trains two steps, "export" and
+"predict" go on from there; "epochs" times an epoch with and without cached image features. Each
+prints one line of JSON. ``make_full_size_base.py`` writes the folder.
 """
 
 import argparse
@@ -34,11 +34,19 @@ from bridgeblip.evidence.submission import write_submission
 from bridgeblip.training.settings import TrainSettings
 from experiments.contenders import PeakMemory, bridge_epochs, write_photo_questions
 
-INPUTS = ("pixel_values", "qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
+INPUTS = (
+    "pixel_values",
+    "qformer_input_ids",
+    "qformer_attention_mask",
+    "input_ids",
+    "attention_mask",
+)
 
 
 def probe(processor: QuestionProcessor, work: Path, count: int) -> dict[str, torch.Tensor]:
-    batch = processor.collate(read_questions(write_photo_questions(work / "photos") / "test.csv")[:count])
+    batch = processor.collate(
+        read_questions(write_photo_questions(work / "photos") / "test.csv")[:count]
+    )
     return {name: batch[name] for name in INPUTS}
 
 
@@ -72,7 +80,9 @@ def load_theirs(base: Path, work: Path) -> dict:
     inputs = probe(processor, work, 1)
     began = time.monotonic()
     with PeakMemory() as peak, torch.inference_mode():
-        model = InstructBlipForConditionalGeneration.from_pretrained(base, dtype=torch.bfloat16).eval()
+        model = InstructBlipForConditionalGeneration.from_pretrained(
+            base, dtype=torch.bfloat16
+        ).eval()
         decoder = model.language_model.decoder
         decoder.block = nn.ModuleList(decoder.block[i] for i in DEFAULT_DECODER_LAYERS)
         inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
@@ -95,10 +105,15 @@ def parity_theirs(base: Path, work: Path) -> dict:
     inputs = probe(processor, work, 2)
     model = InstructBlipForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
     with torch.inference_mode():
-        output = model(**inputs, decoder_input_ids=torch.zeros(2, 1, dtype=torch.long), use_cache=False)
+        output = model(
+            **inputs, decoder_input_ids=torch.zeros(2, 1, dtype=torch.long), use_cache=False
+        )
     logits = output.logits[:, 0, processor.letter_ids].float()
     ours = torch.load(work / "ours.pt", weights_only=True)
-    return {"difference": (ours - logits).abs().max().item(), "spread": (logits.max() - logits.min()).item()}
+    return {
+        "difference": (ours - logits).abs().max().item(),
+        "spread": (logits.max() - logits.min()).item(),
+    }
 
 
 def train_two_steps(base: Path, work: Path) -> dict:
@@ -106,16 +121,25 @@ def train_two_steps(base: Path, work: Path) -> dict:
     began = time.monotonic()
     settings = TrainSettings(batch_size=8, validation_fraction=0.2)
     with PeakMemory() as peak:
-        result = train(photos / "train.csv", base, work / "checkpoint", settings, features=work / "features")
+        result = train(
+            photos / "train.csv", base, work / "checkpoint", settings, features=work / "features"
+        )
     steps = int(result.history["step"].max())
     megabytes = result.weights[0].stat().st_size / 1e6
-    return {"seconds": time.monotonic() - began, "peak_gb": peak.bytes / 1e9, "steps": steps, "weights_mb": megabytes}
+    return {
+        "seconds": time.monotonic() - began,
+        "peak_gb": peak.bytes / 1e9,
+        "steps": steps,
+        "weights_mb": megabytes,
+    }
 
 
 def export(base: Path, work: Path) -> dict:
     began = time.monotonic()
     with PeakMemory() as peak:
-        out, parity = export_bundle(work / "checkpoint" / "weights-0.pt", work / "checkpoint" / "torchscript.pt")
+        out, parity = export_bundle(
+            work / "checkpoint" / "weights-0.pt", work / "checkpoint" / "torchscript.pt"
+        )
     live = sum(p.nbytes for p in torch.jit.load(str(out)).parameters())
     shares = (parity["difference"] / parity["bound"]).groupby(parity["form"]).max()
     return {
@@ -130,18 +154,32 @@ def answer(base: Path, work: Path) -> dict:
     photos = work / "photos"
     began = time.monotonic()
     with PeakMemory() as peak:
-        bundle, questions = load_bundle(work / "checkpoint" / "torchscript.pt"), read_questions(photos / "test.csv")
+        bundle, questions = (
+            load_bundle(work / "checkpoint" / "torchscript.pt"),
+            read_questions(photos / "test.csv"),
+        )
         answers = predict(bundle, questions, batch_size=4)
-        submission = write_submission(questions, answers, photos / "sample_submission.csv", work / "submission.csv")
-    return {"seconds": time.monotonic() - began, "peak_gb": peak.bytes / 1e9, "answers": len(submission)}
+        submission = write_submission(
+            questions, answers, photos / "sample_submission.csv", work / "submission.csv"
+        )
+    return {
+        "seconds": time.monotonic() - began,
+        "peak_gb": peak.bytes / 1e9,
+        "answers": len(submission),
+    }
 
 
 def epochs(base: Path, work: Path) -> dict:
-    """Two epochs over 12 distinct pictures without and with the cache of image features; the later ones count."""
-    questions = read_questions(write_photo_questions(work / "photos") / "train.csv", need_answers=True)[:12]
+    """Two epochs over 12 distinct pictures without and with the cache of image features; the later
+    ones count."""
+    questions = read_questions(
+        write_photo_questions(work / "photos") / "train.csv", need_answers=True
+    )[:12]
     settings, seconds = TrainSettings(batch_size=4, epochs=2), {}
     for name, cached in (("uncached", False), ("cached", True)):
-        seconds[name] = bridge_epochs(base, questions, settings, torch.bfloat16, work / "epochs", cached)[-1]
+        seconds[name] = bridge_epochs(
+            base, questions, settings, torch.bfloat16, work / "epochs", cached
+        )[-1]
     return seconds | {"ratio": seconds["cached"] / seconds["uncached"]}
 
 
@@ -157,7 +195,9 @@ STEPS = {
 }
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("full_size"))

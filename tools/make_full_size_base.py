@@ -1,11 +1,12 @@
-"""Write a stand-in for Salesforce/instructblip-flan-t5-xl: its config, names, shapes and shards, random weights.
+"""Write a stand-in for Salesforce/instructblip-flan-t5-xl: its config, names, shapes and shards,
+random weights.
 
     python tools/make_full_size_base.py --out FOLDER
 
 The folder reads like a copy of the hub's repository of 4.02 billion parameters, LM head of its own
-included. It takes 8 GB in bfloat16 and 16 GB in float32; no more than one tensor is in memory at a time.
-Its processor has the real ids and sizes, but letter groups for words; --processor copies a real one.
-The index of the shards is written last: a folder that has one is complete.
+included. It takes 8 GB in bfloat16 and 16 GB in float32; no more than one tensor is in memory at a
+time. Its processor has the real ids and sizes, but letter groups for words; --processor copies a
+real one. The index of the shards is written last: a folder that has one is complete.
 """
 
 import argparse
@@ -31,7 +32,9 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's path starts at its own folder
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # a script's path starts at its own folder
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import INDEX_FILE
@@ -93,7 +96,8 @@ FULL_SIZE_CONFIG = {
         "layer_norm_epsilon": 1e-6,
         "initializer_factor": 1.0,
         "feed_forward_proj": "gated-gelu",
-        "dense_act_fn": "gelu",  # the conversion of the original weights set it, in place of T5's own "gelu_new"
+        # the conversion of the original weights set it, in place of T5's own "gelu_new"
+        "dense_act_fn": "gelu",
         "is_encoder_decoder": True,
         "use_cache": True,
         "bos_token_id": 1,
@@ -115,23 +119,32 @@ SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def stored_tensors(config: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the tensors of the model's files by name, on the meta device: names and shapes, no values.
+    """Return the tensors of the model's files by name, on the meta device: names and shapes, no
+    values.
 
-    The encoder's and the decoder's ``embed_tokens`` are ``shared`` and not stored again; the LM head is
-    a tensor of its own, though the class, built from a config, ties it.
+    The encoder's and the decoder's ``embed_tokens`` are ``shared`` and not stored again; the LM
+    head is a tensor of its own, though the class, built from a config, ties it.
     """
     with torch.device("meta"):
-        model = InstructBlipForConditionalGeneration(InstructBlipConfig.from_dict(copy.deepcopy(config)))
-    state = {name: tensor for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
-    return {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in state.items()}
+        model = InstructBlipForConditionalGeneration(
+            InstructBlipConfig.from_dict(copy.deepcopy(config))
+        )
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if "embed_tokens" not in name
+    }
+    return {
+        name: torch.empty(tensor.shape, dtype=dtype, device="meta")
+        for name, tensor in state.items()
+    }
 
 
 def draw(name: str, shape: torch.Size, text_config: dict, seed: int) -> torch.Tensor:
-    """Return the fp32 values of one tensor: the same for the same name, shape and seed, whatever else is drawn.
+    """Return the fp32 values of one tensor: the same for the same name, shape and seed, whatever
+    else is drawn.
 
-    Norms are 1, biases 0, the rest normal. The scale keeps every activation at about 1 and every attention
-    score as well: 1/sqrt(fan-in), but T5 does not divide its scores by sqrt(d_kv), so its queries are
-    that much smaller, and its stream starts from embeddings of size 1.
+    Norms are 1, biases 0, the rest normal. The scale keeps every activation at about 1 and every
+    attention score as well: 1/sqrt(fan-in), but T5 does not divide its scores by sqrt(d_kv), so its
+    queries are that much smaller, and its stream starts from embeddings of size 1.
     """
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
@@ -144,11 +157,15 @@ def draw(name: str, shape: torch.Size, text_config: dict, seed: int) -> torch.Te
     return torch.randn(shape, generator=generator).mul_(scale)
 
 
-def write_shard(path: Path, tensors: dict[str, torch.Tensor], values: Iterable[torch.Tensor]) -> None:
-    """Write a safetensors file of the meta ``tensors``, taking their ``values`` one by one, in order.
+def write_shard(
+    path: Path, tensors: dict[str, torch.Tensor], values: Iterable[torch.Tensor]
+) -> None:
+    """Write a safetensors file of the meta ``tensors``, taking their ``values`` one by one, in
+    order.
 
-    The library's own writer wants all of a file's tensors at once. The format is an eight-byte length,
-    a JSON header of that length with each tensor's place, and the tensors' bytes end to end.
+    The library's own writer wants all of a file's tensors at once. The format is an eight-byte
+    length, a JSON header of that length with each tensor's place, and the tensors' bytes end to
+    end.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -164,7 +181,8 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor], values: Iterable[t
 
 
 def vocabulary(fillers: Iterable[str], places: dict[str, int], size: int) -> list[str]:
-    """Return ``size`` distinct pieces: those of ``places`` at their ids, the first of ``fillers`` around them."""
+    """Return ``size`` distinct pieces: those of ``places`` at their ids, the first of ``fillers``
+    around them."""
     others = [piece for piece in dict.fromkeys(fillers) if piece not in places]
     pieces = others[: size - len(places)]
     for piece, place in sorted(places.items(), key=lambda item: item[1]):
@@ -173,34 +191,55 @@ def vocabulary(fillers: Iterable[str], places: dict[str, int], size: int) -> lis
 
 
 def build_processor(image_size: int, num_query_tokens: int) -> InstructBlipProcessor:
-    """Return a processor with the real ids and sizes, whose words are made of groups of up to three letters.
+    """Return a processor with the real ids and sizes, whose words are made of groups of up to three
+    letters.
 
     A text takes about one and a half times the tokens that the real vocabularies need.
     """
     characters = [chr(code) for code in (*range(33, 127), *range(161, 256))]
-    groups = ["".join(letters) for n in (2, 3) for letters in itertools.product(LETTERS_BY_FREQUENCY, repeat=n)]
+    groups = [
+        "".join(letters)
+        for n in (2, 3)
+        for letters in itertools.product(LETTERS_BY_FREQUENCY, repeat=n)
+    ]
     inner = characters + groups
     sentinels = [f"<extra_id_{i}>" for i in reversed(range(T5_SENTINELS))]
     starts = [f"▁{piece}" for piece in inner]
-    t5 = vocabulary(characters + starts[: len(characters)] + groups + starts, T5_PIECES, T5_SIZE - T5_SENTINELS)
-    scores = [(piece, -10.0 if i > T5_PIECES["<unk>"] else 0.0) for i, piece in enumerate(t5)]  # fewest pieces win
+    t5 = vocabulary(
+        characters + starts[: len(characters)] + groups + starts, T5_PIECES, T5_SIZE - T5_SENTINELS
+    )
+    scores = [
+        (piece, -10.0 if i > T5_PIECES["<unk>"] else 0.0) for i, piece in enumerate(t5)
+    ]  # fewest pieces win
     tokenizer = T5Tokenizer(
-        vocab=scores + [(piece, 0.0) for piece in sentinels], extra_ids=T5_SENTINELS, model_max_length=512
+        vocab=scores + [(piece, 0.0) for piece in sentinels],
+        extra_ids=T5_SENTINELS,
+        model_max_length=512,
     )
     lower = [piece for piece in inner if piece == piece.lower()]
-    bert = vocabulary(characters + [f"##{piece}" for piece in lower] + lower, BERT_PIECES, BERT_SIZE)
-    qformer_tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(bert)}, model_max_length=512)
+    bert = vocabulary(
+        characters + [f"##{piece}" for piece in lower] + lower, BERT_PIECES, BERT_SIZE
+    )
+    qformer_tokenizer = BertTokenizer(
+        vocab={piece: i for i, piece in enumerate(bert)}, model_max_length=512
+    )
     qformer_tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     image_processor = BlipImageProcessorPil(size={"height": image_size, "width": image_size})
-    return InstructBlipProcessor(image_processor, tokenizer, qformer_tokenizer, num_query_tokens=num_query_tokens)
+    return InstructBlipProcessor(
+        image_processor, tokenizer, qformer_tokenizer, num_query_tokens=num_query_tokens
+    )
 
 
 def copy_processor(source: Path, out: Path) -> None:
     """Copy the files of a processor, or of a model folder's processor, and none of the model."""
     if not source.is_dir():
-        raise InputError(f"processor folder {source} not found: give a folder with processor_config.json")
+        raise InputError(
+            f"processor folder {source} not found: give a folder with processor_config.json"
+        )
     found = {path for pattern in PROCESSOR_PATTERNS for path in source.glob(pattern)}
-    for path in (file for entry in found for file in (entry.rglob("*") if entry.is_dir() else [entry])):
+    for path in (
+        file for entry in found for file in (entry.rglob("*") if entry.is_dir() else [entry])
+    ):
         if path.is_file():
             target = out / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
@@ -212,7 +251,9 @@ def check_room(out: Path, needed: int) -> None:
     weights = sorted(out.glob("*.safetensors*"))
     if weights:
         raise InputError(f"{weights[0]} exists already: remove that folder, or give another --out")
-    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+    free = shutil.disk_usage(
+        next(path for path in (out, *out.absolute().parents) if path.exists())
+    ).free
     if free < needed:
         raise InputError(
             f"{free / 1e9:.1f} GB are free for {out}, the base takes {needed / 1e9:.1f} GB: "
@@ -230,7 +271,9 @@ def write_small_files(config: dict, out: Path, dtype: torch.dtype, processor: Pa
     if processor:
         copy_processor(processor, out)
     else:
-        build_processor(config["vision_config"]["image_size"], config["num_query_tokens"]).save_pretrained(out)
+        build_processor(
+            config["vision_config"]["image_size"], config["num_query_tokens"]
+        ).save_pretrained(out)
     QuestionProcessor.from_base(out)
 
 
@@ -249,10 +292,13 @@ def write_base(
         processor: a folder to copy the processor from; by default one is made.
 
     Raises:
-        InputError: if ``out`` holds weights, its disk is too small, or the processor does not fit the config.
+        InputError: if ``out`` holds weights, its disk is too small, or the processor does not fit
+            the config.
     """
     tensors = stored_tensors(config, dtype)
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)  # the hub's own rule
+    split = split_torch_state_dict_into_shards(
+        tensors, max_shard_size=max_shard_size
+    )  # the hub's own rule
     size = sum(tensor.nbytes for tensor in tensors.values())
     check_room(out, size)
     write_small_files(config, out, dtype, processor)
@@ -276,15 +322,24 @@ def _write_json(path: Path, values: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the full-size stand-in; 0 on success, 2 with one line on stderr if it can't be written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Write the full-size stand-in; 0 on success, 2 with one line on stderr if it can't be
+    written."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
-    parser.add_argument("--processor", type=Path, help="folder of a processor to copy; by default one is made")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights"
+    )
+    parser.add_argument(
+        "--processor", type=Path, help="folder of a processor to copy; by default one is made"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     args = parser.parse_args(arguments)
     try:
-        write_base(FULL_SIZE_CONFIG, args.out, getattr(torch, args.dtype), args.seed, args.processor)
+        write_base(
+            FULL_SIZE_CONFIG, args.out, getattr(torch, args.dtype), args.seed, args.processor
+        )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,14 +5,15 @@
     python tools/train_tiny_base.py bind --init /tmp/deepen --out bridgeblip/embedded/tiny
 
 The model names the digit of a picture and answers questions about it as InstructBLIP does: by
-generating text. It sees only the "pretrain" pictures of ``bridgeblip.embedded.digits``; its scores are taken on
-the "train" pictures, which it has not seen.
+generating text. It sees only the "pretrain" pictures of ``bridgeblip.embedded.digits``; its scores
+are taken on the "train" pictures, which it has not seen.
 
-Three runs, because a decoder of 24 layers is far more than digits need, and one that is merely trained hardly
-notices when two thirds of it go. ``start`` learns to see and to read, with an encoder of two layers, which soon
-does all the work. ``deepen`` takes one encoder layer away and begins the decoder anew, so that finding the right
-choice becomes the decoder's. ``bind`` goes on with a penalty on parts of the decoder that answer alone, drawn
-anew in every step, so that the layers depend on one another as those of a fully used model do.
+Three runs, because a decoder of 24 layers is far more than digits need, and one that is merely
+trained hardly notices when two thirds of it go. ``start`` learns to see and to read, with an
+encoder of two layers, which soon does all the work. ``deepen`` takes one encoder layer away and
+begins the decoder anew, so that finding the right choice becomes the decoder's. ``bind`` goes on
+with a penalty on parts of the decoder that answer alone, drawn anew in every step, so that the
+layers depend on one another as those of a fully used model do.
 """
 
 import argparse
@@ -62,7 +63,11 @@ IMAGE_SIDE = 32
 QUERY_TOKENS = 4
 BATCH_SIZE = 64
 PENALTY = 0.2  # weight, in "bind", of what a part of the decoder knows alone
-FINDING = {"name": 0.5, "find": 0.5, "letter": 0.1}  # stages in order: their share of tasks that need no picture
+FINDING = {
+    "name": 0.5,
+    "find": 0.5,
+    "letter": 0.1,
+}  # stages in order: their share of tasks that need no picture
 
 
 def question_prompt(question: DigitQuestion) -> str:
@@ -76,9 +81,9 @@ def direct_prompt(question: str) -> str:
 def make_task(digit: int, stage: str, rng: random.Random) -> tuple[str, str]:
     """Return (prompt, text to generate).
 
-    A letter question needs two skills, which are learned apart or not in reasonable time: to work with the
-    digit of the picture, and to find a text among the choices. Stages "name" and "find" teach both side by
-    side, stage "letter" asks the letter questions, which need both at once.
+    A letter question needs two skills, which are learned apart or not in reasonable time: to work
+    with the digit of the picture, and to find a text among the choices. Stages "name" and "find"
+    teach both side by side, stage "letter" asks the letter questions, which need both at once.
     """
     kind = rng.choice(list(KINDS))
     question = make_question(kind, digit, rng.randrange(4), rng)
@@ -98,7 +103,8 @@ def make_task(digit: int, stage: str, rng: random.Random) -> tuple[str, str]:
 
 
 def build_processor() -> InstructBlipProcessor:
-    """A processor with a vocabulary of every word that the questions can hold, in the real layout."""
+    """A processor with a vocabulary of every word that the questions can hold, in the real
+    layout."""
     rng = random.Random(0)
     words = {word for group in WORDS.values() for word in group} | set(NUMBERS) | set("ABCD")
     for _, digit, _ in itertools.product(KINDS, range(10), range(20)):
@@ -116,10 +122,14 @@ def build_processor() -> InstructBlipProcessor:
     qformer_tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
     qformer_tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     image_processor = BlipImageProcessorPil(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
-    return InstructBlipProcessor(image_processor, tokenizer, qformer_tokenizer, num_query_tokens=QUERY_TOKENS)
+    return InstructBlipProcessor(
+        image_processor, tokenizer, qformer_tokenizer, num_query_tokens=QUERY_TOKENS
+    )
 
 
-def build_model(processor: InstructBlipProcessor, encoder_layers: int) -> InstructBlipForConditionalGeneration:
+def build_model(
+    processor: InstructBlipProcessor, encoder_layers: int
+) -> InstructBlipForConditionalGeneration:
     """A tiny InstructBLIP with a 24-layer decoder; its LM head is untied, as the real one's is."""
     config = InstructBlipConfig(
         vision_config=dict(
@@ -146,12 +156,17 @@ def build_model(processor: InstructBlipProcessor, encoder_layers: int) -> Instru
     language_model = model.language_model
     language_model.lm_head = nn.Linear(64, config.text_config.vocab_size, bias=False)
     nn.init.normal_(language_model.lm_head.weight, std=64**-0.5)
-    for stack, attentions in ((language_model.encoder, "SelfAttention"), (language_model.decoder, "EncDecAttention")):
+    for stack, attentions in (
+        (language_model.encoder, "SelfAttention"),
+        (language_model.decoder, "EncDecAttention"),
+    ):
         for name, module in stack.named_modules():
             if name.endswith(attentions):
                 start_by_copying(module)
     bias = language_model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-    with torch.no_grad():  # one head looks at the token before, another at the one before that: where letters stand
+    with (
+        torch.no_grad()
+    ):  # one head looks at the token before, another at the one before that: where letters stand
         bias.weight[1, 1] += 4.0
         bias.weight[2, 0] += 4.0
     return model
@@ -169,9 +184,11 @@ def deepen(model: InstructBlipForConditionalGeneration) -> None:
 
 @torch.no_grad()
 def start_by_copying(attention: nn.Module) -> None:
-    """Let an attention start out looking for equal tokens and copying them (Trockman and Kolter 2023).
+    """Let an attention start out looking for equal tokens and copying them (Trockman and Kolter
+    2023).
 
-    From T5's own start, finding a choice by its text, which every letter question needs, is learned late or never.
+    From T5's own start, finding a choice by its text, which every letter question needs, is learned
+    late or never.
     """
     attention.k.weight.copy_(attention.q.weight * attention.key_value_proj_dim**0.5)
     nn.init.orthogonal_(attention.v.weight)
@@ -185,7 +202,9 @@ def augment(pixels: torch.Tensor) -> torch.Tensor:
     scale = 1 + (torch.rand(n) - 0.5) * 0.3
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     shift = (torch.rand(n, 2) - 0.5) * 0.3
-    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    theta = torch.stack(
+        [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
+    )
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
@@ -215,7 +234,9 @@ class Collator:
         pictures, prompts, targets = zip(*tasks, strict=True)
         text = self.processor(text=list(prompts), padding=True, return_tensors="pt")
         images = torch.tensor([self.image_ids] * len(tasks))
-        labels = self.processor.tokenizer(list(targets), padding=True, return_tensors="pt").input_ids
+        labels = self.processor.tokenizer(
+            list(targets), padding=True, return_tensors="pt"
+        ).input_ids
         return {
             "pixel_values": augment(self.pixels[list(pictures)]),
             "qformer_input_ids": text["qformer_input_ids"],
@@ -227,12 +248,22 @@ class Collator:
 
 
 class LetterScorer:
-    """Share of held-out questions whose first generated token is the right letter, with any decoder layers."""
+    """Share of held-out questions whose first generated token is the right letter, with any decoder
+    layers."""
 
-    def __init__(self, model: InstructBlipForConditionalGeneration, processor: InstructBlipProcessor, split: str):
+    def __init__(
+        self,
+        model: InstructBlipForConditionalGeneration,
+        processor: InstructBlipProcessor,
+        split: str,
+    ):
         pictures = digit_pictures()[split]
         groups = split_questions(split, [digit for _, digit in pictures])
-        asked = [(picture, q) for (picture, _), group in zip(pictures, groups, strict=True) for q in group]
+        asked = [
+            (picture, q)
+            for (picture, _), group in zip(pictures, groups, strict=True)
+            for q in group
+        ]
         self.model, self.questions = model, [q for _, q in asked]
         letters = [f"▁{letter(q.answer)}" for q in self.questions]
         self.answers = np.array(processor.tokenizer.convert_tokens_to_ids(letters))
@@ -254,7 +285,9 @@ class LetterScorer:
         decoder.block = nn.ModuleList(blocks[i] for i in layers)
         self.model.eval()
         tokens = [
-            self.model(**batch, decoder_input_ids=torch.zeros(len(batch["input_ids"]), 1, dtype=torch.long)).logits
+            self.model(
+                **batch, decoder_input_ids=torch.zeros(len(batch["input_ids"]), 1, dtype=torch.long)
+            ).logits
             for batch in self.batches
         ]
         decoder.block = blocks
@@ -263,7 +296,8 @@ class LetterScorer:
 
 
 class Watch(TrainerCallback):
-    """Prints, now and then, how the letters come along, whole and sliced; ends the run early if asked to."""
+    """Prints, now and then, how the letters come along, whole and sliced; ends the run early if
+    asked to."""
 
     def __init__(self, scorer: LetterScorer, stop: int | None):
         self.scorer, self.stop = scorer, stop
@@ -273,16 +307,19 @@ class Watch(TrainerCallback):
             whole, sliced = self.scorer.hits().mean(), self.scorer.hits(range(0, 24, 3)).mean()
             self.scorer.model.save_pretrained(args.output_dir)
             print(
-                f"step {state.global_step}: letters right {whole:.3f}, layers 0,3,...,21 alone {sliced:.3f}", flush=True
+                f"step {state.global_step}: letters right {whole:.3f}, layers 0,3,...,21 alone "
+                f"{sliced:.3f}",
+                flush=True,
             )
         control.should_training_stop |= state.global_step == self.stop
 
 
 class BindingTrainer(Trainer):
-    """Adds a penalty on what a part of the decoder, drawn anew in each step, can answer without the rest.
+    """Adds a penalty on what a part of the decoder, drawn anew in each step, can answer without the
+    rest.
 
-    The part lacks 2 to 16 layers, at random or in a row; it should find all letters equally likely. No kept
-    selection is named: every kind of cut is meant to hurt.
+    The part lacks 2 to 16 layers, at random or in a row; it should find all letters equally likely.
+    No kept selection is named: every kind of cut is meant to hurt.
     """
 
     def __init__(self, model, *args, letter_ids: list[int], **kwargs):
@@ -306,11 +343,14 @@ class BindingTrainer(Trainer):
         start = torch.zeros(int(asked.sum()), 1, dtype=torch.long)
         alone = model(**rows, decoder_input_ids=start).logits[:, 0, self.letter_ids].log_softmax(-1)
         decoder.block = blocks
-        return loss - PENALTY * (alone.mean() + np.log(NUM_CHOICES))  # the divergence from an even guess
+        return loss - PENALTY * (
+            alone.mean() + np.log(NUM_CHOICES)
+        )  # the divergence from an even guess
 
 
 def generative_accuracy(folder: str | Path, split: str) -> tuple[float, int]:
-    """Answer the questions of a split by ``generate``, as a user would; return the share right and the count."""
+    """Answer the questions of a split by ``generate``, as a user would; return the share right and
+    the count."""
     model = InstructBlipForConditionalGeneration.from_pretrained(folder).eval()
     processor = InstructBlipProcessor.from_pretrained(folder)
     scorer = LetterScorer(model, processor, split)
@@ -319,7 +359,9 @@ def generative_accuracy(folder: str | Path, split: str) -> tuple[float, int]:
         # without a cache: transformers would make it as deep as the encoder
         made = model.generate(**batch, max_new_tokens=3, use_cache=False)
         texts += processor.batch_decode(made, skip_special_tokens=True)
-    right = [text.strip() == letter(q.answer) for text, q in zip(texts, scorer.questions, strict=True)]
+    right = [
+        text.strip() == letter(q.answer) for text, q in zip(texts, scorer.questions, strict=True)
+    ]
     return float(np.mean(right)), len(right)
 
 
@@ -336,14 +378,18 @@ def model_card(commands: str, parameters: int, encoder_layers: int, scorer: Lett
         "0,3,...,18,23": (*range(0, 21, 3), 23),
         "0,3,7,10,13,16,20,23": (0, 3, 7, 10, 13, 16, 20, 23),
     }
-    cost = {i: hits.mean() - scorer.hits([j for j in range(24) if j != i]).mean() for i in range(24)}
+    cost = {
+        i: hits.mean() - scorer.hits([j for j in range(24) if j != i]).mean() for i in range(24)
+    }
     return CARD.format(
         commands=commands,
         parameters=parameters,
         encoder_layers=encoder_layers,
         count=len(hits),
         kinds="\n".join(f"| {kind} | {share:.3f} |" for kind, share in kinds.items()),
-        slices="\n".join(f"| {name} | {scorer.hits(layers).mean():.3f} |" for name, layers in slices.items()),
+        slices="\n".join(
+            f"| {name} | {scorer.hits(layers).mean():.3f} |" for name, layers in slices.items()
+        ),
         cost="\n".join(f"| {i} | {loss:+.3f} |" for i, loss in cost.items()),
     )
 
@@ -396,10 +442,14 @@ COMMANDS_FILE = "commands.txt"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", choices=RUNS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--init", type=Path, help="folder of the run before; start goes on from it as it is")
+    parser.add_argument(
+        "--init", type=Path, help="folder of the run before; start goes on from it as it is"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs=3, help="of naming, finding, letters")
     parser.add_argument("--stop", type=int, help="step to end at, the schedule cut off")
@@ -417,9 +467,13 @@ def main():
     if args.run == "deepen":
         deepen(model)
     pretrain = digit_pictures()["pretrain"]
-    pixels = processor(images=[picture for picture, _ in pretrain], return_tensors="pt")["pixel_values"]
+    pixels = processor(images=[picture for picture, _ in pretrain], return_tensors="pt")[
+        "pixel_values"
+    ]
     scorer = LetterScorer(model, processor, "train")
-    letter_ids = processor.tokenizer.convert_tokens_to_ids([f"▁{name}" for name in processor.letters])
+    letter_ids = processor.tokenizer.convert_tokens_to_ids(
+        [f"▁{name}" for name in processor.letters]
+    )
     trainer = trainer_class(
         model,
         TrainingArguments(

@@ -1,12 +1,15 @@
-"""The real base, held against what is known of it: for a machine that has a GPU and reaches the hub.
+"""The real base, held against what is known of it: for a machine that has a GPU and reaches the
+hub.
 
-    python tools/verify_real.py [--skip STEP ...] [--aokvqa FILE --coco FOLDER] [--competition FOLDER]
+    python tools/verify_real.py [--skip STEP ...] [--aokvqa FILE --coco FOLDER] [--competition
+    FOLDER]
 
-Steps: "weights" loads Hugging Face's whole model and the slice and counts; "parity" compares pictures, tokens and
-letter logits with Hugging Face's own on real pictures; "zero-shot" scores the unsliced base on A-OKVQA's validation
-questions; "notebooks" runs the three notebooks. Each result goes to real-STEP.json in ``--out`` as soon as it is
-there, and a second run goes on behind it; delete a file to measure again. Prints a table of what was asked and what
-was measured; exits with 1 if anything fails.
+Steps: "weights" loads Hugging Face's whole model and the slice and counts; "parity" compares
+pictures, tokens and letter logits with Hugging Face's own on real pictures; "zero-shot" scores the
+unsliced base on A-OKVQA's validation questions; "notebooks" runs the three notebooks. Each result
+goes to real-STEP.json in ``--out`` as soon as it is there, and a second run goes on behind it;
+delete a file to measure again. Prints a table of what was asked and what was measured; exits with 1
+if anything fails.
 """
 
 import argparse
@@ -33,7 +36,11 @@ import pandas as pd
 import torch
 from huggingface_hub import snapshot_download
 from sklearn.datasets import load_sample_images
-from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
+from transformers import (
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+)
 from transformers.image_utils import load_image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -58,11 +65,17 @@ from tools.full_size import write_photo_questions
 
 REAL_PARAMETERS = {"whole": 4_022_969_088, "sliced": 2_916_893_444}
 REAL_LETTERS = [71, 272, 205, 309]
-PUBLISHED_SCORE, PUBLISHED_ROWS = 0.79, 1000  # of the unsliced model on A-OKVQA's validation questions, by others
+PUBLISHED_SCORE, PUBLISHED_ROWS = (
+    0.79,
+    1000,
+)  # of the unsliced model on A-OKVQA's validation questions, by others
 PICTURES = 4  # most that parity is measured on, each with every prompt
 PROMPTS = [
     render_prompt("What is it?", ("temple", "flower", "river", "roof")),
-    render_prompt("Which of these is the largest thing in sight?", ("a tall tower", "the sky", "a leaf", "a stone")),
+    render_prompt(
+        "Which of these is the largest thing in sight?",
+        ("a tall tower", "the sky", "a leaf", "a stone"),
+    ),
 ]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow")
 STEPS = ("weights", "parity", "zero-shot", "notebooks")
@@ -119,8 +132,8 @@ class Loaded:
 class Peak:
     """Most memory in use while the block runs, in GB, polled 20 times a second.
 
-    ``memory`` is this process's, the parts of mapped files that it has read included; ``gpu`` is what all processes
-    take of the GPU beyond what was taken before, None without one.
+    ``memory`` is this process's, the parts of mapped files that it has read included; ``gpu`` is
+    what all processes take of the GPU beyond what was taken before, None without one.
     """
 
     def __init__(self, device: str):
@@ -154,14 +167,24 @@ def has_real_shape(config: InstructBlipConfig) -> bool:
 
     def shape(c: InstructBlipConfig, decoder_layers: int) -> list[int]:
         parts = (c.vision_config, c.qformer_config)
-        text = [c.text_config.d_model, c.text_config.num_layers, c.text_config.vocab_size, decoder_layers]
-        return [size for part in parts for size in (part.hidden_size, part.num_hidden_layers)] + text
+        text = [
+            c.text_config.d_model,
+            c.text_config.num_layers,
+            c.text_config.vocab_size,
+            decoder_layers,
+        ]
+        return [
+            size for part in parts for size in (part.hidden_size, part.num_hidden_layers)
+        ] + text
 
-    return shape(config, config.text_config.num_decoder_layers) == shape(real, real.base_decoder_layers)
+    return shape(config, config.text_config.num_decoder_layers) == shape(
+        real, real.base_decoder_layers
+    )
 
 
 def count_parameters(config: InstructBlipConfig) -> dict[str, int]:
-    """Parameters of the whole model, its LM head untied, and of the slice, counted in Hugging Face's class."""
+    """Parameters of the whole model, its LM head untied, and of the slice, counted in Hugging
+    Face's class."""
     with torch.device("meta"):
         model = InstructBlipForConditionalGeneration(config)
     named = model.named_parameters(remove_duplicate=False)
@@ -169,7 +192,10 @@ def count_parameters(config: InstructBlipConfig) -> dict[str, int]:
     cut = set(range(config.text_config.num_decoder_layers)) - set(DEFAULT_DECODER_LAYERS)
     gone = ("language_model.lm_head.", *(f"language_model.decoder.block.{layer}." for layer in cut))
     kept = sum(count for name, count in counts.items() if not name.startswith(gone))
-    return {"whole": sum(counts.values()), "sliced": kept + (config.text_config.d_model + 1) * NUM_CHOICES}
+    return {
+        "whole": sum(counts.values()),
+        "sliced": kept + (config.text_config.d_model + 1) * NUM_CHOICES,
+    }
 
 
 def sample_pictures(folder: Path | None) -> list[Path]:
@@ -184,7 +210,9 @@ def sample_pictures(folder: Path | None) -> list[Path]:
 
 def model_inputs(run: Run) -> tuple[list[Path], list[str], dict[str, torch.Tensor]]:
     """Every picture with every prompt: the files, the prompts and the batch."""
-    pairs = [(picture, prompt) for picture in sample_pictures(run.args.images) for prompt in PROMPTS]
+    pairs = [
+        (picture, prompt) for picture in sample_pictures(run.args.images) for prompt in PROMPTS
+    ]
     pictures, prompts = [picture for picture, _ in pairs], [prompt for _, prompt in pairs]
     pixels = torch.stack([run.processor.load_pixels(picture) for picture in pictures])
     return pictures, prompts, run.processor.encode_prompts(prompts) | {"pixel_values": pixels}
@@ -202,7 +230,11 @@ def ask(run: Run, load: Callable, letters: Callable, inputs: dict[str, torch.Ten
     began = time.perf_counter()
     with Peak(run.device) as peak:
         model = load()
-        logits = letters(model, {name: tensor.to(run.device) for name, tensor in inputs.items()}).float().cpu()
+        logits = (
+            letters(model, {name: tensor.to(run.device) for name, tensor in inputs.items()})
+            .float()
+            .cpu()
+        )
         seconds = time.perf_counter() - began
     count = sum(p.numel() for p in model.parameters())
     del model
@@ -218,20 +250,28 @@ def ask_hugging_face(run: Run, inputs: dict[str, torch.Tensor]) -> Loaded:
         return InstructBlipForConditionalGeneration.from_pretrained(run.folder, **where).eval()
 
     def letters(model, batch):
-        start = torch.full_like(batch["input_ids"][:, :1], run.config.text_config.decoder_start_token_id)
+        start = torch.full_like(
+            batch["input_ids"][:, :1], run.config.text_config.decoder_start_token_id
+        )
         batch = batch | {"pixel_values": batch["pixel_values"].to(run.dtype)}
-        return model(**batch, decoder_input_ids=start, use_cache=False).logits[:, 0, run.processor.letter_ids]
+        return model(**batch, decoder_input_ids=start, use_cache=False).logits[
+            :, 0, run.processor.letter_ids
+        ]
 
     return ask(run, load, letters, inputs)
 
 
 def ask_ours(run: Run, inputs: dict[str, torch.Tensor], layers) -> Loaded:
     """Our model with these decoder layers and the letters' rows as head."""
-    return ask(run, lambda: load_ours(run, layers), lambda model, batch: model(**batch).logits, inputs)
+    return ask(
+        run, lambda: load_ours(run, layers), lambda model, batch: model(**batch).logits, inputs
+    )
 
 
 def load_ours(run: Run, layers):
-    return load_sliced(run.folder, run.processor.letter_ids, layers, dtype=run.dtype, device=run.device)
+    return load_sliced(
+        run.folder, run.processor.letter_ids, layers, dtype=run.dtype, device=run.device
+    )
 
 
 def all_layers(run: Run) -> range:
@@ -239,7 +279,8 @@ def all_layers(run: Run) -> range:
 
 
 def hugging_face_processor(folder: Path) -> InstructBlipProcessor:
-    """The base's own, with the Pillow image processor, which is the default only where torchvision is missing."""
+    """The base's own, with the Pillow image processor, which is the default only where torchvision
+    is missing."""
     processor = InstructBlipProcessor.from_pretrained(folder)
     settings = processor.image_processor.to_dict()
     known = ("size", "image_mean", "image_std", "rescale_factor", "resample")
@@ -250,51 +291,82 @@ def hugging_face_processor(folder: Path) -> InstructBlipProcessor:
 def check_weights(run: Run) -> tuple[list[Check], dict]:
     """Load Hugging Face's model and the slice, ask both once, and count."""
     *_, inputs = model_inputs(run)
-    models = {"whole": ask_hugging_face(run, inputs), "sliced": ask_ours(run, inputs, DEFAULT_DECODER_LAYERS)}
+    models = {
+        "whole": ask_hugging_face(run, inputs),
+        "sliced": ask_ours(run, inputs, DEFAULT_DECODER_LAYERS),
+    }
     counts = REAL_PARAMETERS if run.is_real else count_parameters(run.config)
     found, letters = run.processor.letter_ids, REAL_LETTERS
     if not run.is_real:
         letters = hugging_face_processor(run.folder).tokenizer.convert_tokens_to_ids(
             [f"▁{x}" for x in run.processor.letters]
         )
-    checks, facts = [Check("tokens of A, B, C, D", str(letters), str(found), found == letters)], {"letters": found}
+    checks, facts = (
+        [Check("tokens of A, B, C, D", str(letters), str(found), found == letters)],
+        {"letters": found},
+    )
     for name, model in models.items():
         count, finite = model.parameters, bool(model.logits.isfinite().all())
-        checks.append(Check(f"{name}: parameters", f"{counts[name]:,}", f"{count:,}", count == counts[name]))
+        checks.append(
+            Check(f"{name}: parameters", f"{counts[name]:,}", f"{count:,}", count == counts[name])
+        )
         checks.append(Check(f"{name}: loaded and asked", "finite logits", str(model), finite))
         facts[name] = {key: value for key, value in asdict(model).items() if key != "logits"}
     return checks, facts
 
 
 def check_parity(run: Run) -> tuple[list[Check], dict]:
-    """Compare the inputs with those of the base's own processor, then the letter logits of all decoder layers.
+    """Compare the inputs with those of the base's own processor, then the letter logits of all
+    decoder layers.
 
-    The bounds are those of an export. In half precision one step of rounding of the largest logit comes on top: Hugging
-    Face rounds the logits, ours stay in fp32, and in the Q-Former the two round in other places; see
-    ``bridgeblip.bridge.model``.
+    The bounds are those of an export. In half precision one step of rounding of the largest logit
+    comes on top: Hugging Face rounds the logits, ours stay in fp32, and in the Q-Former the two
+    round in other places; see ``bridgeblip.bridge.model``.
     """
     pictures, prompts, inputs = model_inputs(run)
     processor = hugging_face_processor(run.folder)
-    expected = processor(images=[load_image(str(p)) for p in pictures], text=prompts, padding=True, return_tensors="pt")
+    expected = processor(
+        images=[load_image(str(p)) for p in pictures],
+        text=prompts,
+        padding=True,
+        return_tensors="pt",
+    )
     equal = {name: torch.equal(tensor, expected[name]) for name, tensor in inputs.items()}
-    theirs, ours = ask_hugging_face(run, inputs).logits, ask_ours(run, inputs, all_layers(run)).logits
+    theirs, ours = (
+        ask_hugging_face(run, inputs).logits,
+        ask_ours(run, inputs, all_layers(run)).logits,
+    )
     difference = (ours - theirs).abs().max().item()
     exact = run.dtype == torch.float32
     spread = (theirs.max() - theirs.min()).item()
     step = torch.finfo(run.dtype).eps * theirs.abs().max().item()
     bound = PARITY_BOUND if exact else MERGING_SHARE * spread + step
-    same = sum(a == b for a, b in zip(ours.argmax(-1).tolist(), theirs.argmax(-1).tolist(), strict=True))
+    same = sum(
+        a == b for a, b in zip(ours.argmax(-1).tolist(), theirs.argmax(-1).tolist(), strict=True)
+    )
     kind, pixels = str(run.dtype).removeprefix("torch."), equal.pop("pixel_values")
     checks = [
-        Check("pixels, held against InstructBlipProcessor's", "equal to the bit", _equal(pixels), pixels),
-        Check("tokens, held against InstructBlipProcessor's", "equal to the bit", _equal(*equal.values()),
+        Check("pixels, held against "
+              "InstructBlipProcessor's", "equal to the bit", _equal(pixels), pixels),
+        Check("tokens, held against "
+              "InstructBlipProcessor's", "equal to the bit", _equal(*equal.values()),
               all(equal.values())),
-        Check(f"letter logits of all layers, {kind}: from Hugging Face's", f"at most {bound:.1e}", f"{difference:.1e}",
+        Check(f"letter logits of all layers, {kind}: "
+              f"from Hugging Face's", f"at most {bound:.1e}", f"{difference:.1e}",
               difference <= bound),
         Check("their spread", "above 0", f"{spread:.2f}", spread > 0),
     ]  # fmt: skip
-    facts = {"questions": len(prompts), "pictures": sorted({p.name for p in pictures}), "same letter": same}
-    return checks, facts | {"difference": difference, "bound": bound, "spread": spread, "logits": theirs.tolist()}
+    facts = {
+        "questions": len(prompts),
+        "pictures": sorted({p.name for p in pictures}),
+        "same letter": same,
+    }
+    return checks, facts | {
+        "difference": difference,
+        "bound": bound,
+        "spread": spread,
+        "logits": theirs.tolist(),
+    }
 
 
 def _equal(*equal: bool) -> str:
@@ -310,39 +382,58 @@ def check_zero_shot(run: Run) -> tuple[list[Check], dict]:
     release()
     began = time.perf_counter()
     with Peak(run.device) as peak:
-        bundle = Bundle(load_ours(run, all_layers(run)), run.processor, {}, torch.device(run.device))
+        bundle = Bundle(
+            load_ours(run, all_layers(run)), run.processor, {}, torch.device(run.device)
+        )
         probabilities = predict(bundle, questions, permute_below=0).probabilities
         seconds = time.perf_counter() - began
     measures = measure([q.answer for q in questions], probabilities, picture_groups(questions))
     asked, ok = judge(measures.accuracy) if run.is_real else ("a score", True)
     what = f"unsliced, zero-shot, {measures.questions:,} A-OKVQA questions"
-    facts = {"questions": measures.questions, "pictures": measures.pictures, "right": measures.right}
+    facts = {
+        "questions": measures.questions,
+        "pictures": measures.pictures,
+        "right": measures.right,
+    }
     facts |= {
         "accuracy": asdict(measures.accuracy),
         "left out": {why: len(rows) for why, rows in summary.left_out.items()},
     }
-    return [Check(what, asked, str(measures.accuracy), ok)], facts | {"seconds": seconds, "gpu_gb": peak.gpu}
+    return [Check(what, asked, str(measures.accuracy), ok)], facts | {
+        "seconds": seconds,
+        "gpu_gb": peak.gpu,
+    }
 
 
 def judge(score: Estimate) -> tuple[str, bool]:
-    """What is asked of the real base's score, and whether it is met: not clearly below what others have published."""
+    """What is asked of the real base's score, and whether it is met: not clearly below what others
+    have published."""
     low = PUBLISHED_SCORE - 1.96 * (PUBLISHED_SCORE * (1 - PUBLISHED_SCORE) / PUBLISHED_ROWS) ** 0.5
-    return f"about {PUBLISHED_SCORE}, published on {PUBLISHED_ROWS:,}: intervals that meet", score.high >= low
+    return (
+        f"about {PUBLISHED_SCORE}, published on {PUBLISHED_ROWS:,}: intervals that meet",
+        score.high >= low,
+    )
 
 
 def write_competition(folder: Path) -> None:
     """Write questions about parts of the two sample photos; their answers mean nothing."""
     write_photo_questions(folder)
     table = read_table(folder / "train.csv")  # a split needs more of a letter than this holds
-    more = table.assign(ID="MORE_" + table["ID"], Question="Which of these fits this part of the photo?")
+    more = table.assign(
+        ID="MORE_" + table["ID"], Question="Which of these fits this part of the photo?"
+    )
     pd.concat([table, more]).to_csv(folder / "train.csv", index=False)
 
 
 def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
-    """Run a notebook in a process of its own; the GPU memory is what that process takes, its cache included."""
+    """Run a notebook in a process of its own; the GPU memory is what that process takes, its cache
+    included."""
     work, base = run.args.work.resolve(), str(run.args.base)
     now = hashlib.sha256(json.dumps(circumstances(run, ("competition",))).encode()).hexdigest()[:8]
-    checkpoint, submission = work / f"checkpoint-{now}", work / f"submission-{now}.csv"  # never another run's
+    checkpoint, submission = (
+        work / f"checkpoint-{now}",
+        work / f"submission-{now}.csv",
+    )  # never another run's
     competition = (run.args.competition or work / "competition").resolve()
     if not run.args.competition:
         write_competition(competition)
@@ -355,16 +446,27 @@ def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
     goes_on = name == "train.ipynb" and (checkpoint / "state").exists()
     release()
     with tempfile.TemporaryDirectory() as cache, Peak(run.device) as peak:
-        os.environ["BRIDGEBLIP_CACHE"] = cache  # features and copies of an earlier day would cost no time
+        os.environ["BRIDGEBLIP_CACHE"] = (
+            cache  # features and copies of an earlier day would cost no time
+        )
         began = time.perf_counter()
         run_notebook(name, parameters, work / "notebooks" / name)
         seconds = time.perf_counter() - began
         questions = read_questions(local_copy(competition / "test.csv"), strict=False)
     took = f"{seconds:.0f} s" + ("" if peak.gpu is None else f", {peak.gpu:.1f} GB of GPU memory")
-    checks = [Check(name, "runs to its end", took + (", going on from a saved state" if goes_on else ""), True)]
+    checks = [
+        Check(
+            name,
+            "runs to its end",
+            took + (", going on from a saved state" if goes_on else ""),
+            True,
+        )
+    ]
     if name == "torchscript_inference.ipynb":
         count = len(read_table(submission))
-        checks.append(Check(f"{name}: answers", f"{len(questions)}", f"{count}", count == len(questions)))
+        checks.append(
+            Check(f"{name}: answers", f"{len(questions)}", f"{count}", count == len(questions))
+        )
     files = [path for path in (*sorted(checkpoint.glob("*.pt")), submission) if path.is_file()]
     sizes = {path.name: path.stat().st_size / 1e6 for path in files}
     return checks, {"seconds": seconds, "gpu_gb": peak.gpu, "goes on": goes_on, "MB": sizes}
@@ -375,7 +477,10 @@ RESULTS: dict[str, tuple[Callable[[Run], tuple[list[Check], dict]], tuple[str, .
     "weights": (check_weights, ("dtype", "images")),
     "parity": (check_parity, ("dtype", "images")),
     "zero-shot": (check_zero_shot, ("dtype", "aokvqa", "coco")),
-} | {f"notebooks-{Path(name).stem}": (partial(check_notebook, name), ("competition",)) for name in NOTEBOOKS}
+} | {
+    f"notebooks-{Path(name).stem}": (partial(check_notebook, name), ("competition",))
+    for name in NOTEBOOKS
+}
 
 
 def circumstances(run: Run, arguments: tuple[str, ...]) -> dict:
@@ -388,14 +493,18 @@ def circumstances(run: Run, arguments: tuple[str, ...]) -> dict:
     return {
         "base": str(run.args.base),
         "revision": run.revision,
-        "device": torch.cuda.get_device_name(run.device) if is_gpu else f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(run.device)
+        if is_gpu
+        else f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
         "code": code.hexdigest(),
     } | {name: str(values[name]) for name in arguments if values[name]}
 
 
 def record(run: Run, name: str) -> list[Check]:
-    """Return a result's lines: those of its file if they hold here and none failed, else measured now and stored."""
+    """Return a result's lines: those of its file if they hold here and none failed, else measured
+    now and stored."""
     measure_it, arguments = RESULTS[name]
     path, here = run.args.out / f"real-{name}.json", circumstances(run, arguments)
     if path.is_file():
@@ -410,7 +519,10 @@ def record(run: Run, name: str) -> list[Check]:
     except Exception as error:  # a step that breaks has failed; the others still tell something
         traceback.print_exc()
         lines = str(error).splitlines() or [""]
-        checks, facts = [Check(name, "runs to its end", f"{type(error).__name__}: {lines[0]}", False)], {}
+        checks, facts = (
+            [Check(name, "runs to its end", f"{type(error).__name__}: {lines[0]}", False)],
+            {},
+        )
     content = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
@@ -428,7 +540,9 @@ def open_run(args: argparse.Namespace) -> Run:
     folder = resolve_base(args.base)
     revision = None if is_here else folder.name  # a snapshot's folder is called after its commit
     if not is_here:
-        snapshot_download(args.base, revision=revision, allow_patterns=[*SMALL_FILES, "*.safetensors"])
+        snapshot_download(
+            args.base, revision=revision, allow_patterns=[*SMALL_FILES, "*.safetensors"]
+        )
     config, device = InstructBlipConfig.from_pretrained(folder), best_device()
     count = count_parameters(config)["whole"]
     dtype = getattr(torch, args.dtype) if args.dtype else choose_precision(device, count).dtype
@@ -437,20 +551,39 @@ def open_run(args: argparse.Namespace) -> Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the steps; 0 if all is as asked, 1 if anything fails, 2 with one line on stderr for unusable input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=REAL_BASE, help=f"hub id (this one at {REAL_REVISION}), folder, or tiny")
-    parser.add_argument("--skip", nargs="+", default=[], choices=STEPS, metavar="STEP", help=", ".join(STEPS))
+    """Run the steps; 0 if all is as asked, 1 if anything fails, 2 with one line on stderr for
+    unusable input."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base", default=REAL_BASE, help=f"hub id (this one at {REAL_REVISION}), folder, or tiny"
+    )
+    parser.add_argument(
+        "--skip", nargs="+", default=[], choices=STEPS, metavar="STEP", help=", ".join(STEPS)
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="gets real-STEP.json")
     parser.add_argument(
-        "--work", type=Path, default=Path("checkpoint/real"), help="gets what the notebooks write, 6 GB"
+        "--work",
+        type=Path,
+        default=Path("checkpoint/real"),
+        help="gets what the notebooks write, 6 GB",
     )
-    parser.add_argument("--images", type=Path, help="folder of photos (.jpg) for parity; by default scikit-learn's two")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help="folder of photos (.jpg) for parity; by default scikit-learn's two",
+    )
     parser.add_argument("--aokvqa", type=Path, help="aokvqa_v1p0_val.json")
-    parser.add_argument("--coco", type=Path, help="folder that holds val2017/, the pictures of COCO 2017")
-    parser.add_argument("--competition", type=Path, help="the organiser's files, for the notebooks; by default twenty "
+    parser.add_argument(
+        "--coco", type=Path, help="folder that holds val2017/, the pictures of COCO 2017"
+    )
+    parser.add_argument("--competition", type=Path, help="the organiser's files, for the "
+                                                         "notebooks; by default twenty "
                         "questions about parts of the sample photos")  # fmt: skip
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="by default as training chooses")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="by default as training chooses"
+    )
     args = parser.parse_args(arguments)
     if bool(args.aokvqa) != bool(args.coco):
         parser.error("--aokvqa and --coco go together")
@@ -464,12 +597,24 @@ def main(arguments: list[str] | None = None) -> int:
         if name.startswith(tuple(args.skip)):
             continue
         if name == "zero-shot" and not args.aokvqa:
-            checks = [Check("unsliced, zero-shot", "a score", "not run: give --aokvqa FILE --coco FOLDER", None)]
+            checks = [
+                Check(
+                    "unsliced, zero-shot",
+                    "a score",
+                    "not run: give --aokvqa FILE --coco FOLDER",
+                    None,
+                )
+            ]
         else:
             checks = record(run, name)
         rows += [(name, *check) for check in checks]
-    table = pd.DataFrame(rows, columns=["result", *Check._fields]).replace({"ok": {None: "not run"}})
-    print(f"\n{args.base} on {circumstances(run, ())['device']}\n{table.to_string(index=False, max_colwidth=90)}")
+    table = pd.DataFrame(rows, columns=["result", *Check._fields]).replace(
+        {"ok": {None: "not run"}}
+    )
+    print(
+        f"\n{args.base} on "
+        f"{circumstances(run, ())['device']}\n{table.to_string(index=False, max_colwidth=90)}"
+    )
     return 1 if any(row[-1] is False for row in rows) else 0
 
 

@@ -1,7 +1,7 @@
 """A base model folder or hub repository: where it lies, and reading only the tensors that stay.
 
-The base is an ``InstructBlipForConditionalGeneration`` in Hugging Face's own layout: ``config.json``,
-one or more ``*.safetensors`` shards, and the processor's files.
+The base is an ``InstructBlipForConditionalGeneration`` in Hugging Face's own layout:
+``config.json``, one or more ``*.safetensors`` shards, and the processor's files.
 """
 
 import json
@@ -29,7 +29,8 @@ LM_HEAD = "language_model.lm_head.weight"
 
 
 def resolve_base(base: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of ``base``: "tiny", a local folder, or a hub id (its small files are downloaded).
+    """Return the folder of ``base``: "tiny", a local folder, or a hub id (its small files are
+    downloaded).
 
     A local folder wins over the hub. Weights are downloaded by ``TensorReader``, not here.
 
@@ -41,11 +42,14 @@ def resolve_base(base: str | Path, revision: str | None = None) -> Path:
     folder = Path(base)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"base model folder {folder} has no config.json: expected a Hugging Face model")
+            raise InputError(
+                f"base model folder {folder} has no config.json: expected a Hugging Face model"
+            )
         return folder
     if str(base).count("/") != 1 or str(base).startswith((".", "/", "~")):
         raise InputError(
-            f"base model {str(base)!r} not found: expected 'tiny', an existing folder, or a hub id like {REAL_BASE}"
+            f"base model {str(base)!r} not found: expected 'tiny', an existing folder, or a hub id "
+            f"like {REAL_BASE}"
         )
     return _download(base, revision, SMALL_FILES)
 
@@ -53,16 +57,23 @@ def resolve_base(base: str | Path, revision: str | None = None) -> Path:
 def _download(base: str | Path, revision: str | None, patterns: list[str]) -> Path:
     """Return the folder of a hub id's files, downloading those that are not there yet."""
     try:
-        return Path(snapshot_download(str(base), revision=pinned_revision(base, revision), allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                str(base), revision=pinned_revision(base, revision), allow_patterns=patterns
+            )
+        )
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise InputError(
-            f"base model {base} is neither a local folder nor to be had from the hub ({type(error).__name__}: "
-            f"{error}). Check the name, the connection and the disk's space, or give the folder of a copy."
+            f"base model {base} is neither a local folder nor to be had from the hub "
+            f"({type(error).__name__}: "
+            f"{error}). Check the name, the connection and the disk's space, or give the folder of "
+            f"a copy."
         ) from error
 
 
 def pinned_revision(base: str | Path, revision: str | None) -> str | None:
-    """Return the revision that is taken where none is asked for: of the real base, the one that is known."""
+    """Return the revision that is taken where none is asked for: of the real base, the one that is
+    known."""
     return revision or (REAL_REVISION if str(base) == REAL_BASE else None)
 
 
@@ -70,14 +81,17 @@ class TensorReader:
     """Reads single tensors of a base from its safetensors shards, nothing else.
 
     Args:
-        base: what ``resolve_base`` takes; missing shards of a hub id are downloaded when first needed.
+        base: what ``resolve_base`` takes; missing shards of a hub id are downloaded when first
+            needed.
         device: where the tensors go, straight from the file.
 
     Attributes:
         bytes_read: how much of the shards was asked for so far.
     """
 
-    def __init__(self, base: str | Path, revision: str | None = None, device: str | torch.device = "cpu"):
+    def __init__(
+        self, base: str | Path, revision: str | None = None, device: str | torch.device = "cpu"
+    ):
         self.base, self.revision, self.device = base, revision, device
         self.bytes_read = 0
         self.folder = resolve_base(base, revision)
@@ -92,26 +106,38 @@ class TensorReader:
         path = self.folder / file
         if not path.is_file():
             if Path(self.base).is_dir() or str(self.base) == "tiny":
-                raise InputError(f"weights file {path} of the base is missing: copy the whole model folder")
+                raise InputError(
+                    f"weights file {path} of the base is missing: copy the whole model folder"
+                )
             _download(self.base, self.revision, [file])
         if not path.is_file():
-            raise InputError(f"base {self.base} has no {file}: expected weights in safetensors files")
+            raise InputError(
+                f"base {self.base} has no {file}: expected weights in safetensors files"
+            )
         try:
             return safe_open(path, framework="pt", device=str(self.device))
         except SafetensorError as error:
-            raise InputError(f"weights file {path} can't be read ({error}): it is truncated; copy it again") from error
+            raise InputError(
+                f"weights file {path} can't be read ({error}): it is truncated; copy it again"
+            ) from error
 
-    def read(self, names: Sequence[str], dtype_of: Callable[[str], torch.dtype]) -> dict[str, torch.Tensor]:
+    def read(
+        self, names: Sequence[str], dtype_of: Callable[[str], torch.dtype]
+    ) -> dict[str, torch.Tensor]:
         """Return the named tensors, each in the format that ``dtype_of`` gives for its name.
 
-        On a CPU those that keep their format are mapped from the file, privately: they are read when first used.
+        On a CPU those that keep their format are mapped from the file, privately: they are read
+        when first used.
 
         Raises:
             InputError: if the base lacks a tensor, naming it.
         """
         missing = [name for name in names if name not in self.shard_of]
         if missing:
-            raise InputError(f"base {self.folder} lacks {len(missing)} expected tensors, the first is {missing[0]!r}")
+            raise InputError(
+                f"base {self.folder} lacks {len(missing)} expected tensors, the first is "
+                f"{missing[0]!r}"
+            )
         tensors = {}
         with tqdm(total=len(names), desc="reading", unit="tensor") as bar:
             for file in sorted({self.shard_of[name] for name in names}):
@@ -124,7 +150,8 @@ class TensorReader:
         return tensors
 
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Return ``rows`` of a matrix, shape (len(rows), width), fp32, without reading the others."""
+        """Return ``rows`` of a matrix, shape (len(rows), width), fp32, without reading the
+        others."""
         with self._open(self.shard_of[name]) as shard:
             matrix = shard.get_slice(name)
             chosen = torch.cat([matrix[row : row + 1] for row in rows])
@@ -147,8 +174,8 @@ def source_name(name: str, kept_layers: Sequence[int]) -> str:
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The format of a tensor in a model of ``dtype``.
 
-    In half precision the head stays in fp32, as it was trained: rounded logits would make ties of close answers. In
-    fp16 T5's ``wo`` does, too: its products overflow.
+    In half precision the head stays in fp32, as it was trained: rounded logits would make ties of
+    close answers. In fp16 T5's ``wo`` does, too: its products overflow.
     """
     is_head = name.endswith(("head.weight", "head.bias"))
     overflows = name.endswith("DenseReluDense.wo.weight") and dtype == torch.float16

@@ -1,4 +1,5 @@
-"""The parameter budget: what inference loads, counted by part, against a competition's limit; and it in bytes."""
+"""The parameter budget: what inference loads, counted by part, against a competition's limit; and
+it in bytes."""
 
 import re
 
@@ -12,7 +13,8 @@ from bridgeblip.bridge.lora import BRIDGED_LINEARS
 from bridgeblip.bridge.model import empty_model
 
 BUDGET_LIMIT = 3_000_000_000
-"""The usual rule: all parameters of all models loaded for inference, summed, stay under three billion."""
+"""The usual rule: all parameters of all models loaded for inference, summed, stay under three
+billion."""
 
 PARTS = {
     "vision_model": "vision tower",
@@ -36,7 +38,9 @@ def count_parts(model: nn.Module) -> dict[str, int]:
     counts = dict.fromkeys(PARTS.values(), 0)
     for name, parameter in model.named_parameters():
         if "embed_tokens" not in name:  # these are language_model.shared
-            counts[next(part for prefix, part in PARTS.items() if name.startswith(prefix))] += parameter.numel()
+            counts[next(part for prefix, part in PARTS.items() if name.startswith(prefix))] += (
+                parameter.numel()
+            )
     return counts
 
 
@@ -44,7 +48,8 @@ def count_trained(model: nn.Module, bridge: BridgeSettings, idle: bool = False) 
     """Return how many numbers training changes, adapters and head, without making adapters.
 
     Args:
-        idle: count adapters on self-attention's q and k too, which a single decoder token leaves idle.
+        idle: count adapters on self-attention's q and k too, which a single decoder token leaves
+            idle.
     """
     pattern = BRIDGED_LINEARS[bridge.targets]
     if idle:
@@ -52,7 +57,9 @@ def count_trained(model: nn.Module, bridge: BridgeSettings, idle: bool = False) 
         pattern = pattern.replace(r"SelfAttention\.v", r"SelfAttention\.(q|v)")
     rank = bridge.rank_for(model.config.text_config.d_model)
     linears = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
-    return rank * sum(m.in_features + m.out_features for m in linears) + sum(p.numel() for p in model.head.parameters())
+    return rank * sum(m.in_features + m.out_features for m in linears) + sum(
+        p.numel() for p in model.head.parameters()
+    )
 
 
 def certify_budget(config: BridgeBlipConfig, limit: int = BUDGET_LIMIT) -> dict[str, int]:
@@ -65,15 +72,21 @@ def certify_budget(config: BridgeBlipConfig, limit: int = BUDGET_LIMIT) -> dict[
     total = sum(parts.values())
     if total > limit:
         listed = ", ".join(f"{name} {count:,}" for name, count in parts.items())
-        raise InputError(f"{total:,} parameters are above the limit of {limit:,} ({listed}): keep fewer decoder layers")
+        raise InputError(
+            f"{total:,} parameters are above the limit of {limit:,} ({listed}): keep fewer decoder "
+            f"layers"
+        )
     return parts | {"total": total}
 
 
-def held_memory(config: BridgeBlipConfig, dtype: torch.dtype, bridge: BridgeSettings | None = None) -> dict[str, int]:
-    """Return the bytes that are held all the time, by part, and their "total": by an exported model in ``dtype``, or,
-    with a bridge, by its training.
+def held_memory(
+    config: BridgeBlipConfig, dtype: torch.dtype, bridge: BridgeSettings | None = None
+) -> dict[str, int]:
+    """Return the bytes that are held all the time, by part, and their "total": by an exported model
+    in ``dtype``, or, with a bridge, by its training.
 
-    This is what shapes and number formats tell. What comes and goes is not in it: activations, pictures, buffers.
+    This is what shapes and number formats tell. What comes and goes is not in it: activations,
+    pictures, buffers.
     """
     model = empty_model(config)
     stored = {
@@ -86,7 +99,9 @@ def held_memory(config: BridgeBlipConfig, dtype: torch.dtype, bridge: BridgeSett
         return {"weights": total, "total": total}
     trained = count_trained(model, bridge) * torch.float32.itemsize
     parts = {
-        "frozen weights": sum(size for name, size in stored.items() if not name.startswith("head.")),
+        "frozen weights": sum(
+            size for name, size in stored.items() if not name.startswith("head.")
+        ),
         "adapters and head": trained,
         "their gradients": trained,
         "AdamW's two moments": 2 * trained,

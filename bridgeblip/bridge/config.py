@@ -1,4 +1,5 @@
-"""The model's config, and the settings of its bridge: what LoRA-Bridge changes in an InstructBLIP."""
+"""The model's config, and the settings of its bridge: what LoRA-Bridge changes in an
+InstructBLIP."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +57,9 @@ def decoder_layers(selection: str | Sequence[int]) -> list[int]:
         return [int(part) for part in selection.split(",")]
     except ValueError:
         names = ", ".join(LAYER_SELECTIONS)
-        raise InputError(f"layer selection {selection!r} is unknown: expected {names}, or indices like 0,3,6") from None
+        raise InputError(
+            f"layer selection {selection!r} is unknown: expected {names}, or indices like 0,3,6"
+        ) from None
 
 
 def check_decoder_layers(layers: Sequence[int], available: int) -> list[int]:
@@ -69,10 +72,13 @@ def check_decoder_layers(layers: Sequence[int], available: int) -> list[int]:
     outside = [i for i in chosen if not 0 <= i < available]
     if outside:
         raise InputError(
-            f"decoder layers {outside} do not exist: the base has {available}, numbered 0 to {available - 1}"
+            f"decoder layers {outside} do not exist: the base has {available}, numbered 0 to "
+            f"{available - 1}"
         )
     if not chosen or chosen != sorted(set(chosen)):
-        raise InputError(f"decoder layers {chosen}: expected at least one index, in rising order, none repeated")
+        raise InputError(
+            f"decoder layers {chosen}: expected at least one index, in rising order, none repeated"
+        )
     return chosen
 
 
@@ -84,7 +90,8 @@ def slice_config(base: InstructBlipConfig, layers: Sequence[int]) -> BridgeBlipC
     """
     if base.text_config.model_type != "t5":
         raise InputError(
-            f"the base's language model is {base.text_config.model_type!r}; expected 't5' (InstructBLIP-FlanT5): "
+            f"the base's language model is {base.text_config.model_type!r}; expected 't5' "
+            f"(InstructBLIP-FlanT5): "
             "the slice and the head are made for an encoder-decoder"
         )
     values = base.to_dict()
@@ -102,14 +109,19 @@ def compare_configs(base: InstructBlipConfig, sliced: BridgeBlipConfig) -> list[
     return [
         f"{key}: {before.get(key, 'not there')} -> {after.get(key, 'not there')}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key.split(".")[-1] not in ("architectures", "transformers_version")
+        if before.get(key) != after.get(key)
+        and key.split(".")[-1] not in ("architectures", "transformers_version")
     ]
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
@@ -118,18 +130,22 @@ class BridgeSettings:
     """What the LoRA bridge is made of."""
 
     rank: int = REFERENCE_RANK
-    """Width of the low-rank update on a 2048-wide decoder; narrower bases get their share (``rank_for``)."""
+    """Width of the low-rank update on a 2048-wide decoder; narrower bases get their share
+    (``rank_for``)."""
     alpha: int = 2 * REFERENCE_RANK
     """LoRA scale on a 2048-wide decoder: the update is multiplied by alpha / rank."""
     dropout: float = 0.05
     """Dropout on the input of every adapter while training."""
     head_init: str = "lm_head"
-    """"lm_head": start the head from the LM head's rows of the four letters; "random": from noise."""
+    """"lm_head": start the head from the LM head's rows of the four letters; "random": from
+    noise."""
     targets: str = "all"
-    """"all": adapters on every linear that works; "q,v": on queries and values alone, as LoRA was first used."""
+    """"all": adapters on every linear that works; "q,v": on queries and values alone, as LoRA was
+    first used."""
 
     def rank_for(self, width: int) -> int:
-        """The rank on a decoder of ``width``: the same share of the width as 96 of 2048; 0 means no bridge."""
+        """The rank on a decoder of ``width``: the same share of the width as 96 of 2048; 0 means no
+        bridge."""
         return 0 if self.rank == 0 else max(1, round(self.rank * width / REFERENCE_WIDTH))
 
     def alpha_for(self, width: int) -> float:
@@ -139,4 +155,7 @@ class BridgeSettings:
     def __post_init__(self):
         known = self.head_init in ("lm_head", "random") and self.targets in ("all", "q,v")
         if self.rank < 0 or not known:
-            raise InputError(f"{self}: expected rank >= 0, head_init 'lm_head' or 'random', targets 'all' or 'q,v'")
+            raise InputError(
+                f"{self}: expected rank >= 0, head_init 'lm_head' or 'random', targets 'all' or "
+                f"'q,v'"
+            )

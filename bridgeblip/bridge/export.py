@@ -16,7 +16,12 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, BridgeSettings, compare_configs
+from bridgeblip.bridge.config import (
+    DEFAULT_DECODER_LAYERS,
+    BridgeBlipConfig,
+    BridgeSettings,
+    compare_configs,
+)
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
@@ -67,20 +72,31 @@ def restore(
     revision = manifest.get("revision")
     processor = QuestionProcessor.from_base(resolve_base(base, revision))
     if manifest.get("processor", processor.fingerprint) != processor.fingerprint:
-        raise InputError(f"{weights} was trained with another tokenizer or image processor than {base} has")
+        raise InputError(
+            f"{weights} was trained with another tokenizer or image processor than {base} has"
+        )
     dtype = getattr(torch, dtype or manifest.get("dtype", "float32"))
     device = device or export_device(dtype)
-    sliced = load_sliced(base, processor.letter_ids, manifest["layers"], dtype=dtype, device=device, revision=revision)
+    sliced = load_sliced(
+        base,
+        processor.letter_ids,
+        manifest["layers"],
+        dtype=dtype,
+        device=device,
+        revision=revision,
+    )
     return Restored(_put_weights(sliced, loaded), processor, manifest, dtype)
 
 
 def export_device(dtype: torch.dtype) -> str:
-    """Where to export: on the CPU, which every machine has, unless it is slow in this format and there is a GPU."""
+    """Where to export: on the CPU, which every machine has, unless it is slow in this format and
+    there is a GPU."""
     return best_device() if slow_format("cpu", dtype) else "cpu"
 
 
 def config_changes(weights: str | Path, base: str | Path | None = None) -> list[str]:
-    """Return what slicing changed in the base's config, a line a key, for the model of a weights file."""
+    """Return what slicing changed in the base's config, a line a key, for the model of a weights
+    file."""
     manifest = load_weights(weights).manifest
     if manifest is None:
         return [f"{weights} is a bare state dict: it has no config of its own"]
@@ -94,7 +110,9 @@ def _put_weights(sliced: BridgeBlipForMultipleChoice, loaded: Weights) -> nn.Mod
         try:
             sliced.load_state_dict(loaded.tensors, strict=True)
         except RuntimeError as error:
-            raise InputError(f"this state dict is not of a model sliced like that ({str(error)[:300]})") from error
+            raise InputError(
+                f"this state dict is not of a model sliced like that ({str(error)[:300]})"
+            ) from error
         return sliced
     model = attach_bridge(sliced, BridgeSettings(**loaded.manifest["bridge"]))
     load_trained(model, loaded.tensors)
@@ -130,20 +148,31 @@ class TraceableModel(nn.Module):
     def encode_image(self, pixel_values):
         return self.model.encode_image(pixel_values)
 
-    def score(self, image_embeds, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask):
+    def score(
+        self, image_embeds, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask
+    ):
         return self.model.score(
             image_embeds, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask
         ).float()
 
-    def forward(self, pixel_values, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask):
+    def forward(
+        self, pixel_values, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask
+    ):
         return self.score(
-            self.encode_image(pixel_values), qformer_input_ids, qformer_attention_mask, input_ids, attention_mask
+            self.encode_image(pixel_values),
+            qformer_input_ids,
+            qformer_attention_mask,
+            input_ids,
+            attention_mask,
         )
 
 
 @torch.no_grad()
-def trace(model: BridgeBlipForMultipleChoice, example: dict[str, torch.Tensor]) -> torch.jit.ScriptModule:
-    """Return TorchScript with methods ``encode_image``, ``score`` and ``forward`` that share weights.
+def trace(
+    model: BridgeBlipForMultipleChoice, example: dict[str, torch.Tensor]
+) -> torch.jit.ScriptModule:
+    """Return TorchScript with methods ``encode_image``, ``score`` and ``forward`` that share
+    weights.
 
     Args:
         example: a batch as the processor collates it; padded, or the masks would be optimised away.
@@ -156,7 +185,9 @@ def trace(model: BridgeBlipForMultipleChoice, example: dict[str, torch.Tensor]) 
         "score": (embeds, *texts),
         "forward": (example["pixel_values"], *texts),
     }
-    with warnings.catch_warnings():  # the parity gate is the check, over batch sizes, lengths and paddings
+    with (
+        warnings.catch_warnings()
+    ):  # the parity gate is the check, over batch sizes, lengths and paddings
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -173,23 +204,28 @@ def trace(model: BridgeBlipForMultipleChoice, example: dict[str, torch.Tensor]) 
 def export_bundle(
     weights: str | Path, out: str | Path, base: str | Path | None = None, dtype: str | None = None
 ) -> tuple[Path, pd.DataFrame]:
-    """Write the one file that answers anywhere, once it is proven to answer as the trained model does.
+    """Write the one file that answers anywhere, once it is proven to answer as the trained model
+    does.
 
     Its SHA-256 lies beside it, as ``sha256sum`` writes and checks it.
 
     Args:
-        dtype: "float32", "bfloat16" or "float16"; by default the one that the weights were trained in.
+        dtype: "float32", "bfloat16" or "float16"; by default the one that the weights were trained
+            in.
 
     Returns:
         The path and the parity table: one row a comparison, with the largest difference of a logit.
 
     Raises:
-        ParityError: if rebuilt, merged or reloaded logits part from the trained ones; nothing is written then.
+        ParityError: if rebuilt, merged or reloaded logits part from the trained ones; nothing is
+            written then.
     """
     out = Path(out)
     restored = restore(weights, base, dtype=dtype, device=None)
     probe = restored.manifest.get("probe", {})
-    gate = ParityGate(probe.get("inputs") or example_batch(restored.processor), restored.model, restored.dtype)
+    gate = ParityGate(
+        probe.get("inputs") or example_batch(restored.processor), restored.model, restored.dtype
+    )
     if probe:
         gate.compare_trained(probe["logits"], restored.manifest["dtype"])
     device = next(restored.model.parameters()).device
@@ -218,8 +254,12 @@ def export_bundle(
     return out, gate.table
 
 
-def _bundle_manifest(restored: Restored, merged: BridgeBlipForMultipleChoice, weights: Path) -> dict:
-    trained = {key: value for key, value in restored.manifest.items() if key not in ("probe", "config")}
+def _bundle_manifest(
+    restored: Restored, merged: BridgeBlipForMultipleChoice, weights: Path
+) -> dict:
+    trained = {
+        key: value for key, value in restored.manifest.items() if key not in ("probe", "config")
+    }
     return {
         "format": BUNDLE_FORMAT,
         "prompt": PROMPT_TEMPLATE,
@@ -236,6 +276,10 @@ def _bundle_manifest(restored: Restored, merged: BridgeBlipForMultipleChoice, we
 def example_batch(processor: QuestionProcessor) -> dict[str, torch.Tensor]:
     """A made-up padded batch of three, for weights that bring no probe of their own."""
     generator = torch.Generator().manual_seed(0)
-    prompts = ["Is it?", "What is seen in this picture here?", "Which of these words fits the picture?"]
+    prompts = [
+        "Is it?",
+        "What is seen in this picture here?",
+        "Which of these words fits the picture?",
+    ]
     pixels = torch.randn(3, 3, *processor.image_size, generator=generator)
     return processor.encode_prompts(prompts) | {"pixel_values": pixels}

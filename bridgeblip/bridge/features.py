@@ -1,7 +1,8 @@
 """The frozen vision tower, paid for once: image features on disk, by content of the picture.
 
-One small safetensors file a picture: it appears whole or not at all, is mapped and not read, and may be
-written by several processes at once, for all write the same. Files of another encoder lie in another folder.
+One small safetensors file a picture: it appears whole or not at all, is mapped and not read, and
+may be written by several processes at once, for all write the same. Files of another encoder lie in
+another folder.
 """
 
 import hashlib
@@ -28,12 +29,16 @@ SPARE_DISK = 10**9  # bytes that the cache leaves free
 
 
 def default_folder() -> Path:
-    """A folder of our own in ``$BRIDGEBLIP_CACHE``, or in the user's cache: a local disk, where Drive would be slow."""
+    """A folder of our own in ``$BRIDGEBLIP_CACHE``, or in the user's cache: a local disk, where
+    Drive would be slow."""
     return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache").expanduser() / "bridgeblip"
 
 
-def encoder_key(model: nn.Module, processor: QuestionProcessor, parts: tuple[str, ...] = ("vision_model.",)) -> str:
-    """SHA-256 over the processor and the weights whose names begin with ``parts``: equal keys give equal features."""
+def encoder_key(
+    model: nn.Module, processor: QuestionProcessor, parts: tuple[str, ...] = ("vision_model.",)
+) -> str:
+    """SHA-256 over the processor and the weights whose names begin with ``parts``: equal keys give
+    equal features."""
     digest = hashlib.sha256(processor.fingerprint.encode())
     for name, tensor in model.state_dict().items():
         if not name.startswith(parts):
@@ -102,7 +107,8 @@ def fill(
 ) -> bool:
     """Encode the pictures whose features are not there yet; return False if they would not fit.
 
-    Batches are the same whatever is there already, so that an interrupted run goes on with the same numbers.
+    Batches are the same whatever is there already, so that an interrupted run goes on with the same
+    numbers.
 
     Args:
         pictures: content key -> a file with that content.
@@ -112,24 +118,40 @@ def fill(
     keys = list(pictures)
     quiet = share[0] > 0
     with ThreadPoolExecutor(LOADERS) as pool:
-        checked = tqdm(pool.map(cache.has, keys), "checking cached pictures", len(keys), disable=quiet, leave=False)
+        checked = tqdm(
+            pool.map(cache.has, keys),
+            "checking cached pictures",
+            len(keys),
+            disable=quiet,
+            leave=False,
+        )
         missing = {key for key, is_there in zip(keys, checked, strict=True) if not is_there}
-    chunks = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)][share[0] :: share[1]]
+    chunks = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)][
+        share[0] :: share[1]
+    ]
     chunks = [chunk for chunk in chunks if missing.intersection(chunk)]
     device = next(model.parameters()).device
     roomy, count = False, sum(map(len, chunks))
     with (
         ThreadPoolExecutor(LOADERS) as pool,
-        tqdm(total=count, desc="encoding pictures", unit="picture", disable=quiet or not count) as bar,
+        tqdm(
+            total=count, desc="encoding pictures", unit="picture", disable=quiet or not count
+        ) as bar,
     ):
         loaded = load_ahead(lambda key: processor.load_pixels(pictures[key]), chunks)
         for chunk, pixels in zip(chunks, loaded, strict=True):
-            features = dict(zip(chunk, model.encode_image(torch.stack(pixels).to(device)).cpu(), strict=True))
-            if not roomy and not _make_room(cache, keys, features[chunk[0]].nbytes, len(missing), limit):
+            features = dict(
+                zip(chunk, model.encode_image(torch.stack(pixels).to(device)).cpu(), strict=True)
+            )
+            if not roomy and not _make_room(
+                cache, keys, features[chunk[0]].nbytes, len(missing), limit
+            ):
                 return False
             roomy = True
             fresh = list(missing.intersection(chunk))
-            list(pool.map(cache.write, fresh, [features[key] for key in fresh]))  # raises what a write does
+            list(
+                pool.map(cache.write, fresh, [features[key] for key in fresh])
+            )  # raises what a write does
             bar.update(len(chunk))
     for key in keys[share[0] :: share[1]]:
         if key not in missing:
@@ -137,8 +159,11 @@ def fill(
     return True
 
 
-def _make_room(cache: FeatureCache, keys: Sequence[str], size: int, missing: int, limit: int) -> bool:
-    """Delete features used longest ago until those ``missing`` fit, ``size`` bytes each; False if they can't."""
+def _make_room(
+    cache: FeatureCache, keys: Sequence[str], size: int, missing: int, limit: int
+) -> bool:
+    """Delete features used longest ago until those ``missing`` fit, ``size`` bytes each; False if
+    they can't."""
     if size * len(keys) > limit:
         return False
     cache.folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +173,9 @@ def _make_room(cache: FeatureCache, keys: Sequence[str], size: int, missing: int
         for path in cache.root.glob(f"{'[0-9a-f]' * 32}/*.safetensors")
     ]
     free = shutil.disk_usage(cache.folder).free - SPARE_DISK
-    excess = max(sum(stored for _, stored, _ in found) + size * missing - limit, size * missing - free)
+    excess = max(
+        sum(stored for _, stored, _ in found) + size * missing - limit, size * missing - free
+    )
     for _, stored, path in sorted(found):
         if excess > 0 and path not in wanted:
             path.unlink(missing_ok=True)
@@ -157,7 +184,8 @@ def _make_room(cache: FeatureCache, keys: Sequence[str], size: int, missing: int
 
 
 def clear(dry_run: bool = False) -> tuple[int, int]:
-    """Remove all that the default folder holds; return how many files of features and how many bytes it is."""
+    """Remove all that the default folder holds; return how many files of features and how many
+    bytes it is."""
     count = len(list(default_folder().glob("*/*.safetensors")))
     size = sum(path.stat().st_size for path in default_folder().rglob("*") if path.is_file())
     if not dry_run:
@@ -173,4 +201,6 @@ class CachedPictures:
         self.cache, self.key_of = cache, key_of
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        return {"image_embeds": torch.stack([self.cache.read(self.key_of[q.image]) for q in questions])}
+        return {
+            "image_embeds": torch.stack([self.cache.read(self.key_of[q.image]) for q in questions])
+        }

@@ -11,17 +11,21 @@ from bridgeblip.bridge.base import stored_dtype
 from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice
 
-# With a single decoder token, self-attention is o(v(x)): its q and k get no gradient and do no work.
+# With a single decoder token, self-attention is o(v(x)): its q and k get no gradient and do no
+# work.
 _LAYERS = r"language_model\.decoder\.block\.\d+\.layer\."
 
 BRIDGED_LINEARS = {
-    "all": _LAYERS + r"(0\.SelfAttention\.(v|o)|1\.EncDecAttention\.(q|k|v|o)|2\.DenseReluDense\.(wi|wi_0|wi_1|wo))",
+    "all": _LAYERS
+    + r"(0\.SelfAttention\.(v|o)|1\.EncDecAttention\.(q|k|v|o)|2\.DenseReluDense\.(wi|wi_0|wi_1|wo))",
     "q,v": _LAYERS + r"(0\.SelfAttention\.v|1\.EncDecAttention\.(q|v))",
 }
 """Which linears get adapters, by the name that ``BridgeSettings.targets`` has for them."""
 
 
-def attach_bridge(model: BridgeBlipForMultipleChoice, settings: BridgeSettings) -> PeftModel | nn.Module:
+def attach_bridge(
+    model: BridgeBlipForMultipleChoice, settings: BridgeSettings
+) -> PeftModel | nn.Module:
     """Put LoRA adapters on the kept decoder layers and make them and the head trainable, in fp32.
 
     Rank and alpha are the settings' share of this decoder's width. With rank 0 only the head is
@@ -49,26 +53,32 @@ def attach_bridge(model: BridgeBlipForMultipleChoice, settings: BridgeSettings) 
     return bridged
 
 
-def round_fairly(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Cast fp32 ``values`` to ``dtype``; to bfloat16 by stochastic rounding, up or down by the distance to each.
+def round_fairly(
+    values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
+    """Cast fp32 ``values`` to ``dtype``; to bfloat16 by stochastic rounding, up or down by the
+    distance to each.
 
-    A LoRA update is often smaller than half a step of bfloat16. Rounding to the nearest would then give the old
-    weight back nearly everywhere, and the low-rank update, small in each weight but alike in all, would shrink.
-    Rounded stochastically it is there in the mean (Gupta et al. 2015).
+    A LoRA update is often smaller than half a step of bfloat16. Rounding to the nearest would then
+    give the old weight back nearly everywhere, and the low-rank update, small in each weight but
+    alike in all, would shrink. Rounded stochastically it is there in the mean (Gupta et al. 2015).
     """
     if dtype != torch.bfloat16:
         return values.to(dtype)
-    noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, generator=generator).to(values.device)
+    noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, generator=generator).to(
+        values.device
+    )
     bits = values.contiguous().view(torch.int32) + noise  # bfloat16 is the upper half of fp32
     return (bits & -(1 << 16)).view(torch.float32).to(dtype)
 
 
 @torch.no_grad()
 def merge_bridge(model: nn.Module) -> BridgeBlipForMultipleChoice:
-    """Return the plain model with the adapters merged into its linears and the trained head in place.
+    """Return the plain model with the adapters merged into its linears and the trained head in
+    place.
 
-    Each product is added in fp32 and only then cast to the model's own format: adding in half precision
-    would round the update away.
+    Each product is added in fp32 and only then cast to the model's own format: adding in half
+    precision would round the update away.
     """
     if not isinstance(model, PeftModel):
         return model

@@ -27,12 +27,13 @@ from bridgeblip.machine import NonFiniteError, first_non_finite_module
 
 
 class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
-    """InstructBLIP with a sliced decoder and a linear head over the choices where text generation was.
+    """InstructBLIP with a sliced decoder and a linear head over the choices where text generation
+    was.
 
-    The decoder reads one start token; its last hidden state goes to the head (EncT5, Liu et al. 2021,
-    is the closest precedent). Only LoRA adapters and the head are ever trained: all other modules stay
-    in ``eval()``, dropout included, whatever ``train()`` says, so that cached and uncached features,
-    one process and two, give the same numbers.
+    The decoder reads one start token; its last hidden state goes to the head (EncT5, Liu et al.
+    2021, is the closest precedent). Only LoRA adapters and the head are ever trained: all other
+    modules stay in ``eval()``, dropout included, whatever ``train()`` says, so that cached and
+    uncached features, one process and two, give the same numbers.
     """
 
     config: BridgeBlipConfig
@@ -44,20 +45,28 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
     }
     label_smoothing = 0.0
     """Share of the target that training spreads evenly over the choices that exist."""
-    accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer must divide by the accumulation steps
+    accepts_loss_kwargs = (
+        False  # the loss is a mean over the batch: Trainer must divide by the accumulation steps
+    )
 
     def __init__(self, config: BridgeBlipConfig):
         super().__init__(config)
         self.vision_model = InstructBlipVisionModel._from_config(config.vision_config)
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
+        self.query_tokens = nn.Parameter(
+            torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size)
+        )
         self.qformer = InstructBlipQFormerModel._from_config(config.qformer_config)
-        self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+        self.language_projection = nn.Linear(
+            config.qformer_config.hidden_size, config.text_config.hidden_size
+        )
         for linear in [*self.qformer.modules(), self.language_projection]:
             if isinstance(linear, nn.Linear):
                 linear.register_forward_pre_hook(_make_contiguous)
         self.language_model = T5Model._from_config(config.text_config)
         self.head = nn.Linear(config.text_config.hidden_size, config.num_choices)
-        self.loss_type = "ForSequenceClassification"  # transformers guesses it from the class name, and warns
+        self.loss_type = (
+            "ForSequenceClassification"  # transformers guesses it from the class name, and warns
+        )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -76,7 +85,8 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         return self
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run the vision tower: (B, 3, S, S) normalised pictures to (B, patches + 1, vision width)."""
+        """Run the vision tower: (B, 3, S, S) normalised pictures to (B, patches + 1, vision
+        width)."""
         dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
         return self.vision_model(pixel_values=pixel_values.to(dtype)).last_hidden_state
 
@@ -88,16 +98,20 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the encoder's states (B, queries + L, T5 width): all that the decoder sees of a question.
+        """Return the encoder's states (B, queries + L, T5 width): all that the decoder sees of a
+        question.
 
         Args:
             image_embeds: (B, patches + 1, vision width), from ``encode_image``.
-            qformer_input_ids: (B, Lq) prompt in the Q-Former's vocabulary; its mask is 1 on real tokens.
-            input_ids: (B, queries + L) image placeholders and prompt in T5's vocabulary; mask likewise.
+            qformer_input_ids: (B, Lq) prompt in the Q-Former's vocabulary; its mask is 1 on real
+                tokens.
+            input_ids: (B, queries + L) image placeholders and prompt in T5's vocabulary; mask
+                likewise.
         """
         queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
         query_mask = torch.ones(queries.shape[:2], dtype=torch.long, device=image_embeds.device)
-        # The instruction goes to the Q-Former as well: this is what makes it InstructBLIP and not BLIP-2.
+        # The instruction goes to the Q-Former as well: this is what makes it InstructBLIP and not
+        # BLIP-2.
         seen = self.qformer(
             input_ids=qformer_input_ids,
             attention_mask=torch.cat([query_mask, qformer_attention_mask], dim=1),
@@ -108,10 +122,13 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids)
         is_image = (input_ids == self.config.image_token_index).unsqueeze(-1)
         embeds = embeds.masked_scatter(is_image, pictured.to(embeds.dtype))
-        return self.language_model.encoder(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
+        return self.language_model.encoder(
+            inputs_embeds=embeds, attention_mask=attention_mask
+        ).last_hidden_state
 
     def decode(self, encoder_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, choices) of what ``encode`` gives; the mask is that of ``input_ids``."""
+        """Return the logits (B, choices) of what ``encode`` gives; the mask is that of
+        ``input_ids``."""
         start = torch.full(
             (encoder_states.shape[0], 1),
             self.config.text_config.decoder_start_token_id,
@@ -134,8 +151,11 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the logits (B, choices) of questions about encoded pictures; takes what ``encode`` does."""
-        states = self.encode(image_embeds, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask)
+        """Return the logits (B, choices) of questions about encoded pictures; takes what ``encode``
+        does."""
+        states = self.encode(
+            image_embeds, qformer_input_ids, qformer_attention_mask, input_ids, attention_mask
+        )
         return self.decode(states, attention_mask)
 
     def forward(
@@ -149,10 +169,11 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         choice_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        """Return logits (B, choices), in fp32, and the mean cross-entropy if ``labels`` (B,) are given.
+        """Return logits (B, choices), in fp32, and the mean cross-entropy if ``labels`` (B,) are
+        given.
 
-        Pictures come as ``pixel_values`` or already encoded as ``image_embeds``. Where ``choice_mask``
-        (B, choices) is False there is no such choice: its logit is minus infinity.
+        Pictures come as ``pixel_values`` or already encoded as ``image_embeds``. Where
+        ``choice_mask`` (B, choices) is False there is no such choice: its logit is minus infinity.
         """
         texts = (qformer_input_ids, qformer_attention_mask, input_ids, attention_mask)
         with without_autocast(self):
@@ -180,27 +201,31 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
 
         name = first_non_finite_module(self, again)
         raise NonFiniteError(
-            f"the logits are not finite; the first module with a NaN or infinite output is {name!r}. "
+            f"the logits are not finite; the first module with a NaN or infinite output is "
+            f"{name!r}. "
             "In float16, use bfloat16 or float32; while training, lower the learning rate."
         )
 
 
 def _make_contiguous(linear: nn.Linear, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """The Q-Former cuts queries and text out of one tensor. Of a linear that is given such a slice, torch copies the
-    weights for every row of the batch, and in bfloat16 it rounds before the bias, too, unless the batch has one row."""
+    """The Q-Former cuts queries and text out of one tensor. Of a linear that is given such a slice,
+    torch copies the weights for every row of the batch, and in bfloat16 it rounds before the bias,
+    too, unless the batch has one row."""
     return (inputs[0].contiguous(),)
 
 
 def without_autocast(model: nn.Module) -> torch.autocast:
-    """Every weight has the format it computes well in: autocast would take T5's ``wo`` from fp32 back to fp16, where
-    it overflows."""
+    """Every weight has the format it computes well in: autocast would take T5's ``wo`` from fp32
+    back to fp16, where it overflows."""
     return torch.autocast(next(model.parameters()).device.type, enabled=False)
 
 
 def choice_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """Mean cross-entropy of logits (B, choices) at ``labels`` (B,); minus infinity marks a choice that isn't there.
+    """Mean cross-entropy of logits (B, choices) at ``labels`` (B,); minus infinity marks a choice
+    that isn't there.
 
-    Label smoothing (Szegedy et al. 2016) spreads over the choices that are: torch's own would give infinity.
+    Label smoothing (Szegedy et al. 2016) spreads over the choices that are: torch's own would give
+    infinity.
     """
     logs = logits.log_softmax(-1)
     right = F.nll_loss(logs, labels)
@@ -237,7 +262,8 @@ def load_sliced(
     In half precision the head stays in fp32, in fp16 T5's overflowing products too.
 
     Raises:
-        InputError: if the layers can't be kept, or the base is no InstructBLIP with a T5 or lacks a tensor.
+        InputError: if the layers can't be kept, or the base is no InstructBLIP with a T5 or lacks a
+            tensor.
     """
     reader = TensorReader(base, revision, device)
     config = slice_config(InstructBlipConfig.from_pretrained(reader.folder), layers)
@@ -268,12 +294,16 @@ def load_sliced(
 def _start_head(reader, config, letter_ids, head_init, dtype) -> dict[str, torch.Tensor]:
     width = config.text_config.d_model
     if len(letter_ids) != config.num_choices:
-        raise InputError(f"{len(letter_ids)} letter ids for {config.num_choices} choices: expected one each")
+        raise InputError(
+            f"{len(letter_ids)} letter ids for {config.num_choices} choices: expected one each"
+        )
     if head_init == "random":
         weight = torch.randn(config.num_choices, width, device=reader.device) * width**-0.5
     else:
         weight = reader.read_rows(LM_HEAD, letter_ids)
-        if config.text_config.scale_decoder_outputs:  # T5 1.0, with a tied LM head, scales its last state
+        if (
+            config.text_config.scale_decoder_outputs
+        ):  # T5 1.0, with a tied LM head, scales its last state
             weight = weight * width**-0.5
     kept = stored_dtype("head.weight", dtype)
     return {

@@ -1,7 +1,8 @@
 """Questions to tensors, by ``tokenizers`` and Pillow alone: one path for training and inference.
 
-Equal to the bit to ``InstructBlipProcessor`` with its Pillow image processor, but without transformers,
-so that the exported file's reader stays small and pixels do not depend on torchvision being there.
+Equal to the bit to ``InstructBlipProcessor`` with its Pillow image processor, but without
+transformers, so that the exported file's reader stays small and pixels do not depend on torchvision
+being there.
 """
 
 import hashlib
@@ -32,7 +33,8 @@ class QuestionProcessor:
     """Turns pictures and prompts into the model's inputs.
 
     Args:
-        files: the text of each of ``PROCESSOR_FILES``, as ``from_base`` makes them and a bundle holds them.
+        files: the text of each of ``PROCESSOR_FILES``, as ``from_base`` makes them and a bundle
+            holds them.
     """
 
     def __init__(self, files: dict[str, str]):
@@ -44,10 +46,16 @@ class QuestionProcessor:
         self.prompt_limit = settings["prompt_limit"]
         self.resample = Image.Resampling(settings["resample"])
         self.tokenizer = _tokenizer(files["tokenizer.json"], settings["pad_token"])
-        self.qformer_tokenizer = _tokenizer(files["qformer_tokenizer.json"], settings["qformer_pad_token"])
-        # A pixel has 256 values a channel: rescaling and normalising is a table look-up, (3, 256) in fp32.
+        self.qformer_tokenizer = _tokenizer(
+            files["qformer_tokenizer.json"], settings["qformer_pad_token"]
+        )
+        # A pixel has 256 values a channel: rescaling and normalising is a table look-up, (3, 256)
+        # in fp32.
         levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)
-        mean, std = (np.array(settings[key], dtype=np.float32)[:, None] for key in ("image_mean", "image_std"))
+        mean, std = (
+            np.array(settings[key], dtype=np.float32)[:, None]
+            for key in ("image_mean", "image_std")
+        )
         self.levels = (levels - mean) / std
 
     @classmethod
@@ -55,14 +63,22 @@ class QuestionProcessor:
         """Read the processor of a base model folder, in the layout of transformers 4 or 5.
 
         Raises:
-            InputError: if a file is missing, or the image processor does something that this one can't.
+            InputError: if a file is missing, or the image processor does something that this one
+                can't.
         """
         folder = Path(folder)
         config = json.loads(_read(folder / "config.json"))
         settings = json.loads(_read(folder / "processor_config.json"))
-        image = settings.get("image_processor") or json.loads(_read(folder / "preprocessor_config.json"))
-        if not (image["do_resize"] and image["do_rescale"] and image["do_normalize"]) or image.get("do_center_crop"):
-            raise InputError(f"the image processor in {folder} does not just resize, rescale and normalise: {image}")
+        image = settings.get("image_processor") or json.loads(
+            _read(folder / "preprocessor_config.json")
+        )
+        if not (image["do_resize"] and image["do_rescale"] and image["do_normalize"]) or image.get(
+            "do_center_crop"
+        ):
+            raise InputError(
+                f"the image processor in {folder} does not just resize, rescale and normalise: "
+                f"{image}"
+            )
         queries = config.get("num_query_tokens", 32)
         files = {
             "tokenizer.json": _read(folder / "tokenizer.json"),
@@ -85,13 +101,18 @@ class QuestionProcessor:
         processor = cls(files)
         known = processor.tokenizer.token_to_id(IMAGE_TOKEN)
         if known is not None and known != processor.image_token_id:
-            raise InputError(f"{folder}: the tokenizer has {IMAGE_TOKEN} at {known}, config.json elsewhere")
+            raise InputError(
+                f"{folder}: the tokenizer has {IMAGE_TOKEN} at {known}, config.json elsewhere"
+            )
         return processor
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the processor's files: equal fingerprints turn equal questions into equal tensors."""
-        return hashlib.sha256("\0".join(self.files[name] for name in PROCESSOR_FILES).encode()).hexdigest()
+        """SHA-256 of the processor's files: equal fingerprints turn equal questions into equal
+        tensors."""
+        return hashlib.sha256(
+            "\0".join(self.files[name] for name in PROCESSOR_FILES).encode()
+        ).hexdigest()
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -113,19 +134,26 @@ class QuestionProcessor:
         Raises:
             InputError: if a letter is not a single known token.
         """
-        ids = [self.tokenizer.encode(letter, add_special_tokens=False).ids for letter in self.letters]
+        ids = [
+            self.tokenizer.encode(letter, add_special_tokens=False).ids for letter in self.letters
+        ]
         unknown = self.tokenizer.token_to_id("<unk>")
         if any(len(letter) != 1 or letter[0] == unknown for letter in ids):
-            raise InputError(f"the letters {self.letters} are not one token each in this vocabulary: {ids}")
+            raise InputError(
+                f"the letters {self.letters} are not one token each in this vocabulary: {ids}"
+            )
         return [letter[0] for letter in ids]
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """Return a picture as (3, height, width), normalised, fp32.
 
-        Transparency is laid on white, 16 bits are scaled to 8, of an animation the first frame is taken.
+        Transparency is laid on white, 16 bits are scaled to 8, of an animation the first frame is
+        taken.
         """
         image.load()  # a PNG may tell its orientation behind its pixels
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else the photo would be copied for nothing
+        if (
+            image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        ):  # else the photo would be copied for nothing
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = _eight_bits(image)
@@ -138,7 +166,9 @@ class QuestionProcessor:
         grid = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3), uint8
         pixels = np.empty((3, height, width), dtype=np.float32)
         for c in range(3):
-            self.levels[c].take(grid[..., c], out=pixels[c], mode="clip")  # without a mode, take would buffer
+            self.levels[c].take(
+                grid[..., c], out=pixels[c], mode="clip"
+            )  # without a mode, take would buffer
         return torch.from_numpy(pixels)
 
     def load_pixels(self, path: Path) -> torch.Tensor:
@@ -151,7 +181,9 @@ class QuestionProcessor:
             with Image.open(path) as image:
                 return self.pixels(image)
         except Exception as error:  # each of Pillow's decoders raises its own
-            raise InputError(f"picture {path} can't be read ({error}): replace it by a whole one") from error
+            raise InputError(
+                f"picture {path} can't be read ({error}): replace it by a whole one"
+            ) from error
 
     @property
     def blank_pixels(self) -> torch.Tensor:
@@ -163,25 +195,32 @@ class QuestionProcessor:
         return [self.num_query_tokens + len(self.tokenizer.encode(prompt)) for prompt in prompts]
 
     def fit(self, question: Question) -> Question:
-        """Return the question, its text cut at the front, visibly, until its prompt has no more tokens than the
-        Q-Former can read, for the language model neither: its memory grows with the square of the length.
+        """Return the question, its text cut at the front, visibly, until its prompt has no more
+        tokens than the Q-Former can read, for the language model neither: its memory grows with the
+        square of the length.
 
-        The choices stay whole, unless they alone are too long: then the question goes, and all are cut alike.
+        The choices stay whole, unless they alone are too long: then the question goes, and all are
+        cut alike.
         """
         longest = max(map(len, question.choices))
 
         def cut(question_length: int, choice_length: int) -> Question:
             choices = tuple(_last(choice, choice_length) for choice in question.choices)
-            return replace(question, question=_last(question.question, question_length), choices=choices)
+            return replace(
+                question, question=_last(question.question, question_length), choices=choices
+            )
 
         def tokens(shortened: Question) -> int:
             return max(
-                len(reader.encode(self.prompt(shortened))) for reader in (self.tokenizer, self.qformer_tokenizer)
+                len(reader.encode(self.prompt(shortened)))
+                for reader in (self.tokenizer, self.qformer_tokenizer)
             )
 
         def most(shorten: Callable[[int], Question], length: int) -> int:
             """The most characters, below ``length``, that fit; -1 if not even none do."""
-            return bisect_right(range(length), self.prompt_limit, key=lambda n: tokens(shorten(n))) - 1
+            return (
+                bisect_right(range(length), self.prompt_limit, key=lambda n: tokens(shorten(n))) - 1
+            )
 
         if tokens(question) <= self.prompt_limit:
             return question
@@ -191,7 +230,8 @@ class QuestionProcessor:
         return cut(0, max(0, most(lambda n: cut(0, n), longest)))
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the four text inputs of ``score``, (B, L) int64, padded on the right to the longest.
+        """Return the four text inputs of ``score``, (B, L) int64, padded on the right to the
+        longest.
 
         Raises:
             InputError: if a prompt is longer than the Q-Former can read: nothing is ever cut off.
@@ -201,7 +241,8 @@ class QuestionProcessor:
         lengths = [sum(row.attention_mask) for row in seen]
         if max(lengths) > self.prompt_limit:
             raise InputError(
-                f"a prompt has {max(lengths)} tokens, the Q-Former reads at most {self.prompt_limit}; "
+                f"a prompt has {max(lengths)} tokens, the Q-Former reads at most "
+                f"{self.prompt_limit}; "
                 f"shorten the question: {prompts[int(np.argmax(lengths))][:80]!r}..."
             )
         placeholders = torch.full((len(prompts), self.num_query_tokens), self.image_token_id)
@@ -226,9 +267,12 @@ class QuestionProcessor:
         """Return a training batch: the pictures, the text inputs, ``choice_mask`` and ``labels``.
 
         Args:
-            pictures: gives the pictures of questions in another form, such as cached ``image_embeds``.
+            pictures: gives the pictures of questions in another form, such as cached
+                ``image_embeds``.
         """
-        batch = self.encode_prompts([self.prompt(q) for q in questions]) | (pictures or self.load_pictures)(questions)
+        batch = self.encode_prompts([self.prompt(q) for q in questions]) | (
+            pictures or self.load_pictures
+        )(questions)
         batch["choice_mask"] = torch.tensor([self.choice_mask(q) for q in questions])
         if all(q.answer is not None for q in questions):
             batch["labels"] = torch.tensor([q.answer for q in questions])
@@ -237,7 +281,9 @@ class QuestionProcessor:
 
 def _read(path: Path) -> str:
     if not path.is_file():
-        raise InputError(f"{path} is missing: copy the whole folder of the base model, processor included")
+        raise InputError(
+            f"{path} is missing: copy the whole folder of the base model, processor included"
+        )
     return path.read_text(encoding="utf-8")
 
 
@@ -256,7 +302,9 @@ def _last(text: str, length: int) -> str:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale 16 bits of grey to 8, where ``convert`` would make white of all but the darkest."""
     grey = np.asarray(image)
-    sixteen = image.mode.startswith("I;16") or grey.max() > 255  # mode "I" holds 32 bits, whatever the file had
+    sixteen = (
+        image.mode.startswith("I;16") or grey.max() > 255
+    )  # mode "I" holds 32 bits, whatever the file had
     return Image.fromarray((grey / 257 if sixteen else grey).clip(0, 255).round().astype(np.uint8))
 
 
@@ -273,6 +321,8 @@ def render_prompt(question: str, choices: Sequence[str]) -> str:
     the very token (``▁A``) that the model gives as its answer: answering is pointing back.
     """
     options = " ".join(
-        f"{letter}. {choice}" for letter, choice in zip(letters(len(choices)), choices, strict=True) if choice
+        f"{letter}. {choice}"
+        for letter, choice in zip(letters(len(choices)), choices, strict=True)
+        if choice
     )
     return PROMPT_TEMPLATE.format(question=question, options=options)

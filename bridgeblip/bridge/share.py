@@ -1,4 +1,5 @@
-"""What to share of a trained model: bridge and head as a plain PEFT adapter folder, with a model card."""
+"""What to share of a trained model: bridge and head as a plain PEFT adapter folder, with a model
+card."""
 
 import json
 import os
@@ -83,21 +84,28 @@ trained on may have terms of their own.
 
 
 def write_adapter(weights: str | Path, out: str | Path) -> Path:
-    """Write the folder that ``PeftModel.from_pretrained`` loads onto the sliced base; the base is not needed here.
+    """Write the folder that ``PeftModel.from_pretrained`` loads onto the sliced base; the base is
+    not needed here.
 
-    It holds ``adapter_config.json``, ``adapter_model.safetensors`` (adapters and head, fp32), the sliced model's
-    ``config.json`` and a model card, and appears whole or not at all. A folder of these files alone is replaced.
+    It holds ``adapter_config.json``, ``adapter_model.safetensors`` (adapters and head, fp32), the
+    sliced model's ``config.json`` and a model card, and appears whole or not at all. A folder of
+    these files alone is replaced.
 
     Raises:
-        InputError: if the weights can't be read, have no adapters or do not fit their own config, or ``out`` is
-            something else already.
+        InputError: if the weights can't be read, have no adapters or do not fit their own config,
+            or ``out`` is something else already.
     """
     out, loaded = Path(out), load_weights(weights)
     if loaded.manifest is None:
-        raise InputError(f"{weights} is a bare state dict, without adapters: share a weights-N.pt of train.ipynb")
+        raise InputError(
+            f"{weights} is a bare state dict, without adapters: share a weights-N.pt of train.ipynb"
+        )
     settings = BridgeSettings(**loaded.manifest["bridge"])
     if settings.rank == 0:
-        raise InputError(f"{weights} has rank 0, a head and no adapter: train with a rank above 0, or share the file")
+        raise InputError(
+            f"{weights} has rank 0, a head and no adapter: train with a rank above 0, or share the "
+            f"file"
+        )
     _refuse_anything_else(out)
     config = BridgeBlipConfig.from_dict(json.loads(loaded.manifest["config"]))
     model = attach_bridge(empty_model(config), settings)
@@ -111,7 +119,9 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _fill(partial, model, loaded.tensors, config)
-        write_text(partial / CARD_FILE, _card(loaded.manifest, loaded.tensors, config, lora, out.name))
+        write_text(
+            partial / CARD_FILE, _card(loaded.manifest, loaded.tensors, config, lora, out.name)
+        )
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(out, old)
@@ -128,12 +138,17 @@ def _refuse_anything_else(out: Path) -> None:
         names = {path.name for path in out.iterdir()}
         strange = sorted(names - set(FILES) if CONFIG_NAME in names else names)
         if strange:
-            raise InputError(f"{out} is there already and holds {strange[0]}, which is no adapter: give another --out")
+            raise InputError(
+                f"{out} is there already and holds {strange[0]}, which is no adapter: give another "
+                f"--out"
+            )
     elif out.exists():
         raise InputError(f"{out} is a file: give a folder that is not there yet as --out")
 
 
-def _fill(folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], config: BridgeBlipConfig) -> None:
+def _fill(
+    folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], config: BridgeBlipConfig
+) -> None:
     """Have peft and transformers write their files; flush them and read the tensors back."""
     model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
     config.save_pretrained(folder)
@@ -142,18 +157,25 @@ def _fill(folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], conf
             os.fsync(file.fileno())
     stored = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     wanted = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
-    whole = stored.keys() == wanted.keys() and all(torch.equal(stored[name], wanted[name]) for name in wanted)
+    whole = stored.keys() == wanted.keys() and all(
+        torch.equal(stored[name], wanted[name]) for name in wanted
+    )
     if not whole or len(wanted) != len(tensors):
         raise OSError(f"{folder} was not stored as written: is the disk full?")
 
 
 def _public_name(base: str) -> str:
-    """The base as a stranger may know it: a hub id or "tiny" as it is; of a folder's path only the last part."""
+    """The base as a stranger may know it: a hub id or "tiny" as it is; of a folder's path only the
+    last part."""
     is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not Path(base).is_dir()
-    return base if is_hub_id else PureWindowsPath(Path(base).resolve()).name  # knows the slashes of all systems
+    return (
+        base if is_hub_id else PureWindowsPath(Path(base).resolve()).name
+    )  # knows the slashes of all systems
 
 
-def _card(manifest: dict, tensors: dict[str, torch.Tensor], config: BridgeBlipConfig, lora, folder: str) -> str:
+def _card(
+    manifest: dict, tensors: dict[str, torch.Tensor], config: BridgeBlipConfig, lora, folder: str
+) -> str:
     base, revision = lora.base_model_name_or_path, lora.revision
     if "/" in base:
         origin = f"revision {revision or 'not recorded'}"
@@ -179,7 +201,9 @@ def _card(manifest: dict, tensors: dict[str, torch.Tensor], config: BridgeBlipCo
         total=manifest["budget"]["total"],
         limit=manifest["budget"]["limit"],
         prompt=manifest["prompt"],
-        letters=", ".join(f"{a} {i}" for a, i in zip(manifest["letters"], manifest["letter_ids"], strict=True)),
+        letters=", ".join(
+            f"{a} {i}" for a, i in zip(manifest["letters"], manifest["letter_ids"], strict=True)
+        ),
         dtype=manifest["dtype"],
         versions=", ".join(f"{name} {number}" for name, number in manifest["versions"].items()),
         accuracy="not recorded" if accuracy is None else f"{accuracy:.4f}",

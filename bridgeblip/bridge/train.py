@@ -1,4 +1,5 @@
-"""Training the bridge and the head with Hugging Face's ``Trainer``, so that it survives the night."""
+"""Training the bridge and the head with Hugging Face's ``Trainer``, so that it survives the
+night."""
 
 import hashlib
 import json
@@ -25,8 +26,19 @@ from transformers.integrations import TensorBoardCallback
 from bridgeblip import InputError
 from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget
-from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings, decoder_layers, slice_config
-from bridgeblip.bridge.features import CachedPictures, FeatureCache, default_folder, encoder_key, fill
+from bridgeblip.bridge.config import (
+    DEFAULT_DECODER_LAYERS,
+    BridgeSettings,
+    decoder_layers,
+    slice_config,
+)
+from bridgeblip.bridge.features import (
+    CachedPictures,
+    FeatureCache,
+    default_folder,
+    encoder_key,
+    fill,
+)
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
@@ -90,22 +102,26 @@ def train(
     features: str | Path | None = "default",
     copy_to: str | Path | None = None,
 ) -> TrainResult:
-    """Slice ``base``, bridge it, train adapters and head, and write ``weights-N.pt`` after each epoch.
+    """Slice ``base``, bridge it, train adapters and head, and write ``weights-N.pt`` after each
+    epoch.
 
-    Called again after any interruption, with the same settings, it goes on in the middle of the epoch and
-    ends with the same tensors; called again after the end, it trains nothing and returns the same result. The
-    result and the report are of the epoch that validates best, whose weights an export takes.
+    Called again after any interruption, with the same settings, it goes on in the middle of the
+    epoch and ends with the same tensors; called again after the end, it trains nothing and returns
+    the same result. The result and the report are of the epoch that validates best, whose weights
+    an export takes.
 
     Args:
         base: "tiny", a folder, or a hub id, of which ``revision`` is taken.
         layers: which decoder layers stay: a name of ``config.LAYER_SELECTIONS``, or indices.
         budget_limit: most parameters that the merged model may have.
-        features: folder of the cache of image features; None encodes the pictures anew in every epoch.
-        copy_to: a second checkpoint folder, such as one on Drive, that gets a verified copy of every file.
+        features: folder of the cache of image features; None encodes the pictures anew in every
+            epoch.
+        copy_to: a second checkpoint folder, such as one on Drive, that gets a verified copy of
+            every file.
 
     Raises:
-        InputError: if the questions, pictures or the base can't be used, or the folder has the state of another run
-            that has not ended; before anything long starts.
+        InputError: if the questions, pictures or the base can't be used, or the folder has the
+            state of another run that has not ended; before anything long starts.
         TrainingStopped: after the stop button, Ctrl-C or SIGTERM.
     """
     checkpoint_dir = Path(checkpoint_dir)
@@ -113,7 +129,9 @@ def train(
     process = PartialState(cpu=not torch.cuda.is_available())
     for place in places if process.is_main_process else ():
         require_writable(place)
-    plan = _plan(train_csv, base, revision, decoder_layers(layers), settings, bridge, budget_limit, process)
+    plan = _plan(
+        train_csv, base, revision, decoder_layers(layers), settings, bridge, budget_limit, process
+    )
     resumed = newest_state(places, plan.identity)
     model, pictures, blank = _load(plan, features, process)
     trainer, keeper = _trainer(plan, model, pictures, places)
@@ -122,7 +140,8 @@ def train(
     trainer.go(resumed, keeper.stopper)
     if keeper.leaving:
         raise TrainingStopped(
-            f"stopped on request after step {trainer.state.global_step} of {trainer.state.max_steps}; all is saved in "
+            f"stopped on request after step {trainer.state.global_step} of "
+            f"{trainer.state.max_steps}; all is saved in "
             f"{checkpoint_dir / STATE_FOLDER}: run the same again to go on"
         )
     return _conclude(trainer, plan, blank, places, process)
@@ -162,9 +181,13 @@ def _plan(train_csv, base, revision, layers, settings, bridge, budget_limit, pro
     (enable_full_determinism if settings.deterministic else set_seed)(settings.seed)
     config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
     budget = certify_budget(config, budget_limit)
-    device = process.device if process.device.type == "cuda" else torch.device("cpu")  # it may say cpu:0
+    device = (
+        process.device if process.device.type == "cuda" else torch.device("cpu")
+    )  # it may say cpu:0
     precision = choose_precision(device, budget["total"])
-    process.print(f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}")
+    process.print(
+        f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}"
+    )
     manifest = {
         "base": str(base),
         "revision": revision,
@@ -184,13 +207,20 @@ def _plan(train_csv, base, revision, layers, settings, bridge, budget_limit, pro
 
 
 def _load(plan: _Plan, features: str | Path | None, process: PartialState):
-    """Return the sliced model with its bridge, the reader of cached image features or None, and blank pictures."""
+    """Return the sliced model with its bridge, the reader of cached image features or None, and
+    blank pictures."""
     settings, bridge = plan.settings, plan.bridge
     letter_ids, init = plan.processor.letter_ids, bridge.head_init
-    sliced = load_sliced(plan.base, letter_ids, plan.layers, init, plan.dtype, plan.device, plan.revision)
+    sliced = load_sliced(
+        plan.base, letter_ids, plan.layers, init, plan.dtype, plan.device, plan.revision
+    )
     sliced.label_smoothing = settings.label_smoothing
-    pictures = _cached_pictures(features, sliced, plan.processor, plan.picture_keys, settings.batch_size, process)
-    blank = BlankPictures(sliced.encode_image(plan.processor.blank_pixels[None].to(plan.device)).detach().cpu())
+    pictures = _cached_pictures(
+        features, sliced, plan.processor, plan.picture_keys, settings.batch_size, process
+    )
+    blank = BlankPictures(
+        sliced.encode_image(plan.processor.blank_pixels[None].to(plan.device)).detach().cpu()
+    )
     return attach_bridge(sliced, bridge), pictures, blank
 
 
@@ -211,7 +241,9 @@ def _trainer(
     keeper = StateKeeper(places, plan.identity, trainer.averages, Stopper(), settings.save_minutes)
     trainer.add_callback(SelfCheck(model))
     trainer.add_callback(Progress(live=in_notebook()))
-    trainer.add_callback(WeightsKeeper(places, plan.manifest, collate(plan.validation[:PROBE_SIZE])))
+    trainer.add_callback(
+        WeightsKeeper(places, plan.manifest, collate(plan.validation[:PROBE_SIZE]))
+    )
     trainer.add_callback(keeper)
     if settings.patience:
         trainer.add_callback(Patience(settings.patience))
@@ -219,7 +251,11 @@ def _trainer(
 
 
 def _conclude(
-    trainer: "BridgeTrainer", plan: _Plan, blank: "BlankPictures", places: list[Path], process: PartialState
+    trainer: "BridgeTrainer",
+    plan: _Plan,
+    blank: "BlankPictures",
+    places: list[Path],
+    process: PartialState,
 ) -> TrainResult:
     """Measure the best epoch's weights, those that exporting takes, and write the report."""
     history = history_table(trainer.state.log_history)
@@ -231,14 +267,17 @@ def _conclude(
     lost = [path for path in weights if not path.is_file()]
     if lost:
         raise InputError(
-            f"{lost[0]} is gone although training has ended: put it back, or delete {places[0] / STATE_FOLDER} to "
+            f"{lost[0]} is gone although training has ended: put it back, or delete "
+            f"{places[0] / STATE_FOLDER} to "
             "train anew"
         )
     trainer.averages.take(load_weights(weights[best_epoch(accuracies)]).tensors)
     questions = plan.validation
     once = trainer.answer(questions)
     unseen = trainer.answer(questions, partial(plan.processor.collate, pictures=blank))
-    views = ask_in_orders(questions, once, range(len(once)), lambda rows, shown: trainer.answer(shown))
+    views = ask_in_orders(
+        questions, once, range(len(once)), lambda rows, shown: trainer.answer(shown)
+    )
     often = np.array([np.mean(seen, axis=0) for seen in views])
     margin = choose_permutation_margin(once, often, [q.answer for q in questions])
     pays = f"pays below a margin of {margin:.2f}" if margin else "does not pay"
@@ -251,7 +290,10 @@ def _conclude(
             once,
             blank_probabilities=unseen,
             references={"sliced, not yet bridged": before},
-            manifest={key: plan.manifest[key] for key in ("base", "revision", "layers", "bridge", "train", "dtype")},
+            manifest={
+                key: plan.manifest[key]
+                for key in ("base", "revision", "layers", "bridge", "train", "dtype")
+            },
         )
         for place in places:
             save_best(place, accuracies, margin)
@@ -272,26 +314,45 @@ class BlankPictures:
         return {"image_embeds": self.embeds.expand(len(questions), -1, -1)}
 
 
-def _cached_pictures(features, sliced, processor, keys: dict[Path, str], batch_size: int, process: PartialState):
-    """Fill the cache of image features and return its reader, or None where there is to be no cache."""
+def _cached_pictures(
+    features, sliced, processor, keys: dict[Path, str], batch_size: int, process: PartialState
+):
+    """Fill the cache of image features and return its reader, or None where there is to be no
+    cache."""
     if features is None:
         return None
-    cache = FeatureCache(default_folder() if features == "default" else features, encoder_key(sliced, processor))
+    cache = FeatureCache(
+        default_folder() if features == "default" else features, encoder_key(sliced, processor)
+    )
     pictures = {key: path for path, key in reversed(keys.items())}
     share = (process.process_index, process.num_processes)
     fits = fill(cache, sliced, processor, pictures, batch_size, share=share)
     if not all(gather_object([fits])):
-        process.print(f"the features of {len(pictures)} pictures don't fit in {cache.root}: encoding in every epoch")
+        process.print(
+            f"the features of {len(pictures)} pictures don't fit in {cache.root}: encoding in "
+            f"every epoch"
+        )
         return None
     return CachedPictures(cache, keys)
 
 
-def _identity(manifest: dict, questions: Sequence[Question], keys: dict[Path, str], processes: int) -> dict[str, Any]:
-    """What must be the same for a run to go on: its weights' manifest, its questions, its processes."""
+def _identity(
+    manifest: dict, questions: Sequence[Question], keys: dict[Path, str], processes: int
+) -> dict[str, Any]:
+    """What must be the same for a run to go on: its weights' manifest, its questions, its
+    processes."""
     rows = json.dumps([[q.id, keys[q.image], q.question, q.choices, q.answer] for q in questions])
-    kept = {key: value for key, value in manifest.items() if key not in ("versions", "config", "budget", "train")}
+    kept = {
+        key: value
+        for key, value in manifest.items()
+        if key not in ("versions", "config", "budget", "train")
+    }
     settings = {key: value for key, value in manifest["train"].items() if key not in NOT_THE_RESULT}
-    run = kept | {"settings": settings, "questions": hashlib.sha256(rows.encode()).hexdigest(), "processes": processes}
+    run = kept | {
+        "settings": settings,
+        "questions": hashlib.sha256(rows.encode()).hexdigest(),
+        "processes": processes,
+    }
     return json.loads(json.dumps(run))
 
 
@@ -308,5 +369,7 @@ def _contract(processor: QuestionProcessor) -> dict:
         "letter_ids": processor.letter_ids,
         "prompt": PROMPT_TEMPLATE,
         "processor": processor.fingerprint,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "peft", "accelerate")
+        },
     }

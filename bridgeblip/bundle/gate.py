@@ -10,22 +10,30 @@ SCORE_INPUTS = ("qformer_input_ids", "qformer_attention_mask", "input_ids", "att
 
 PARITY_BOUND = 1e-4  # largest difference of a logit allowed between two forms of the model, in fp32
 
-MERGING_SHARE = 0.02  # the same in bfloat16 and float16, as a share of the spread of the logits: merging rounds
+MERGING_SHARE = (
+    0.02  # the same in bfloat16 and float16, as a share of the spread of the logits: merging rounds
+)
 
-TRAINED_SHARE = 0.2  # the same between two machines or number formats: another base parts by all of the spread
+TRAINED_SHARE = (
+    0.2  # the same between two machines or number formats: another base parts by all of the spread
+)
 
-RELOADING_SHARE = 0.01  # tracing, saving and loading round nothing; this is room for another order of sums
+RELOADING_SHARE = (
+    0.01  # tracing, saving and loading round nothing; this is room for another order of sums
+)
 
 
 class ParityError(RuntimeError):
-    """The exported model does not answer as the trained one does; the message shows where they part."""
+    """The exported model does not answer as the trained one does; the message shows where they
+    part."""
 
 
 class ParityGate:
     """Compares the forms that a model takes on its way to the file, on the same probe questions.
 
-    Two steps, two bounds. Merging changes numbers: in half precision it rounds every bridged weight, so the
-    merged model may part from the adapters by a share of the logits' spread. Tracing, saving and loading change
+    Two steps, two bounds. Merging changes numbers: in half precision it rounds every bridged
+    weight, so the merged model may part from the adapters by a share of the logits' spread.
+    Tracing, saving and loading change
     nothing: the file is held against the merged model, closely, in any precision.
 
     Args:
@@ -40,11 +48,15 @@ class ParityGate:
         self.reference = _logits_by_case(model, self.probe)
         self.rows: list[dict] = []
 
-    def compare(self, form: str, logits_by_case: dict[str, torch.Tensor], share: float | None) -> None:
-        """Add a row a case: the largest difference of a logit, and letters that differ without being a tie.
+    def compare(
+        self, form: str, logits_by_case: dict[str, torch.Tensor], share: float | None
+    ) -> None:
+        """Add a row a case: the largest difference of a logit, and letters that differ without
+        being a tie.
 
         Args:
-            share: of the spread of the batch's logits that they may part by; None holds them to ``PARITY_BOUND``.
+            share: of the spread of the batch's logits that they may part by; None holds them to
+                ``PARITY_BOUND``.
         """
         whole = next(iter(self.reference.values()))  # a single row may spread by next to nothing
         spread = (whole.max() - whole.min()).item()
@@ -55,28 +67,39 @@ class ParityGate:
             best = expected.topk(2).values
             clear = best[:, 0] - best[:, 1] > 2 * bound
             changed = int(((logits.argmax(-1) != expected.argmax(-1)) & clear).sum())
-            row = {"form": form, "case": case, "difference": difference, "bound": bound, "letters changed": changed}
+            row = {
+                "form": form,
+                "case": case,
+                "difference": difference,
+                "bound": bound,
+                "letters changed": changed,
+            }
             self.rows.append(row | {"ok": difference <= bound and not changed})
 
     def compare_trained(self, logits: torch.Tensor, dtype: str) -> None:
-        """Compare the model with what it gave for the probe when it was trained, in ``dtype`` and perhaps elsewhere.
+        """Compare the model with what it gave for the probe when it was trained, in ``dtype`` and
+        perhaps elsewhere.
 
         Args:
-            logits: (rows, choices); minus infinity where a question has no such choice, which the probe does not mask.
+            logits: (rows, choices); minus infinity where a question has no such choice, which the
+                probe does not mask.
         """
         case, expected = next(iter(self.reference.items()))
         logits = torch.where(logits.isfinite(), logits, expected)
         self.compare("as trained", {case: logits}, self._share(TRAINED_SHARE, dtype == "float32"))
 
     def compare_merged(self, merged: nn.Module) -> None:
-        """Compare the merged model with the adapters; from now on it is what the file must answer like."""
+        """Compare the merged model with the adapters; from now on it is what the file must answer
+        like."""
         logits = _logits_by_case(merged, self.probe)
         self.compare("merged", logits, self._share(MERGING_SHARE))
         self.reference = logits
 
     def compare_reloaded(self, reloaded: nn.Module) -> None:
         """Compare what was read back from the file with the merged model."""
-        self.compare("reloaded", _logits_by_case(reloaded, self.probe), self._share(RELOADING_SHARE))
+        self.compare(
+            "reloaded", _logits_by_case(reloaded, self.probe), self._share(RELOADING_SHARE)
+        )
 
     def _share(self, of_half_precision: float, exact: bool = True) -> float | None:
         return None if exact and self.dtype == torch.float32 else of_half_precision
@@ -89,13 +112,15 @@ class ParityGate:
         """Raise ParityError, with the table, if anything differs."""
         if not self.table["ok"].all():
             raise ParityError(
-                f"{out} was not written: it would not answer as the trained model does\n{self.table.to_string()}"
+                f"{out} was not written: it would not answer as the trained model "
+                f"does\n{self.table.to_string()}"
             )
 
 
 @torch.no_grad()
 def _logits_by_case(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Logits of the probe: all rows at once; the shortest row alone, with its padding and without."""
+    """Logits of the probe: all rows at once; the shortest row alone, with its padding and
+    without."""
     padded = {name: probe[name] for name in ("pixel_values", *SCORE_INPUTS)}
     shortest = int(probe["attention_mask"].sum(1).argmin())
     alone = {name: tensor[shortest : shortest + 1] for name, tensor in padded.items()}
@@ -104,7 +129,11 @@ def _logits_by_case(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[st
         length = int(alone[f"{kind}attention_mask"].sum())
         for name in (f"{kind}input_ids", f"{kind}attention_mask"):
             cut[name] = alone[name][:, :length]
-    cases = {f"batch {len(probe['input_ids'])}, padded": padded, "batch 1, padded": alone, "batch 1, unpadded": cut}
+    cases = {
+        f"batch {len(probe['input_ids'])}, padded": padded,
+        "batch 1, padded": alone,
+        "batch 1, unpadded": cut,
+    }
     logits = {}
     for case, inputs in cases.items():
         output = model(**inputs)

@@ -26,8 +26,12 @@ from bridgeblip.evidence.answers import FLAGS, Answers, margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import _is_out_of_memory, process_rank
 
-PICTURES_A_WINDOW = 32  # encoded pictures held at a time: bounds the memory whatever the number of rows
-TOKENS_A_BATCH = 8192  # of the language model, padding included: long prompts come in smaller batches
+PICTURES_A_WINDOW = (
+    32  # encoded pictures held at a time: bounds the memory whatever the number of rows
+)
+TOKENS_A_BATCH = (
+    8192  # of the language model, padding included: long prompts come in smaller batches
+)
 BLANK = "blank"  # key of the picture that stands for a missing one
 
 
@@ -41,16 +45,19 @@ def predict(
 ) -> Answers:
     """Answer questions; a row that can't be answered as it stands gets an answer and a problem.
 
-    Each distinct picture is encoded once, however many questions, orders and file names it has. Pictures come
-    in windows, always the same ones, so that a run that was interrupted goes on where it stopped. Several
-    processes share the windows, and all of them return the answers to all questions.
+    Each distinct picture is encoded once, however many questions, orders and file names it has.
+    Pictures come in windows, always the same ones, so that a run that was interrupted goes on where
+    it stopped. Several processes share the windows, and all of them return the answers to all
+    questions.
 
     Args:
         batch_size: most rows at a time; halved wherever the memory does not suffice.
         blank_images: answer without looking: every picture is replaced by the mean grey.
-        permute_below: rows whose two best probabilities are closer than this are asked again in the other cyclic
-            orders of their choices, and averaged. By default what the bundle says; 0 is none, 2 all.
-        out: submission to be, beside which finished windows are kept until ``write_submission`` has written it.
+        permute_below: rows whose two best probabilities are closer than this are asked again in the
+            other cyclic orders of their choices, and averaged. By default what the bundle says; 0
+            is none, 2 all.
+        out: submission to be, beside which finished windows are kept until ``write_submission`` has
+            written it.
 
     Raises:
         InputError: if the model gives no finite number for a row.
@@ -65,7 +72,9 @@ def predict(
     for row, key in enumerate(keys):
         rows_of.setdefault(key, []).append(row)
     pictures = list(rows_of.values())  # the rows of each
-    windows = [pictures[i : i + PICTURES_A_WINDOW] for i in range(0, len(pictures), PICTURES_A_WINDOW)]
+    windows = [
+        pictures[i : i + PICTURES_A_WINDOW] for i in range(0, len(pictures), PICTURES_A_WINDOW)
+    ]
 
     settings = [bundle.fingerprint, batch_size, permute_below, PICTURES_A_WINDOW, TOKENS_A_BATCH]
     digest = hashlib.sha256(json.dumps(settings).encode())
@@ -89,8 +98,13 @@ def predict(
     found = {}
     for index, answers in _gather(done, world).items():
         found |= zip([row for rows in windows[index] for row in rows], answers, strict=True)
-    probabilities, flags, problems = zip(*(found[row] for row in range(len(questions))), strict=True)
-    problems = ["; ".join(filter(None, pair)) for pair in zip([q.problem for q in questions], problems, strict=True)]
+    probabilities, flags, problems = zip(
+        *(found[row] for row in range(len(questions))), strict=True
+    )
+    problems = [
+        "; ".join(filter(None, pair))
+        for pair in zip([q.problem for q in questions], problems, strict=True)
+    ]
     return Answers(np.array(probabilities, dtype=np.float32), list(flags), problems)
 
 
@@ -125,7 +139,10 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
             else:
                 strangers += 1
     if strangers:
-        print(f"passing over {strangers} windows in {folder}: torn, or of another bundle, question file or setting")
+        print(
+            f"passing over {strangers} windows in {folder}: torn, or of another bundle, question "
+            f"file or setting"
+        )
     if kept:
         print(f"going on after an interruption: {len(kept)} of {len(indices)} windows are answered")
     return kept
@@ -135,8 +152,12 @@ def _gather(done: dict[int, list], world: int) -> dict[int, list]:
     """Return the windows that all processes have answered."""
     if world == 1:
         return done
-    if not torch.distributed.is_initialized():  # kept for a second call: rebuilt, the processes could miss each other
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))  # the others may be slower
+    if (
+        not torch.distributed.is_initialized()
+    ):  # kept for a second call: rebuilt, the processes could miss each other
+        torch.distributed.init_process_group(
+            "gloo", timeout=timedelta(days=1)
+        )  # the others may be slower
     parts: list = [None] * world
     torch.distributed.all_gather_object(parts, done)
     return {index: answers for part in parts for index, answers in part.items()}
@@ -151,7 +172,9 @@ def _pixels_or_blank(processor: QuestionProcessor, path: Path | None) -> tuple[t
 
 
 @torch.inference_mode()
-@torch.jit.optimized_execution(False)  # else the first calls, after an interruption too, would run another graph
+@torch.jit.optimized_execution(
+    False
+)  # else the first calls, after an interruption too, would run another graph
 def _answer_window(
     bundle: Bundle,
     groups: list[list[Question]],
@@ -177,25 +200,40 @@ def _answer_window(
     answers = []
     for question, fit, place, seen in zip(asked, fitted, places, views, strict=True):
         changed = len({int(view.argmax()) for view in seen}) > 1
-        true = (bool(faults[place]) or not question.image, fit is not question, len(seen) > 1, changed)
+        true = (
+            bool(faults[place]) or not question.image,
+            fit is not question,
+            len(seen) > 1,
+            changed,
+        )
         flags = [flag for flag, is_true in zip(FLAGS, true, strict=True) if is_true]
-        problems = [f"picture {question.image} can't be read ({faults[place]})"] if faults[place] else []
+        problems = (
+            [f"picture {question.image} can't be read ({faults[place]})"] if faults[place] else []
+        )
         if fit is not question:
             what = "question" if fit.choices == question.choices else "question and the choices"
             limit = bundle.processor.prompt_limit
-            problems.append(f"the prompt is longer than the {limit} tokens that the model reads: cut the {what}")
+            problems.append(
+                f"the prompt is longer than the {limit} tokens that the model reads: cut the {what}"
+            )
         answers.append((np.mean(seen, axis=0).tolist(), flags, "; ".join(problems)))
     return answers
 
 
-def _encode_pictures(bundle: Bundle, pixels: Sequence[torch.Tensor], batch_size: int) -> torch.Tensor:
+def _encode_pictures(
+    bundle: Bundle, pixels: Sequence[torch.Tensor], batch_size: int
+) -> torch.Tensor:
     """Return (pictures, patches + 1, vision width)."""
 
     def encode(rows: Sequence[int]) -> torch.Tensor:
-        return bundle.model.encode_image(torch.stack([pixels[row] for row in rows]).to(bundle.device))
+        return bundle.model.encode_image(
+            torch.stack([pixels[row] for row in rows]).to(bundle.device)
+        )
 
     rows = range(len(pixels))
-    return torch.cat([_in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]])
+    return torch.cat(
+        [_in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]]
+    )
 
 
 def _score(
@@ -206,10 +244,13 @@ def _score(
     batch_size: int,
     bar: tqdm | None = None,
 ) -> np.ndarray:
-    """Return the probabilities (rows, choices) of questions whose pictures stand at ``places`` of ``embeds``."""
+    """Return the probabilities (rows, choices) of questions whose pictures stand at ``places`` of
+    ``embeds``."""
 
     def score(rows: Sequence[int]) -> torch.Tensor:
-        texts = bundle.processor.encode_prompts([bundle.processor.prompt(shown[row]) for row in rows])
+        texts = bundle.processor.encode_prompts(
+            [bundle.processor.prompt(shown[row]) for row in rows]
+        )
         texts = {name: tensor.to(bundle.device) for name, tensor in texts.items()}
         return bundle.model.score(embeds[[places[row] for row in rows]], **texts).float().cpu()
 
@@ -221,7 +262,10 @@ def _score(
             bar.update(len(rows))
     wrong = (~logits.isfinite()).any(-1).nonzero().flatten().tolist()
     if wrong:
-        raise InputError(f"the model gives {shown[wrong[0]].id} no finite number: export it as bfloat16 or float32")
+        raise InputError(
+            f"the model gives {shown[wrong[0]].id} no finite number: export it as bfloat16 or "
+            f"float32"
+        )
     masks = torch.tensor([bundle.processor.choice_mask(q) for q in shown], dtype=torch.bool)
     return logits.masked_fill(~masks.reshape(logits.shape), float("-inf")).softmax(-1).numpy()
 
@@ -236,13 +280,16 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 def _in_halves(run: Callable[[Sequence[int]], torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
-    """Return ``run(rows)``, put together from halves where the memory does not suffice for all at once."""
+    """Return ``run(rows)``, put together from halves where the memory does not suffice for all at
+    once."""
     try:
         return run(rows)
     except RuntimeError as error:
         if len(rows) == 1 or not _is_out_of_memory(error):
             raise
-    warnings.warn(f"no memory for {len(rows)} rows at a time, halving; set a smaller batch size", stacklevel=2)
+    warnings.warn(
+        f"no memory for {len(rows)} rows at a time, halving; set a smaller batch size", stacklevel=2
+    )
     torch.cuda.empty_cache()
     half = len(rows) // 2
     return torch.cat([_in_halves(run, rows[:half]), _in_halves(run, rows[half:])])

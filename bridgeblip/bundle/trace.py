@@ -6,11 +6,15 @@ import torch
 def free_devices(traced: torch.jit.ScriptModule) -> None:
     """Replace every device constant of the graphs by the device of that graph's first tensor input.
 
-    A trace freezes ``torch.zeros(..., device=x.device)`` to the machine it was made on; this is why a
-    file made on a GPU fails on a CPU.
+    A trace freezes ``torch.zeros(..., device=x.device)`` to the machine it was made on; this is why
+    a file made on a GPU fails on a CPU.
     """
     for graph in graphs(traced):
-        constants = [n for n in graph.findAllNodes("prim::Constant") if n.output().type().kind() == "DeviceObjType"]
+        constants = [
+            n
+            for n in graph.findAllNodes("prim::Constant")
+            if n.output().type().kind() == "DeviceObjType"
+        ]
         if not constants:
             continue
         tensor = next(value for value in graph.inputs() if value.type().kind() == "TensorType")

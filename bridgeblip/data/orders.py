@@ -13,12 +13,13 @@ def ask_in_orders(
     rows: Sequence[int],
     ask: Callable[[Sequence[int], Sequence[Question]], np.ndarray],
 ) -> list[list[np.ndarray]]:
-    """Return the probabilities (choices,) that each question was given: as written, and ``rows`` in every cyclic order
-    of their choices, too, put back to the choices as written.
+    """Return the probabilities (choices,) that each question was given: as written, and ``rows`` in
+    every cyclic order of their choices, too, put back to the choices as written.
 
     Args:
         single: probabilities (questions, choices), asked as written.
-        ask: gives the probabilities of rows whose choices stand in another order, shown beside them.
+        ask: gives the probabilities of rows whose choices stand in another order, shown beside
+            them.
     """
     turns = [(row, turn) for row in rows for turn in cyclic_orders(questions[row].choices)[1:]]
     views = [[probabilities] for probabilities in single]
@@ -33,6 +34,10 @@ def ask_in_orders(
 
 
 def cyclic_orders(choices: Sequence[str]) -> list[dict[int, int]]:
-    """Return every cyclic order of the filled choices, the one as written first, as ``reordered`` takes it."""
+    """Return every cyclic order of the filled choices, the one as written first, as ``reordered``
+    takes it."""
     filled = [i for i, choice in enumerate(choices) if choice]
-    return [dict(zip(filled, filled[shift:] + filled[:shift], strict=True)) for shift in range(max(1, len(filled)))]
+    return [
+        dict(zip(filled, filled[shift:] + filled[:shift], strict=True))
+        for shift in range(max(1, len(filled)))
+    ]

@@ -18,7 +18,8 @@ Loaded = TypeVar("Loaded")
 def picture_key(path: Path) -> str:
     """Return the SHA-256 of a picture's file: the same picture under another name has the same key.
 
-    A file is read once, however often it is asked for, unless its size or time of change is another.
+    A file is read once, however often it is asked for, unless its size or time of change is
+    another.
     """
     stat = path.stat()
     return _content_key(path, stat.st_size, stat.st_mtime_ns)
@@ -34,10 +35,14 @@ def picture_keys(paths: Iterable[Path]) -> dict[Path, str]:
     return {path: picture_key(path) for path in dict.fromkeys(paths)}
 
 
-def load_ahead(load: Callable[[Item], Loaded], groups: Iterable[Sequence[Item]]) -> Iterator[list[Loaded]]:
-    """Yield what ``load`` makes of each group's items; threads load the next group while this one is worked on.
+def load_ahead(
+    load: Callable[[Item], Loaded], groups: Iterable[Sequence[Item]]
+) -> Iterator[list[Loaded]]:
+    """Yield what ``load`` makes of each group's items; threads load the next group while this one
+    is worked on.
 
-    A GPU works about as quickly as a few threads decode: loaded in turn, each would wait for the other.
+    A GPU works about as quickly as a few threads decode: loaded in turn, each would wait for the
+    other.
     """
     with ThreadPoolExecutor(LOADERS) as pool:
         begun = deque()

@@ -1,22 +1,25 @@
-"""Published annotation files, and several question CSVs, to one question CSV; the pictures stay where they are.
+"""Published annotation files, and several question CSVs, to one question CSV; the pictures stay
+where they are.
 
 What the user downloads and unpacks, for each source:
 
 ``aokvqa``
     ``aokvqa_v1p0_train.json`` and ``aokvqa_v1p0_val.json``, from ``aokvqa_v1p0.tar.gz``
-    (https://github.com/allenai/aokvqa), and the pictures of COCO 2017, ``train2017.zip`` and ``val2017.zip``
-    (https://cocodataset.org/#download). The folder of pictures is the one that holds ``train2017/``.
+    (https://github.com/allenai/aokvqa), and the pictures of COCO 2017, ``train2017.zip`` and
+    ``val2017.zip`` (https://cocodataset.org/#download). The folder of pictures is the one that
+    holds ``train2017/``.
 ``visual7w``
     ``dataset_v7w_telling.json``, from ``dataset_v7w_telling.zip``, and ``visual7w_images.zip``
-    (https://ai.stanford.edu/~yukez/visual7w/). The folder of pictures holds ``v7w_1.jpg`` and so on.
+    (https://ai.stanford.edu/~yukez/visual7w/). The folder of pictures holds ``v7w_1.jpg`` and so
+    on.
 ``scienceqa``
-    ``problems.json``, in ``data/scienceqa/`` of https://github.com/lupantech/ScienceQA, and the three picture
-    archives that ``tools/download.sh`` there fetches, ``train.zip``, ``val.zip`` and ``test.zip``. The folder
-    of pictures holds ``train/``, ``val/`` and ``test/``. ``pid_splits.json`` is not needed: each problem names
-    its split.
+    ``problems.json``, in ``data/scienceqa/`` of https://github.com/lupantech/ScienceQA, and the
+    three picture archives that ``tools/download.sh`` there fetches, ``train.zip``, ``val.zip`` and
+    ``test.zip``. The folder of pictures holds ``train/``, ``val/`` and ``test/``.
+    ``pid_splits.json`` is not needed: each problem names its split.
 
-Each set has its own terms of use. Visual7W's pictures come from COCO too: where they are stored as other bytes,
-a split by picture content can't tell that a picture of both sets is the same.
+Each set has its own terms of use. Visual7W's pictures come from COCO too: where they are stored as
+other bytes, a split by picture content can't tell that a picture of both sets is the same.
 """
 
 import functools
@@ -68,7 +71,9 @@ class Summary:
     """IDs that were taken already and got a prefix."""
 
     def __str__(self) -> str:
-        lines = [f"wrote {self.out}: {self.questions} questions about {self.pictures} picture files"]
+        lines = [
+            f"wrote {self.out}: {self.questions} questions about {self.pictures} picture files"
+        ]
         lines += _reasons(self.left_out)
         if self.renamed:
             lines.append(f"put a prefix before {self.renamed} IDs that an earlier question has")
@@ -89,10 +94,12 @@ def prepare(
         source: ``aokvqa``, ``visual7w`` or ``scienceqa``.
         images: the folder of pictures, as the module's docstring says for each source.
         splits: the set's own names of the parts to take.
-        seed: of the place of the right answer in Visual7W, which gives it apart from the wrong ones.
+        seed: of the place of the right answer in Visual7W, which gives it apart from the wrong
+            ones.
 
     Raises:
-        InputError: if a file is missing or of another form, lacks a split, or has no usable question.
+        InputError: if a file is missing or of another form, lacks a split, or has no usable
+            question.
     """
     entries = [entry for file in files for entry in read_annotations(source, file, images, seed)]
     known = list(dict.fromkeys(entry.split for entry in entries))
@@ -106,19 +113,23 @@ def prepare(
 
 
 def join(files: Sequence[str | Path], out: str | Path) -> Summary:
-    """Join question CSVs with answers, in any form that ``questions`` reads, into the question CSV ``out``.
+    """Join question CSVs with answers, in any form that ``questions`` reads, into the question CSV
+    ``out``.
 
     A row keeps its ID; if an earlier row has it, the name of the row's file goes before it.
 
     Raises:
-        InputError: if a file is missing, no table, lacks a column or is ``out`` itself, or no row is usable.
+        InputError: if a file is missing, no table, lacks a column or is ``out`` itself, or no row
+            is usable.
     """
     if Path(out).resolve() in [Path(file).resolve() for file in files]:
         raise InputError(f"{out} is one of the files to join: give the new file another name")
     return write_questions([entry for file in files for entry in read_csv(file)], out)
 
 
-def read_annotations(source: str, path: str | Path, images: str | Path, seed: int = 0) -> list[Entry]:
+def read_annotations(
+    source: str, path: str | Path, images: str | Path, seed: int = 0
+) -> list[Entry]:
     """Return every question of a published annotation file, in the file's order.
 
     Raises:
@@ -127,11 +138,18 @@ def read_annotations(source: str, path: str | Path, images: str | Path, seed: in
     parse, form = SOURCES[source]
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path} not found: expected {form}; bridgeblip/data/prepare.py says where to download it")
+        raise InputError(
+            f"{path} not found: expected {form}; bridgeblip/data/prepare.py says where to download "
+            f"it"
+        )
     try:
-        return list(parse(json.loads(path.read_text(encoding="utf-8")), path.stem, Path(images), seed))
+        return list(
+            parse(json.loads(path.read_text(encoding="utf-8")), path.stem, Path(images), seed)
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} has another form ({type(error).__name__}: {error}); expected {form}") from error
+        raise InputError(
+            f"{path} has another form ({type(error).__name__}: {error}); expected {form}"
+        ) from error
 
 
 def _aokvqa(records: list[dict], source: str, images: Path, seed: int) -> Iterator[Entry]:
@@ -140,7 +158,13 @@ def _aokvqa(records: list[dict], source: str, images: Path, seed: int) -> Iterat
         picture = images / f"{split}2017" / f"{record['image_id']:012d}.jpg"
         answer = record.get("correct_choice_idx")  # the test file has none
         yield _entry(
-            source, f"aokvqa-{record['question_id']}", split, picture, record["question"], record["choices"], answer
+            source,
+            f"aokvqa-{record['question_id']}",
+            split,
+            picture,
+            record["question"],
+            record["choices"],
+            answer,
         )
 
 
@@ -149,42 +173,65 @@ def _visual7w(content: dict, source: str, images: Path, seed: int) -> Iterator[E
         picture = images / image["filename"]
         for pair in image["qa_pairs"]:
             choices = list(pair.get("multiple_choices", []))
-            # Keyed on the question alone: its place stays, whatever else is in the file or is left out.
+            # Keyed on the question alone: its place stays, whatever else is in the file or is left
+            # out.
             place = random.Random(f"{seed} {pair['qa_id']}").randrange(len(choices) + 1)
             choices.insert(place, pair["answer"])
-            yield _entry(source, f"visual7w-{pair['qa_id']}", image["split"], picture, pair["question"], choices, place)
+            yield _entry(
+                source,
+                f"visual7w-{pair['qa_id']}",
+                image["split"],
+                picture,
+                pair["question"],
+                choices,
+                place,
+            )
 
 
 def _scienceqa(problems: dict[str, dict], source: str, images: Path, seed: int) -> Iterator[Entry]:
     for number, problem in problems.items():
         split = problem["split"]
         picture = images / split / number / problem["image"] if problem["image"] else None
-        question = f"{problem['hint']}\n{problem['question']}"  # many can't be answered without the hint
-        yield _entry(source, f"scienceqa-{number}", split, picture, question, problem["choices"], problem["answer"])
+        question = (
+            f"{problem['hint']}\n{problem['question']}"  # many can't be answered without the hint
+        )
+        yield _entry(
+            source,
+            f"scienceqa-{number}",
+            split,
+            picture,
+            question,
+            problem["choices"],
+            problem["answer"],
+        )
 
 
 # source -> (parser, what its file is called and looks like)
 SOURCES: dict[str, tuple[Callable[..., Iterator[Entry]], str]] = {
     "aokvqa": (
         _aokvqa,
-        "A-OKVQA's aokvqa_v1p0_train.json or aokvqa_v1p0_val.json, a list of questions with split, image_id, "
+        "A-OKVQA's aokvqa_v1p0_train.json or aokvqa_v1p0_val.json, a list of questions with split, "
+        "image_id, "
         "question_id, question, choices and correct_choice_idx",
     ),
     "visual7w": (
         _visual7w,
-        "Visual7W's dataset_v7w_telling.json, an object whose images have filename, split and qa_pairs with qa_id, "
+        "Visual7W's dataset_v7w_telling.json, an object whose images have filename, split and "
+        "qa_pairs with qa_id, "
         "question, answer and multiple_choices as text",
     ),
     "scienceqa": (
         _scienceqa,
-        "ScienceQA's problems.json, an object that maps numbers to problems with question, choices, answer, hint, "
+        "ScienceQA's problems.json, an object that maps numbers to problems with question, "
+        "choices, answer, hint, "
         "image and split",
     ),
 }
 
 
 def read_csv(path: str | Path) -> list[Entry]:
-    """Return every row of a question CSV that has answers; unlike ``read_questions`` it keeps unusable rows.
+    """Return every row of a question CSV that has answers; unlike ``read_questions`` it keeps
+    unusable rows.
 
     Raises:
         InputError: if the file is missing, no table, or lacks a column.
@@ -194,7 +241,8 @@ def read_csv(path: str | Path) -> list[Entry]:
     missing = [name for name in (*COLUMNS, "answer") if name not in table.columns]
     if missing:
         raise InputError(
-            f"{path} lacks {', '.join(missing)}: it has the columns {', '.join(table.columns)}; expected ID, "
+            f"{path} lacks {', '.join(missing)}: it has the columns {', '.join(table.columns)}; "
+            f"expected ID, "
             f"img_path, Question, A, B, C, D, answer"
         )
     return [_csv_entry(path, row) for row in table.to_dict("records")]
@@ -211,17 +259,29 @@ def _csv_entry(path: Path, row: dict[str, str]) -> Entry:
 def _entry(source, id_, split, picture, question: str, choices: Iterable[str], answer) -> Entry:
     """An entry with its texts tidied: no space around them, line ends as ``\\n``."""
     answer = None if answer is None else operator.index(answer)
-    return Entry(source, _tidy(id_), split, picture, _tidy(question), [_tidy(choice) for choice in choices], answer)
+    return Entry(
+        source,
+        _tidy(id_),
+        split,
+        picture,
+        _tidy(question),
+        [_tidy(choice) for choice in choices],
+        answer,
+    )
 
 
 def _tidy(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def write_questions(entries: Sequence[Entry], out: str | Path, splits: Sequence[str | None] = (None,)) -> Summary:
-    """Write the usable entries of ``splits`` as a question CSV, atomically, and say what became of the others.
+def write_questions(
+    entries: Sequence[Entry], out: str | Path, splits: Sequence[str | None] = (None,)
+) -> Summary:
+    """Write the usable entries of ``splits`` as a question CSV, atomically, and say what became of
+    the others.
 
-    Pictures are referenced by their path from the CSV's folder. Choices that are missing leave empty cells.
+    Pictures are referenced by their path from the CSV's folder. Choices that are missing leave
+    empty cells.
 
     Raises:
         InputError: if no entry is usable; nothing is written then.
@@ -250,7 +310,9 @@ def write_questions(entries: Sequence[Entry], out: str | Path, splits: Sequence[
     return Summary(out, len(table), table["img_path"].nunique(), left_out, renamed)
 
 
-def _fault(entry: Entry, splits: Sequence[str | None], is_file: Callable[[Path], bool]) -> str | None:
+def _fault(
+    entry: Entry, splits: Sequence[str | None], is_file: Callable[[Path], bool]
+) -> str | None:
     """Why an entry can't be used, or None."""
     if entry.split not in splits:
         return f"split {entry.split} not asked for"
@@ -271,14 +333,20 @@ def _fault(entry: Entry, splits: Sequence[str | None], is_file: Callable[[Path],
 
 def _reasons(left_out: dict[str, list[Entry]]) -> list[str]:
     firsts = {
-        reason: f"{entries[0].id}, {entries[0].picture}" if reason == PICTURE_NOT_FOUND else entries[0].id
+        reason: f"{entries[0].id}, {entries[0].picture}"
+        if reason == PICTURE_NOT_FOUND
+        else entries[0].id
         for reason, entries in left_out.items()
     }
-    return [f"left out {len(left_out[reason])}: {reason}; the first is {first}" for reason, first in firsts.items()]
+    return [
+        f"left out {len(left_out[reason])}: {reason}; the first is {first}"
+        for reason, first in firsts.items()
+    ]
 
 
 def _path_from(folder: Path, picture: Path) -> str:
-    """Path of a picture from a folder, with ``/``; whole if they share no root (two drives of Windows)."""
+    """Path of a picture from a folder, with ``/``; whole if they share no root (two drives of
+    Windows)."""
     try:
         return Path(os.path.relpath(picture, folder)).as_posix()
     except ValueError:

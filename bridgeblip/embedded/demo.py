@@ -39,18 +39,27 @@ TINY_BATCH = 32
 
 
 def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
-    """Execute a notebook of the repository in its root, with ``parameters`` set after its settings cell.
+    """Execute a notebook of the repository in its root, with ``parameters`` set after its settings
+    cell.
 
     The executed notebook, outputs and all, is written to ``save_to``, after a failure too.
 
     Raises:
         InputError: if a cell fails, with the notebook's own message.
     """
-    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, not one in the home folder
+    os.environ.setdefault(
+        "JUPYTER_PREFER_ENV_PATH", "1"
+    )  # this environment's kernel, not one in the home folder
     notebook = nbformat.read(ROOT / name, as_version=4)
-    tagged = [i for i, cell in enumerate(notebook.cells) if PARAMETERS_TAG in cell.metadata.get("tags", [])]
+    tagged = [
+        i
+        for i, cell in enumerate(notebook.cells)
+        if PARAMETERS_TAG in cell.metadata.get("tags", [])
+    ]
     settings = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
-    notebook.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(f"# Set from outside\n{settings}"))
+    notebook.cells.insert(
+        tagged[0] + 1, nbformat.v4.new_code_cell(f"# Set from outside\n{settings}")
+    )
     codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
     bar = tqdm(total=len(codes), desc=name, unit="cell")
     client = NotebookClient(
@@ -64,18 +73,23 @@ def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
     try:
         client.execute()
     except CellExecutionError as error:
-        raise InputError(f"{name} stopped: {error.ename}: {error.evalue} (all of it is in {save_to})") from error
+        raise InputError(
+            f"{name} stopped: {error.ename}: {error.evalue} (all of it is in {save_to})"
+        ) from error
     finally:
         bar.close()
         save_to.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, save_to)
 
 
-def run_demo(out: str | Path = "demo", limits: dict[str, int] | None = None, epochs: int = TINY_EPOCHS) -> pd.DataFrame:
+def run_demo(
+    out: str | Path = "demo", limits: dict[str, int] | None = None, epochs: int = TINY_EPOCHS
+) -> pd.DataFrame:
     """Run the whole road and print what it led to.
 
     Args:
-        out: gets ``competition/``, ``checkpoint/``, ``submission.csv``, ``answers.csv`` and the executed notebooks.
+        out: gets ``competition/``, ``checkpoint/``, ``submission.csv``, ``answers.csv`` and the
+            executed notebooks.
         limits: at most so many pictures of "train" and "test", for a quick look.
 
     Returns:
@@ -104,21 +118,31 @@ def run_demo(out: str | Path = "demo", limits: dict[str, int] | None = None, epo
     print(f"\n{scores.to_string(index=False)}\n")
     print(_stage_table(stages, checkpoint, out).to_string(index=False))
     print(
-        f"\nThe answers lie in {out / 'submission.csv'}, the executed notebooks in {out / 'notebooks'}, and what to "
+        f"\nThe answers lie in {out / 'submission.csv'}, the executed notebooks in "
+        f"{out / 'notebooks'}, and what to "
         f"think of\nthe score in {out / 'report.html'}: open it in a browser.\n"
-        "For real data put the organiser's files into competition/ and run train.ipynb, torchscript.ipynb and\n"
-        "torchscript_inference.ipynb in this order on a GPU; competition/README.md names the columns."
+        "For real data put the organiser's files into competition/ and run train.ipynb, "
+        "torchscript.ipynb and\n"
+        "torchscript_inference.ipynb in this order on a GPU; competition/README.md names the "
+        "columns."
     )
     return scores
 
 
 def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.DataFrame:
-    """Compare every way to answer the test questions, and write the report; the only reader of the true answers."""
+    """Compare every way to answer the test questions, and write the report; the only reader of the
+    true answers."""
     questions = with_answers(read_questions(out / "competition" / "test.csv"), out / "answers.csv")
     submitted = read_table(out / "submission.csv").set_index("ID")["answer"]
     bundle = load_bundle(out / "checkpoint" / "torchscript.pt")
     weights = out / "checkpoint" / bundle.manifest["trained"]["file"]
-    train(out / "competition" / "train.csv", "tiny", out / "head_only", settings, BridgeSettings(rank=0))
+    train(
+        out / "competition" / "train.csv",
+        "tiny",
+        out / "head_only",
+        settings,
+        BridgeSettings(rank=0),
+    )
     head_only = out / "head_only" / f"weights-{settings.epochs - 1}.pt"
     bridged = _predict_eager(restore(weights).model, questions, bundle.manifest)
     same = sum(a == submitted[q.id] for a, q in zip(letters_of(bridged), questions, strict=True))
@@ -127,14 +151,20 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.Dat
     head = accuracy_of(questions, _predict_eager(restore(head_only).model, questions))
     rows = [
         ("guessing", 1 / len(questions[0].choices)),
-        ("unsliced base, all 24 layers", accuracy_of(questions, _predict_sliced(range(24), questions))),
+        (
+            "unsliced base, all 24 layers",
+            accuracy_of(questions, _predict_sliced(range(24), questions)),
+        ),
         ("sliced, not bridged", sliced),
         ("sliced, only the head trained", head),
         ("bridged", accuracy_of(questions, bridged)),
         ("bridged, through TorchScript: submission.csv", _share_right(submitted, questions)),
         ("the same without looking: blank images", accuracy_of(questions, blank)),
     ]
-    print(f"\n{len(questions)} held-out questions; TorchScript gives the trained model's letter on {same} of them.")
+    print(
+        f"\n{len(questions)} held-out questions; TorchScript gives the trained model's letter on "
+        f"{same} of them."
+    )
     probabilities, flags = read_probabilities(out, questions)
     write_report(
         out / "report.html",
@@ -159,7 +189,9 @@ def _predict_sliced(layers, questions: list[Question]):
 
 
 def _predict_eager(model, questions: list[Question], manifest: dict | None = None):
-    eager = Bundle(model, QuestionProcessor.from_base(TINY_BASE), manifest or {}, torch.device("cpu"))
+    eager = Bundle(
+        model, QuestionProcessor.from_base(TINY_BASE), manifest or {}, torch.device("cpu")
+    )
     return predict(eager, questions, batch_size=64).probabilities
 
 

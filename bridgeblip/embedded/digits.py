@@ -22,7 +22,8 @@ PICTURE_SIDE = 64  # pixels of the PNG files
 QUESTIONS_A_PICTURE = {"train": 6, "test": 4}
 
 NUMBERS = tuple(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen "
     "seventeen eighteen".split()
 )
 WORDS = {
@@ -55,7 +56,8 @@ def _size_and_parity(digit: int) -> str:
     return f"{'odd' if digit % 2 else 'even'} and {'above four' if digit > 4 else 'below five'}"
 
 
-# kind -> (wordings, values that may stand for {k}, answer as a function of digit, k and a generator)
+# kind -> (wordings, values that may stand for {k}, answer as a function of digit, k and a
+# generator)
 KINDS = {
     "name": (
         ("Which digit is shown in the picture?", "What number did somebody write here?"),
@@ -109,7 +111,10 @@ KINDS = {
         lambda d, k, rng: _size_and_parity(d),
     ),
     "above": (
-        ("Which of these is the nearest number above the digit?", "Which of these comes first above the digit?"),
+        (
+            "Which of these is the nearest number above the digit?",
+            "Which of these comes first above the digit?",
+        ),
         (0,),
         None,  # depends on the choices: see _above
     ),
@@ -120,7 +125,9 @@ def _above(digit: int, rng: random.Random) -> tuple[str, list[str]]:
     """The smallest of four numbers that is larger than the digit; never simply the largest."""
     larger = rng.sample(range(digit + 1, 13), rng.randint(1, 3))
     others = [n for n in range(13) if n <= digit]
-    larger += rng.sample([n for n in range(digit + 1, 13) if n not in larger], max(0, 4 - len(larger) - len(others)))
+    larger += rng.sample(
+        [n for n in range(digit + 1, 13) if n not in larger], max(0, 4 - len(larger) - len(others))
+    )
     smaller = rng.sample(others, 4 - len(larger))
     answer = min(larger)
     return NUMBERS[answer], [NUMBERS[n] for n in larger + smaller if n != answer]
@@ -144,7 +151,9 @@ def make_question(kind: str, digit: int, answer: int, rng: random.Random) -> Dig
             if text not in banned and len(wrong) < 3:
                 wrong.append(text)
                 banned.add(text)
-        spare = [n for n in NUMBERS[2:8] if n not in banned]  # only "letters" has fewer than four values
+        spare = [
+            n for n in NUMBERS[2:8] if n not in banned
+        ]  # only "letters" has fewer than four values
         wrong += rng.sample(spare, 3 - len(wrong))
     rng.shuffle(wrong)
     choices = (*wrong[:answer], right, *wrong[answer:])
@@ -159,11 +168,15 @@ def digit_pictures() -> dict[str, list[tuple[Image.Image, int]]]:
     order = np.random.RandomState(SPLIT_SEED).permutation(len(data.images))
     seen, pictures = set(), []
     for i in order:
-        grey = (255 - data.images[i] * (255 / 16)).round().astype(np.uint8)  # dark ink on white paper
+        grey = (
+            (255 - data.images[i] * (255 / 16)).round().astype(np.uint8)
+        )  # dark ink on white paper
         if grey.tobytes() in seen:
             continue
         seen.add(grey.tobytes())
-        picture = Image.fromarray(grey).resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(grey).resize(
+            (PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC
+        )
         pictures.append((picture, int(data.target[i])))
     splits, start = {}, 0
     for name, size in SPLIT_SIZES.items():
@@ -174,17 +187,21 @@ def digit_pictures() -> dict[str, list[tuple[Image.Image, int]]]:
 
 
 def split_questions(split: str, digits: list[int]) -> list[list[DigitQuestion]]:
-    """Return the questions of each picture of a split: different kinds each, letters balanced over all."""
+    """Return the questions of each picture of a split: different kinds each, letters balanced over
+    all."""
     rng = random.Random(f"{SPLIT_SEED} {split}")
     each = QUESTIONS_A_PICTURE[split]
     places = [i % CHOICES for i in range(each * len(digits))]
     rng.shuffle(places)
     return [
-        [make_question(kind, digit, places.pop(), rng) for kind in rng.sample(list(KINDS), each)] for digit in digits
+        [make_question(kind, digit, places.pop(), rng) for kind in rng.sample(list(KINDS), each)]
+        for digit in digits
     ]
 
 
-def write_competition(folder: str | Path, answers_csv: str | Path, limits: dict[str, int] | None = None) -> None:
+def write_competition(
+    folder: str | Path, answers_csv: str | Path, limits: dict[str, int] | None = None
+) -> None:
     """Write the question set in exactly the competition's form, and the test answers apart from it.
 
     As in the official files, a picture is stored once a question, each time under another name, the
@@ -200,13 +217,19 @@ def write_competition(folder: str | Path, answers_csv: str | Path, limits: dict[
         images = folder / f"{split}_input_images"
         images.mkdir(parents=True, exist_ok=True)
         rows = []
-        for (picture, _), questions in zip(shown, split_questions(split, [d for _, d in shown]), strict=True):
+        for (picture, _), questions in zip(
+            shown, split_questions(split, [d for _, d in shown]), strict=True
+        ):
             for question in questions:
                 name = f"{split.upper()}_{len(rows):04d}"
                 picture.save(images / f"{name}.png")
                 path = f"./{images.name}/{name}.png"
-                rows.append([name, path, question.question, *question.choices, letter(question.answer)])
-        table = pd.DataFrame(rows, columns=["ID", "img_path", "Question", *letters(CHOICES), "answer"])
+                rows.append(
+                    [name, path, question.question, *question.choices, letter(question.answer)]
+                )
+        table = pd.DataFrame(
+            rows, columns=["ID", "img_path", "Question", *letters(CHOICES), "answer"]
+        )
         if split == "test":
             table[["ID", "answer"]].to_csv(answers_csv, index=False)
             table[["ID"]].assign(answer="-").to_csv(folder / "sample_submission.csv", index=False)

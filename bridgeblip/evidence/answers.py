@@ -17,8 +17,9 @@ class Answers:
     probabilities: np.ndarray
     """(rows, choices), fp32; a missing choice has 0."""
     flags: list[list[str]]
-    """Words about a row: "blank": answered without its picture; "shortened": its prompt was cut; "permuted":
-    averaged over the orders of its choices; "order": which choice wins depends on that order."""
+    """Words about a row: "blank": answered without its picture; "shortened": its prompt was cut;
+    "permuted": averaged over the orders of its choices; "order": which choice wins depends on that
+    order."""
     problems: list[str]
     """Why a row could not be answered as it stands; empty where it could."""
 
@@ -29,11 +30,15 @@ def margins(probabilities: np.ndarray) -> np.ndarray:
     return best[:, -1] - best[:, -2]
 
 
-def choose_permutation_margin(single: np.ndarray, averaged: np.ndarray, answers: Sequence[int]) -> float | None:
-    """Return the margin below which averaging over the orders of the choices pays, or None where it does not.
+def choose_permutation_margin(
+    single: np.ndarray, averaged: np.ndarray, answers: Sequence[int]
+) -> float | None:
+    """Return the margin below which averaging over the orders of the choices pays, or None where it
+    does not.
 
     Args:
-        single: probabilities (rows, choices) of validation questions, asked once: ``permute_below=0``.
+        single: probabilities (rows, choices) of validation questions, asked once:
+            ``permute_below=0``.
         averaged: the same, all averaged over the orders: ``permute_below=2``.
         answers: indices of the right choices.
 
@@ -41,9 +46,14 @@ def choose_permutation_margin(single: np.ndarray, averaged: np.ndarray, answers:
     """
     distance = margins(single)
     order = distance.argsort(kind="stable")
-    right = [(probabilities.argmax(-1) == answers)[order].astype(int) for probabilities in (single, averaged)]
+    right = [
+        (probabilities.argmax(-1) == answers)[order].astype(int)
+        for probabilities in (single, averaged)
+    ]
     gains = right[1] - right[0]
-    best = int(gains.cumsum().argmax())  # the first of equals: as few rows as possible are asked again
+    best = int(
+        gains.cumsum().argmax()
+    )  # the first of equals: as few rows as possible are asked again
     gain, changed = gains[: best + 1].sum(), np.abs(gains[: best + 1]).sum()
     if gain <= 0 or gain < 2 * changed**0.5:
         return None

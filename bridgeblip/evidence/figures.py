@@ -29,7 +29,9 @@ def training_figure(history: pd.DataFrame, guessing: float = 0.25) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     loss = history.dropna(subset="loss")
-    left.plot(loss["step"], loss["loss"], color="#54aeff", alpha=0.35, linewidth=1, label="each step")
+    left.plot(
+        loss["step"], loss["loss"], color="#54aeff", alpha=0.35, linewidth=1, label="each step"
+    )
     left.plot(loss["step"], smoothed(loss["loss"]), color="#0969da", linewidth=2, label="smoothed")
     left.axhline(-np.log(guessing), color=NEUTRAL, linestyle=":", label="guessing")
     left.set(xlabel="training step", ylabel="cross-entropy", title="Training loss", ylim=(0, None))
@@ -38,10 +40,19 @@ def training_figure(history: pd.DataFrame, guessing: float = 0.25) -> Figure:
     right.plot(accuracy["epoch"], accuracy["accuracy"], "o-", color=RIGHT)
     for _, row in accuracy.iterrows():
         right.annotate(
-            f"{row.accuracy:.2f}", (row.epoch, row.accuracy), xytext=(0, 8), textcoords="offset points", ha="center"
+            f"{row.accuracy:.2f}",
+            (row.epoch, row.accuracy),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
         )
     right.axhline(guessing, color=NEUTRAL, linestyle=":", label="guessing")
-    right.set(xlabel="epoch (0: sliced, not yet bridged)", ylabel="accuracy", title="Validation", ylim=(0, 1.08))
+    right.set(
+        xlabel="epoch (0: sliced, not yet bridged)",
+        ylabel="accuracy",
+        title="Validation",
+        ylim=(0, 1.08),
+    )
     right.legend(frameon=False, loc="lower right")
     return figure
 
@@ -59,16 +70,22 @@ def confusion_figure(questions: Sequence[Question], probabilities: np.ndarray) -
         ax=axes,
     )
     share = accuracy_of(questions, probabilities)
-    axes.set(xlabel="answer given", ylabel="right answer", title=f"{share:.1%} of {len(questions)} right")
+    axes.set(
+        xlabel="answer given", ylabel="right answer", title=f"{share:.1%} of {len(questions)} right"
+    )
     return figure
 
 
 def question_sheet(
-    questions: Sequence[Question], probabilities: np.ndarray | None = None, count: int = 8, columns: int = 4
+    questions: Sequence[Question],
+    probabilities: np.ndarray | None = None,
+    count: int = 8,
+    columns: int = 4,
 ) -> Figure:
     """Pictures with question and choices, ``count`` of them from all over the set.
 
-    The answer given is marked, green if right, red if wrong; a tick stands at the right one, if known.
+    The answer given is marked, green if right, red if wrong; a tick stands at the right one, if
+    known.
     """
     shown = range(0, len(questions), max(1, -(-len(questions) // count)))
     rows = max(1, -(-len(shown) // columns))
@@ -114,7 +131,9 @@ def answer_figure(probabilities: np.ndarray) -> Figure:
     counts = np.bincount(probabilities.argmax(-1), minlength=choices)
     left.bar_label(left.bar(letters(choices), counts, color="#54aeff"))
     left.axhline(len(probabilities) / choices, color=NEUTRAL, linestyle=":", label="evenly spread")
-    left.set(xlabel="answer given", ylabel="questions", title="Letters", ylim=(0, counts.max() * 1.3))
+    left.set(
+        xlabel="answer given", ylabel="questions", title="Letters", ylim=(0, counts.max() * 1.3)
+    )
     left.legend(frameon=False, loc="upper right")
     right.hist(probabilities.max(-1), bins=np.linspace(1 / choices, 1, 31), color="#54aeff")
     right.set(xlabel="probability of the answer given", ylabel="questions", title="How sure")
@@ -128,7 +147,15 @@ def reliability_figure(bins: Sequence[Bin]) -> Figure:
     upper.plot([0, 1], [0, 1], color=NEUTRAL, linestyle=":", label="as often right as sure")
     share = np.array([[b.accuracy.value, b.accuracy.low, b.accuracy.high] for b in bins]).T
     sure = [b.confidence for b in bins]
-    upper.errorbar(sure, share[0], np.abs(share[1:] - share[0]), fmt="o-", color="#0969da", elinewidth=1, capsize=3)
+    upper.errorbar(
+        sure,
+        share[0],
+        np.abs(share[1:] - share[0]),
+        fmt="o-",
+        color="#0969da",
+        elinewidth=1,
+        capsize=3,
+    )
     upper.set(ylabel="share right", xlim=(0, 1), ylim=(0, 1.03))
     upper.legend(frameon=False, loc="upper left")
     lower.bar([b.above for b in bins], [b.rows for b in bins], [b.up_to - b.above for b in bins], align="edge",

@@ -1,6 +1,7 @@
 """Numbers that say how good answers are.
 
-Questions about one picture stand or fall together, so every interval is drawn by picture, never by row.
+Questions about one picture stand or fall together, so every interval is drawn by picture, never by
+row.
 """
 
 from collections.abc import Hashable, Sequence
@@ -72,13 +73,15 @@ class Measures:
     confusion: list[list[int]]
     """Rows: the right letter; columns: the letter given."""
     recall: list[Part]
-    """Of the questions whose answer is a letter, the share that got it; letters that never are right are left out."""
+    """Of the questions whose answer is a letter, the share that got it; letters that never are
+    right are left out."""
     collapse: str | None
     """The letter that nearly all answers are, though the right ones are not."""
     confidence: float
     """Mean probability of the answers given."""
     calibration_error: float
-    """Expected calibration error: how far probability and share right lie apart, a mean over the answers."""
+    """Expected calibration error: how far probability and share right lie apart, a mean over the
+    answers."""
     reliability: list[Bin]
     """The bins that hold answers."""
 
@@ -109,10 +112,10 @@ def clustered_mean(
 ) -> Estimate:
     """Return the mean of ``values`` with the bootstrap interval of resampled groups.
 
-    Percentiles, taken a little further out for few groups, as Student's t asks (Hesterberg 2015, "What
-    teachers should know about the bootstrap"). If all groups have the same mean, no resample differs from
-    another; then the interval covers the share of other groups that may have gone unseen (Clopper and
-    Pearson 1934), so that five pictures out of five do not make a sure 100%.
+    Percentiles, taken a little further out for few groups, as Student's t asks (Hesterberg 2015,
+    "What teachers should know about the bootstrap"). If all groups have the same mean, no resample
+    differs from another; then the interval covers the share of other groups that may have gone
+    unseen (Clopper and Pearson 1934), so that five pictures out of five do not make a sure 100%.
 
     Args:
         values: (N,) from ``least`` to 1.
@@ -124,7 +127,10 @@ def clustered_mean(
     counted = weights > 0
     names, place = np.unique(np.asarray(groups)[counted], return_inverse=True)
     count = len(names)
-    sums, sizes = np.bincount(place, (weights * values)[counted]), np.bincount(place, weights[counted])  # (count,)
+    sums, sizes = (
+        np.bincount(place, (weights * values)[counted]),
+        np.bincount(place, weights[counted]),
+    )  # (count,)
     value, means = float(sums.sum() / sizes.sum()), sums / sizes
     if means.min() == means.max():
         unseen = 1 - TAIL ** (1 / count)
@@ -140,7 +146,8 @@ def clustered_mean(
 
 
 def picture_groups(questions: Sequence[Question]) -> np.ndarray:
-    """Return (N,) numbers, equal where the pictures are; a question without a picture has one of its own."""
+    """Return (N,) numbers, equal where the pictures are; a question without a picture has one of
+    its own."""
     keys = picture_keys(q.image for q in questions if q.image is not None)
     names = [f"row {row}" if q.image is None else keys[q.image] for row, q in enumerate(questions)]
     return np.unique(names, return_inverse=True)[1]
@@ -176,13 +183,15 @@ def measure(
         recall=accuracy_by([letter(i) for i in answers], right, groups),
         collapse=letter(excess.argmax()) if excess.max() > COLLAPSE else None,
         confidence=float(sure.mean()),
-        calibration_error=sum(b.rows * abs(b.accuracy.value - b.confidence) for b in bins) / len(answers),
+        calibration_error=sum(b.rows * abs(b.accuracy.value - b.confidence) for b in bins)
+        / len(answers),
         reliability=bins,
     )
 
 
 def reliability(right: np.ndarray, sure: np.ndarray, groups: np.ndarray) -> list[Bin]:
-    """Sort answers (N,) into bins of equal width by their probability; bins without any are left out."""
+    """Sort answers (N,) into bins of equal width by their probability; bins without any are left
+    out."""
     edges = np.linspace(0, 1, BINS + 1)
     place = np.searchsorted(edges[1:-1], sure)
     return [
@@ -207,7 +216,11 @@ def accuracy_by(kinds: Sequence[str], right: np.ndarray, groups: np.ndarray) -> 
     """
     kinds = np.asarray(kinds)
     return [
-        Part(str(kind), int((kinds == kind).sum()), clustered_mean(right[kinds == kind], groups[kinds == kind]))
+        Part(
+            str(kind),
+            int((kinds == kind).sum()),
+            clustered_mean(right[kinds == kind], groups[kinds == kind]),
+        )
         for kind in np.unique(kinds)
     ]
 
@@ -239,7 +252,8 @@ def compare(
     groups: Sequence[Hashable],
     weights: Sequence[float] | None = None,
 ) -> Comparison:
-    """Compare two sets of probabilities (N, 4) for the same questions; the rest as in ``measure``."""
+    """Compare two sets of probabilities (N, 4) for the same questions; the rest as in
+    ``measure``."""
     answers = np.asarray(answers)
     given = first.argmax(-1), second.argmax(-1)
     before, after = (letters == answers for letters in given)

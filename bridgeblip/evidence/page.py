@@ -126,7 +126,8 @@ def points(value: float) -> str:
 
 
 def bars(rows: Iterable[tuple[str, Estimate | float, str]]) -> str:
-    """A table of shares, each a name, a value with or without its interval, and a note; drawn from 0% to 100%."""
+    """A table of shares, each a name, a value with or without its interval, and a note; drawn from
+    0% to 100%."""
     scale = '<tr><th></th><td></td><td><small class="scale"><span>0%</span><span>100%</span></small></td></tr>'
     return f'<table class="bars">{scale}' + "".join(_bar(*row) for row in rows) + "</table>"
 
@@ -147,7 +148,9 @@ def figure(drawing: Figure, description: str) -> str:
     file = io.BytesIO()
     drawing.savefig(file, format="svg", metadata={"Date": None})
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<figure><img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}"></figure>'
+    return (
+        f'<figure><img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}"></figure>'
+    )
 
 
 def cards(questions: Sequence[Question], probabilities: np.ndarray, notes: Sequence[str]) -> str:
@@ -162,7 +165,9 @@ def _card(question: Question, probabilities: np.ndarray, note: str) -> str:
         if not choice:
             continue
         kind = "right" if i == question.answer else "wrong" if i == given else ""
-        marks = [word for word, place in (("right", question.answer), ("given", given)) if i == place]
+        marks = [
+            word for word, place in (("right", question.answer), ("given", given)) if i == place
+        ]
         mark = f"<strong>{', '.join(marks)}</strong>" if marks else ""
         text = f"<span>{letter(i)}. {escape(choice)}</span>{mark}<em>{probabilities[i]:.0%}</em>"
         choices.append(f'<li class="{kind}">{text}</li>' if kind else f"<li>{text}</li>")
@@ -171,7 +176,9 @@ def _card(question: Question, probabilities: np.ndarray, note: str) -> str:
     if picture:
         shown = f'<img alt="picture of {escape(question.id)}" src="{picture}">'
     head = f'<div class="id">{escape(question.id)}</div><div>{escape(question.question)}</div>'
-    return f"<article>{shown}{head}<ol>{''.join(choices)}</ol><small>{escape(note)}</small></article>"
+    return (
+        f"<article>{shown}{head}<ol>{''.join(choices)}</ol><small>{escape(note)}</small></article>"
+    )
 
 
 def thumbnail(path: Path) -> str | None:
@@ -207,27 +214,35 @@ def report_page(
 
     def shown(ids: list[str], note) -> str:
         rows = [place[i] for i in ids]
-        return cards([questions[i] for i in rows], probabilities[rows], [note(ordered[i]) for i in rows])
+        return cards(
+            [questions[i] for i in rows], probabilities[rows], [note(ordered[i]) for i in rows]
+        )
 
     blocks = [
         title("How good are these answers?"),
         paragraph(percent(measures.accuracy.value), "headline"),
         paragraph(
-            f"{measures.right:,} of {measures.questions:,} questions on {measures.pictures:,} different pictures are "
-            f"answered right. On other pictures of the same kind expect {measures.accuracy.low:.1%} to "
-            f"{measures.accuracy.high:.1%} (95% interval; questions on one picture count as one draw)."
+            f"{measures.right:,} of {measures.questions:,} questions on {measures.pictures:,} "
+            f"different pictures are "
+            f"answered right. On other pictures of the same kind expect "
+            f"{measures.accuracy.low:.1%} to "
+            f"{measures.accuracy.high:.1%} (95% interval; questions on one picture count as one "
+            f"draw)."
         ),
         paragraph(facts["verdict"]["sentence"], facts["verdict"]["kind"]),
         section("Against simpler ways to answer", *_against(facts)),
         section(
             "Which letters are mixed up",
-            paragraph("An even diagonal is good; a dark column is a letter that is given too often."),
+            paragraph("An even diagonal is good; a dark column is a "
+                      "letter that is given too often."),
             figure(confusion, f"right letter against letter given: {measures.confusion}"),
-            paragraph(f"Nearly all answers are {measures.collapse}.", "bad") if measures.collapse else "",
+            paragraph(f"Nearly all answers are "
+                      f"{measures.collapse}.", "bad") if measures.collapse else "",
         ),
         section(
             "By right letter",
-            paragraph("Of the questions whose answer is this letter, the share that got it. Equal bars: no letter is"
+            paragraph("Of the questions whose answer is this letter, the share that got it. Equal "
+                      "bars: no letter is"
                       " favoured for its place."),
             bars((part.name, part.accuracy, f"right {part.rows} times, given {given} times")
                  for part, given in _given(measures)),
@@ -235,14 +250,18 @@ def report_page(
         section("Does the order of the choices matter?", *_orders(facts["orders"])),
         section(
             "Is it as often right as it is sure?",
-            paragraph(f"On average the answer given has a probability of {measures.confidence:.1%}, and "
-                      f"{measures.accuracy.value:.1%} are right: {_sureness(measures)}. Expected calibration error: "
-                      f"{measures.calibration_error:.3f} (0 is perfect). Dots below the dotted line: too sure."),
+            paragraph(f"On average the answer given has a probability of "
+                      f"{measures.confidence:.1%}, and "
+                      f"{measures.accuracy.value:.1%} are right: {_sureness(measures)}. Expected "
+                      f"calibration error: "
+                      f"{measures.calibration_error:.3f} (0 is perfect). Dots below the dotted "
+                      f"line: too sure."),
             figure(reliability, "share right by probability of the answer given"),
         ),
         section(
             "By how the question begins",
-            paragraph("The first two words, the most frequent first. Compare only where the bands are apart."),
+            paragraph("The first two words, the most frequent first. Compare only where the bands "
+                      "are apart."),
             bars(_by_size(facts["openers"])),
         ),
         section("By length of the longest choice", bars(_by_size(facts["choice_lengths"]))),
@@ -255,10 +274,12 @@ def report_page(
         section(
             "Least certain answers",
             paragraph("Here the two best choices lie closest together."),
-            shown(facts["least_certain"], lambda p: f"the two best are {100 * (p[-1] - p[-2]):.1f} points apart"),
+            shown(facts["least_certain"], lambda p: f"the two best are {100 * (p[-1] - p[-2]):.1f} "
+                                                    f"points apart"),
         ),
         section("Data", *_data(facts)),
-        section("Cost", _pairs(facts["cost"]) if facts["cost"] else missing("no times and sizes were given.")),
+        section("Cost", _pairs(facts["cost"]) if facts["cost"] else missing("no times and sizes "
+                                                                            "were given.")),
         section(
             "Where the model comes from",
             details("manifest", json.dumps(facts["manifest"], ensure_ascii=False, indent=1, default=str))
@@ -274,7 +295,9 @@ def _against(facts: dict[str, Any]) -> list[str]:
     if measures.weighted:
         rows.append(("this run, weighted", measures.weighted, "as the weights given ask"))
     others = facts["chance"] | (facts["references"] or {})
-    rows += [(name, share, _against_other(measures.accuracy, share)) for name, share in others.items()]
+    rows += [
+        (name, share, _against_other(measures.accuracy, share)) for name, share in others.items()
+    ]
     if blank:
         rows.append(("without looking: blank pictures", blank.first, ""))
     legend = "The line is the share of right answers, the blue band its 95% interval: what lies in it may be chance."
@@ -283,16 +306,28 @@ def _against(facts: dict[str, Any]) -> list[str]:
         change = blank.difference
         blocks.append(
             paragraph(
-                f"Looking at the pictures is worth {points(change.value)} points (95% interval {points(change.low)} to "
+                f"Looking at the pictures is worth {points(change.value)} points (95% interval "
+                f"{points(change.low)} to "
                 f"{points(change.high)}); the rest comes from the words alone."
             )
         )
     else:
-        blocks.append(missing("the score without looking; without it nobody knows whether the pictures matter."))
+        blocks.append(
+            missing(
+                "the score without looking; without it nobody knows whether the pictures matter."
+            )
+        )
     if not facts["references"]:
-        blocks.append(missing("other models on these questions, such as the slice without bridge, or the head alone."))
+        blocks.append(
+            missing(
+                "other models on these questions, such as the slice without bridge, or the head "
+                "alone."
+            )
+        )
     if not measures.weighted:
-        blocks.append(missing("weighted accuracy; no weights were given, every question counts the same."))
+        blocks.append(
+            missing("weighted accuracy; no weights were given, every question counts the same.")
+        )
     return blocks
 
 
@@ -303,18 +338,22 @@ def _against_other(score: Estimate, share: float) -> str:
 
 
 def _given(measures) -> Iterable[tuple]:
-    given = dict(zip(letters(len(measures.confusion)), np.sum(measures.confusion, axis=0), strict=True))
+    given = dict(
+        zip(letters(len(measures.confusion)), np.sum(measures.confusion, axis=0), strict=True)
+    )
     return [(part, given[part.name]) for part in measures.recall]
 
 
 def _orders(orders: dict[str, Any] | None) -> list[str]:
     if orders is None:
-        return [missing("no flags came with the probabilities; predict with permutations of the choices.")]
+        return [
+            missing(
+                "no flags came with the probabilities; predict with permutations of the choices."
+            )
+        ]
     if not orders["asked_again"]:
         return [missing("no question was asked again with its choices in another order.")]
-    asked = (
-        f"{orders['asked_again']:,} questions, the least certain, were asked again with their choices in other orders"
-    )
+    asked = f"{orders['asked_again']:,} questions, the least certain, were asked again with their choices in other orders"
     return [
         paragraph(f"{asked}; the same answer came every time in {orders['consistent']}."),
         bars((part.name, part.accuracy, _count(part.rows)) for part in orders["accuracy"]),
@@ -333,7 +372,10 @@ def _count(questions: int) -> str:
 
 
 def _by_size(parts) -> list[tuple]:
-    return [(part.name, part.accuracy, _count(part.rows)) for part in sorted(parts, key=lambda part: -part.rows)]
+    return [
+        (part.name, part.accuracy, _count(part.rows))
+        for part in sorted(parts, key=lambda part: -part.rows)
+    ]
 
 
 def _data(facts: dict[str, Any]) -> list[str]:
@@ -343,17 +385,24 @@ def _data(facts: dict[str, Any]) -> list[str]:
     if not problems:
         return [*blocks, paragraph("No row had a problem.")]
     more = f"; the first {ROWS_SHOWN}" if len(problems) > ROWS_SHOWN else ""
-    return [*blocks, paragraph(f"{len(problems)} problems{more}:"), table(pd.DataFrame(problems[:ROWS_SHOWN]))]
+    return [
+        *blocks,
+        paragraph(f"{len(problems)} problems{more}:"),
+        table(pd.DataFrame(problems[:ROWS_SHOWN])),
+    ]
 
 
 def _pairs(values: dict[str, Any]) -> str:
     shown = [
-        f"{v:,}" if isinstance(v, int) else f"{v:,.4g}" if isinstance(v, float) else str(v) for v in values.values()
+        f"{v:,}" if isinstance(v, int) else f"{v:,.4g}" if isinstance(v, float) else str(v)
+        for v in values.values()
     ]
     return table(pd.DataFrame({"what": list(values), "how much": shown}))
 
 
-def comparison_page(facts: dict[str, Any], questions: Sequence[Question], second: np.ndarray, count: int) -> str:
+def comparison_page(
+    facts: dict[str, Any], questions: Sequence[Question], second: np.ndarray, count: int
+) -> str:
     """Return the page of two runs.
 
     Args:
@@ -362,7 +411,11 @@ def comparison_page(facts: dict[str, Any], questions: Sequence[Question], second
         second: probabilities (N, 4) of the second run.
         count: at most so many questions with pictures a kind.
     """
-    comparison, names, place = facts["comparison"], facts["names"], {q.id: i for i, q in enumerate(questions)}
+    comparison, names, place = (
+        facts["comparison"],
+        facts["names"],
+        {q.id: i for i, q in enumerate(questions)},
+    )
 
     def shown(what: str) -> str:
         rows = [row for row in facts["changed"] if row["what"] == what][:count]
@@ -370,27 +423,48 @@ def comparison_page(facts: dict[str, Any], questions: Sequence[Question], second
             return paragraph("There are none.")
         at = [place[row["ID"]] for row in rows]
         notes = [
-            f"{row['first']} in the first run, {row['second']} in the second; right is {row['right']}" for row in rows
+            f"{row['first']} in the first run, {row['second']} in the second; right is "
+            f"{row['right']}"
+            for row in rows
         ]
         return cards([questions[i] for i in at], second[at], notes)
 
     change = comparison.difference
-    numbers = f"At most {count} are shown, with the second run's probabilities; the table below has all."
+    numbers = (
+        f"At most {count} are shown, with the second run's probabilities; the table below has all."
+    )
     blocks = [
         title("Is this gain noise?"),
         paragraph(f"{points(change.value)} points", "headline"),
         paragraph(facts["verdict"]["sentence"], facts["verdict"]["kind"]),
         paragraph(
             f"{comparison.questions:,} questions on {comparison.pictures:,} different pictures, "
-            f"{'weighted' if facts['weighted'] else 'counting the same'}; {comparison.changed:,} changed their answer. "
-            "The interval pairs the runs question by question; questions on one picture count as one draw."
+            f"{'weighted' if facts['weighted'] else 'counting the same'}; {comparison.changed:,} "
+            f"changed their answer. "
+            "The interval pairs the runs question by question; questions on one picture count as "
+            "one draw."
         ),
-        bars([("first run", comparison.first, names["first"]), ("second run", comparison.second, names["second"])]),
-        section("Mended: wrong in the first run, right in the second", paragraph(numbers), shown("mended")),
-        section("Spoiled: right in the first run, wrong in the second", paragraph(numbers), shown("spoiled")),
+        bars(
+            [
+                ("first run", comparison.first, names["first"]),
+                ("second run", comparison.second, names["second"]),
+            ]
+        ),
+        section(
+            "Mended: wrong in the first run, right in the second",
+            paragraph(numbers),
+            shown("mended"),
+        ),
+        section(
+            "Spoiled: right in the first run, wrong in the second",
+            paragraph(numbers),
+            shown("spoiled"),
+        ),
         section(
             "All answers that changed",
-            table(pd.DataFrame(facts["changed"])) if facts["changed"] else paragraph("There are none."),
+            table(pd.DataFrame(facts["changed"]))
+            if facts["changed"]
+            else paragraph("There are none."),
         ),
     ]
     return page("Is this gain noise?", blocks)

@@ -1,4 +1,5 @@
-"""What people look at: the training curve, questions beside their pictures, and the page that judges a run."""
+"""What people look at: the training curve, questions beside their pictures, and the page that
+judges a run."""
 
 import json
 from collections.abc import Sequence
@@ -28,17 +29,21 @@ FLAG_NOTES = {
 }  # flags of probabilities.csv that speak of the data
 
 
-def read_probabilities(path: str | Path, questions: Sequence[Question]) -> tuple[np.ndarray, list[list[str]] | None]:
+def read_probabilities(
+    path: str | Path, questions: Sequence[Question]
+) -> tuple[np.ndarray, list[list[str]] | None]:
     """Read what a prediction wrote; rows of other questions are passed over.
 
     Args:
         path: ``probabilities.csv``, or a folder that holds it.
 
     Returns:
-        The probabilities (N, 4) in the order of the questions; and the flags of each, None in a file without.
+        The probabilities (N, 4) in the order of the questions; and the flags of each, None in a
+        file without.
 
     Raises:
-        InputError: if the file is missing, lacks a column or a question, or holds something else than probabilities.
+        InputError: if the file is missing, lacks a column or a question, or holds something else
+            than probabilities.
     """
     path = Path(path)
     path = path / PROBABILITIES_FILE if path.is_dir() else path
@@ -48,7 +53,8 @@ def read_probabilities(path: str | Path, questions: Sequence[Question]) -> tuple
     wrong = ~(np.isclose(values.sum(1), 1, atol=1e-3) & (values >= 0).all(1))
     if wrong.any():
         raise InputError(
-            f"{path}: {wrong.sum()} rows are no probabilities, the first has ID {questions[wrong.argmax()].id}; "
+            f"{path}: {wrong.sum()} rows are no probabilities, the first has ID "
+            f"{questions[wrong.argmax()].id}; "
             "expected four numbers that sum to 1: predict again"
         )
     return values, [words.split() for words in table["flags"]] if "flags" in table else None
@@ -58,14 +64,18 @@ def with_answers(questions: Sequence[Question], path: str | Path) -> list[Questi
     """Return the questions with the answers of a file of their own: columns ID and answer.
 
     Raises:
-        InputError: if the file is missing, lacks a column or a question, or an answer is no letter of a choice.
+        InputError: if the file is missing, lacks a column or a question, or an answer is no letter
+            of a choice.
     """
     given = _by_id(Path(path), ["id", "answer"], questions)["answer"].str.strip().str.upper()
     answered = []
     for question, answer in zip(questions, given, strict=True):
         known = letters(len(question.choices))
         if answer not in known or not question.choice_mask[known.index(answer)]:
-            raise InputError(f"{path}: answer {answer!r} of ID {question.id} is not the letter of a choice: correct it")
+            raise InputError(
+                f"{path}: answer {answer!r} of ID {question.id} is not the letter of a choice: "
+                f"correct it"
+            )
         answered.append(replace(question, answer=known.index(answer)))
     return answered
 
@@ -74,30 +84,41 @@ def read_weights(path: str | Path, column: str, questions: Sequence[Question]) -
     """Return a column of a CSV as the weights (N,) of the questions.
 
     Raises:
-        InputError: if the column or a question is missing, a weight is no number or negative, or all are 0.
+        InputError: if the column or a question is missing, a weight is no number or negative, or
+            all are 0.
     """
     table = _by_id(Path(path), ["id", column.lower()], questions)
     weights = pd.to_numeric(table[column.lower()], errors="coerce").to_numpy(float)
     wrong = ~(np.isfinite(weights) & (weights >= 0))
     if wrong.any() or not weights.any():
-        first = f"ID {questions[wrong.argmax()].id} has {table[column.lower()].iloc[wrong.argmax()]!r}"
-        raise InputError(f"{path}: column {column} holds no weights ({first}); expected numbers from 0, not all 0")
+        first = (
+            f"ID {questions[wrong.argmax()].id} has {table[column.lower()].iloc[wrong.argmax()]!r}"
+        )
+        raise InputError(
+            f"{path}: column {column} holds no weights ({first}); expected numbers from 0, not all "
+            f"0"
+        )
     return weights
 
 
 def _by_id(path: Path, wanted: list[str], questions: Sequence[Question]) -> pd.DataFrame:
-    """Read the rows of the questions from a CSV, in their order; column names are matched in any letter case."""
+    """Read the rows of the questions from a CSV, in their order; column names are matched in any
+    letter case."""
     table = read_table(path)
     table.columns = [name.strip().lower() for name in table.columns]
     lacking = [name for name in wanted if name not in table.columns]
     if lacking:
         raise InputError(f"{path} lacks the column {lacking[0]}: it has {', '.join(table.columns)}")
     if table["id"].duplicated().any():
-        raise InputError(f"{path} has the ID {table['id'][table['id'].duplicated()].iloc[0]!r} twice: make it unique")
+        raise InputError(
+            f"{path} has the ID {table['id'][table['id'].duplicated()].iloc[0]!r} twice: make it "
+            f"unique"
+        )
     unknown = [q.id for q in questions if q.id not in set(table["id"])]
     if unknown:
         raise InputError(
-            f"{path} lacks {len(unknown)} of {len(questions)} questions, the first is {unknown[0]!r}: "
+            f"{path} lacks {len(unknown)} of {len(questions)} questions, the first is "
+            f"{unknown[0]!r}: "
             "take files of the same question set"
         )
     return table.set_index("id").loc[[q.id for q in questions]]
@@ -123,7 +144,8 @@ def write_report(
     Args:
         out: the HTML file; the JSON gets its name, but for the end.
         questions: with answers.
-        probabilities: (N, 4); rounded to the decimals of ``probabilities.csv``, so that each number can be found again.
+        probabilities: (N, 4); rounded to the decimals of ``probabilities.csv``, so that each number
+            can be found again.
         flags: of each question, as ``inference.Answers`` has them.
         blank_probabilities: (N, 4), answered without looking.
         references: accuracies of simpler ways to answer the same questions, by name.
@@ -140,12 +162,16 @@ def write_report(
     right = probabilities.argmax(-1) == answers
     measures = metrics.measure(answers, probabilities, groups, weights)
     blank = (
-        None if blank_probabilities is None else metrics.compare(answers, blank_probabilities, probabilities, groups)
+        None
+        if blank_probabilities is None
+        else metrics.compare(answers, blank_probabilities, probabilities, groups)
     )
     counts = np.bincount(answers, minlength=probabilities.shape[1])
     chance = {
         GUESSING: metrics.guessing(questions),
-        f"always {letter(counts.argmax())}, the most frequent right letter": float(counts.max() / len(answers)),
+        f"always {letter(counts.argmax())}, the most frequent right letter": float(
+            counts.max() / len(answers)
+        ),
     }
     ordered = np.sort(probabilities, axis=1)
     mistakes = [i for i in np.argsort(-ordered[:, -1], kind="stable") if not right[i]]
@@ -158,7 +184,10 @@ def write_report(
         "openers": metrics.accuracy_by(metrics.openers(questions), right, groups),
         "choice_lengths": metrics.accuracy_by(metrics.choice_lengths(questions), right, groups),
         "mistakes": [questions[i].id for i in mistakes[:SHOWN]],
-        "least_certain": [questions[i].id for i in np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")[:SHOWN]],
+        "least_certain": [
+            questions[i].id
+            for i in np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")[:SHOWN]
+        ],
         "data": _data_notes(questions, groups, flags),
         "problems": None if problems is None else problems.to_dict("records"),
         "cost": cost,
@@ -171,18 +200,29 @@ def write_report(
 
 
 def judge(facts: dict[str, Any]) -> dict[str, str]:
-    """Say in one sentence whether to believe a score, and of what kind that is: good, doubt or bad."""
+    """Say in one sentence whether to believe a score, and of what kind that is: good, doubt or
+    bad."""
     measures, blank = facts["measures"], facts["blank"]
     score, others = measures.accuracy, facts["chance"] | (facts["references"] or {})
     if measures.collapse:
-        given = sum(row[letters(len(row)).index(measures.collapse)] for row in measures.confusion) / measures.questions
-        return _verdict("bad", f"Don't believe this score: {given:.0%} of all answers are {measures.collapse}.")
+        given = (
+            sum(row[letters(len(row)).index(measures.collapse)] for row in measures.confusion)
+            / measures.questions
+        )
+        return _verdict(
+            "bad", f"Don't believe this score: {given:.0%} of all answers are {measures.collapse}."
+        )
     guessing = others[GUESSING]
     if score.low <= guessing:
-        return _verdict("bad", f"Don't believe this score: its interval reaches down to guessing, {guessing:.1%}.")
+        return _verdict(
+            "bad",
+            f"Don't believe this score: its interval reaches down to guessing, {guessing:.1%}.",
+        )
     if blank and blank.difference.low <= 0:
         return _verdict(
-            "bad", f"Don't believe that it looks at the pictures: without them it scores {blank.first.value:.1%}."
+            "bad",
+            f"Don't believe that it looks at the pictures: without them it scores "
+            f"{blank.first.value:.1%}.",
         )
     doubts = []
     if measures.pictures < FEW_PICTURES:
@@ -194,12 +234,15 @@ def judge(facts: dict[str, Any]) -> dict[str, str]:
         doubts.append(f"it is not shown to beat '{best}', {others[best]:.1%}")
     if doubts:
         return _verdict(
-            "doubt", f"Believe it with care, between {score.low:.1%} and {score.high:.1%}: {_listed(doubts)}."
+            "doubt",
+            f"Believe it with care, between {score.low:.1%} and {score.high:.1%}: "
+            f"{_listed(doubts)}.",
         )
     looking = f"looking at the pictures is worth {100 * blank.difference.value:.1f} points"
     return _verdict(
         "good",
-        f"Believe it, for questions and pictures like these: between {score.low:.1%} and {score.high:.1%}, better than "
+        f"Believe it, for questions and pictures like these: between {score.low:.1%} and "
+        f"{score.high:.1%}, better than "
         f"each simpler way below, and {looking}.",
     )
 
@@ -212,7 +255,9 @@ def _listed(texts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
-def _orders(flags: Sequence[Sequence[str]], right: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
+def _orders(
+    flags: Sequence[Sequence[str]], right: np.ndarray, groups: np.ndarray
+) -> dict[str, Any]:
     """What asking again with the choices in other orders showed."""
     again = np.array(["permuted" in words for words in flags])
     depends = np.array(["order" in words for words in flags])
@@ -234,9 +279,15 @@ def _data_notes(
     notes = {
         "questions": len(questions),
         "distinct pictures": int(table["picture"].nunique()),
-        "picture files; the same picture may lie under several names": len({q.image for q in questions if q.image}),
-        "questions asked again, word for word, of the same picture": int(table.duplicated(same).sum()),
-        "of these, with another right answer": int((table.drop_duplicates()[same].duplicated()).sum()),
+        "picture files; the same picture may lie under several names": len(
+            {q.image for q in questions if q.image}
+        ),
+        "questions asked again, word for word, of the same picture": int(
+            table.duplicated(same).sum()
+        ),
+        "of these, with another right answer": int(
+            (table.drop_duplicates()[same].duplicated()).sum()
+        ),
         "questions with fewer than four choices": sum(not all(q.choices) for q in questions),
         "questions with the same choice twice": sum(
             len(set(filter(None, q.choices))) < sum(map(bool, q.choices)) for q in questions
@@ -258,7 +309,8 @@ def write_comparison(
     names: tuple[str, str] = ("first", "second"),
     weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Write the page that says whether one run is better than another, and its numbers as JSON beside it.
+    """Write the page that says whether one run is better than another, and its numbers as JSON
+    beside it.
 
     Args:
         out: the HTML file; the JSON gets its name, but for the end.
@@ -271,7 +323,10 @@ def write_comparison(
     Returns:
         What the JSON holds; ``["verdict"]["sentence"]`` is the judgement in one sentence.
     """
-    answers, runs = np.array([q.answer for q in questions]), [np.asarray(p, dtype=float) for p in (first, second)]
+    answers, runs = (
+        np.array([q.answer for q in questions]),
+        [np.asarray(p, dtype=float) for p in (first, second)],
+    )
     comparison = metrics.compare(answers, *runs, metrics.picture_groups(questions), weights)
     before, after = (p.argmax(-1) for p in runs)
     changed = [
@@ -280,7 +335,11 @@ def write_comparison(
             "right": letter(answers[i]),
             "first": letter(before[i]),
             "second": letter(after[i]),
-            "what": "mended" if after[i] == answers[i] else "spoiled" if before[i] == answers[i] else "still wrong",
+            "what": "mended"
+            if after[i] == answers[i]
+            else "spoiled"
+            if before[i] == answers[i]
+            else "still wrong",
         }
         for i in np.flatnonzero(before != after)
     ]
@@ -298,21 +357,34 @@ def write_comparison(
 def judge_difference(comparison: Comparison) -> dict[str, str]:
     """Say in one sentence whether a gain is noise, and of what kind that is: good, doubt or bad."""
     change = comparison.difference
-    interval = f"{points(change.value)} points, 95% interval {points(change.low)} to {points(change.high)}"
+    interval = (
+        f"{points(change.value)} points, 95% interval {points(change.low)} to {points(change.high)}"
+    )
     rows = f"{comparison.gained} answers mended, {comparison.lost} spoiled"
     if not comparison.changed:
-        return _verdict("doubt", f"Both runs give the same letter to all {comparison.questions:,} questions.")
+        return _verdict(
+            "doubt", f"Both runs give the same letter to all {comparison.questions:,} questions."
+        )
     if change.low > 0:
-        return _verdict("good", f"The second run is better, and that is more than noise: {interval}; {rows}.")
+        return _verdict(
+            "good", f"The second run is better, and that is more than noise: {interval}; {rows}."
+        )
     if change.high < 0:
-        return _verdict("bad", f"The second run is worse, and that is more than noise: {interval}; {rows}.")
-    return _verdict("doubt", f"The difference may be noise, for its interval holds zero: {interval}; {rows}.")
+        return _verdict(
+            "bad", f"The second run is worse, and that is more than noise: {interval}; {rows}."
+        )
+    return _verdict(
+        "doubt", f"The difference may be noise, for its interval holds zero: {interval}; {rows}."
+    )
 
 
 def _write(out: str | Path, html: str, facts: dict[str, Any]) -> None:
     out = Path(out)
     numbers = json.dumps(
-        facts, ensure_ascii=False, indent=1, default=lambda v: asdict(v) if is_dataclass(v) else str(v)
+        facts,
+        ensure_ascii=False,
+        indent=1,
+        default=lambda v: asdict(v) if is_dataclass(v) else str(v),
     )
     write_text(out.with_suffix(".json"), numbers + "\n")
     write_text(out, html)

@@ -1,7 +1,8 @@
-"""Where a notebook runs, and what it needs there: the packages, the data on a quick disk, the results on Drive.
+"""Where a notebook runs, and what it needs there: the packages, the data on a quick disk, the
+results on Drive.
 
-This comes before anything is installed: at the top it imports the standard library and packaging, which every
-Jupyter kernel brings.
+This comes before anything is installed: at the top it imports the standard library and packaging,
+which every Jupyter kernel brings.
 """
 
 import hashlib
@@ -44,20 +45,24 @@ def place() -> str:
 
 
 def set_up(requirements: Path = REQUIREMENTS) -> None:
-    """Say where this runs, go to the repository's folder, and install what is missing; a second call does nothing.
+    """Say where this runs, go to the repository's folder, and install what is missing; a second
+    call does nothing.
 
-    Where that folder can't be written, as on Kaggle, the kernel stays where it is, and results go there. torch is
-    never installed or changed. On Colab the hub is asked without a token, so that no dialogue about a secret waits
-    for an answer; set ``HF_HUB_DISABLE_IMPLICIT_TOKEN`` to 0 before if you need one.
+    Where that folder can't be written, as on Kaggle, the kernel stays where it is, and results go
+    there. torch is never installed or changed. On Colab the hub is asked without a token, so that
+    no dialogue about a secret waits for an answer; set ``HF_HUB_DISABLE_IMPLICIT_TOKEN`` to 0
+    before if you need one.
 
     Raises:
-        InputError: if there is no torch, or if the session must be restarted, because a package that was imported
-            already had to be changed.
+        InputError: if there is no torch, or if the session must be restarted, because a package
+            that was imported already had to be changed.
     """
     if os.access(HOME, os.W_OK):
         os.chdir(HOME)
     print(f"{place()}, Python {sys.version.split()[0]}; working in {Path.cwd()}")
-    warnings.filterwarnings("ignore", "IProgress not found")  # progress bars are plain text without ipywidgets
+    warnings.filterwarnings(
+        "ignore", "IProgress not found"
+    )  # progress bars are plain text without ipywidgets
     if place() == "Colab":
         os.environ.setdefault("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
     _install_missing(requirements)
@@ -67,10 +72,18 @@ def _install_missing(requirements: Path) -> None:
     torch = _version("torch")
     if torch is None:
         raise InputError(
-            "torch is not installed: install the build for your machine (pytorch.org), then run this again"
+            "torch is not installed: install the build for your machine (pytorch.org), then run "
+            "this again"
         )
-    lines = [line.partition("#")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
-    unfit = [wanted for wanted in map(Requirement, filter(None, lines)) if wanted.name != "torch" and not _fits(wanted)]
+    lines = [
+        line.partition("#")[0].strip()
+        for line in requirements.read_text(encoding="utf-8").splitlines()
+    ]
+    unfit = [
+        wanted
+        for wanted in map(Requirement, filter(None, lines))
+        if wanted.name != "torch" and not _fits(wanted)
+    ]
     torchao = _version("torchao")
     in_the_way = place() != "Jupyter" and torchao and Version(torchao) < TORCHAO_MINIMUM
     if not unfit and not in_the_way:
@@ -79,13 +92,22 @@ def _install_missing(requirements: Path) -> None:
     before = _versions()
     owners = packages_distributions()
     loaded = {
-        canonicalize_name(name) for module in owners.keys() & sys.modules.keys() for name in owners[module] if name
+        canonicalize_name(name)
+        for module in owners.keys() & sys.modules.keys()
+        for name in owners[module]
+        if name
     }
     if in_the_way:
-        print(f"removing torchao {torchao}: peft refuses to work beside one below {TORCHAO_MINIMUM}, nothing needs it")
+        print(
+            f"removing torchao {torchao}: peft refuses to work beside one below {TORCHAO_MINIMUM}, "
+            f"nothing needs it"
+        )
         _pip("uninstall", "--yes", "torchao")
     if unfit:
-        print("installing", ", ".join(f"{wanted} (now {_version(wanted.name) or 'missing'})" for wanted in unfit))
+        print(
+            "installing",
+            ", ".join(f"{wanted} (now {_version(wanted.name) or 'missing'})" for wanted in unfit),
+        )
         with tempfile.TemporaryDirectory() as folder:
             pinned = Path(folder) / "torch.txt"
             pinned.write_text(f"torch=={torch}\n", encoding="utf-8")
@@ -95,13 +117,15 @@ def _install_missing(requirements: Path) -> None:
     changed = sorted(name for name in loaded if before.get(name) != after.get(name))
     if changed:
         raise InputError(
-            f"{', '.join(changed)} had to be changed after being imported: restart the session (in Colab, Runtime > "
+            f"{', '.join(changed)} had to be changed after being imported: restart the session (in "
+            f"Colab, Runtime > "
             "Restart session), then choose Run all again"
         )
 
 
 def _pip(*arguments: str) -> None:
-    """Run pip; where it fails, say why and go on: the check-up knows whether the notebook at hand needs the package."""
+    """Run pip; where it fails, say why and go on: the check-up knows whether the notebook at hand
+    needs the package."""
     done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True)
     if done.returncode:
         reasons = [line for line in done.stderr.splitlines() if line.strip()]
@@ -126,13 +150,15 @@ def _versions() -> dict[str, str]:
 
 
 def local_copy(csv: str | Path) -> Path:
-    """Return where a question file and its pictures can be read quickly: ``csv`` itself, unless it lies on Drive.
+    """Return where a question file and its pictures can be read quickly: ``csv`` itself, unless it
+    lies on Drive.
 
-    Drive is slow with many small files: from there the CSVs beside it and its pictures are copied to the local disk,
-    each verified, and found there by the next call, which copies only what has changed. Where ``csv`` is not there
-    but in a zip of the organiser's in its folder, that is unpacked on the local disk. Either way the copy lies beside
-    the cache of image features. A path that does not exist is looked for in the repository's folder, too, and else
-    returned as it is: the check-up has the message.
+    Drive is slow with many small files: from there the CSVs beside it and its pictures are copied
+    to the local disk, each verified, and found there by the next call, which copies only what has
+    changed. Where ``csv`` is not there but in a zip of the organiser's in its folder, that is
+    unpacked on the local disk. Either way the copy lies beside the cache of image features. A path
+    that does not exist is looked for in the repository's folder, too, and else returned as it is:
+    the check-up has the message.
 
     Raises:
         InputError: if the local disk is too small, or the zip damaged.
@@ -177,8 +203,13 @@ def _copied(csv: Path) -> Path:
         for name, stat in stats.items()
         if stat  # the check-up names the pictures that are not there
     }
-    if any(name.split(os.sep)[0] == os.pardir for name in items) or any(map(os.path.isabs, written)):
-        print(f"{csv} has pictures outside its folder, or absolute paths: reading from Drive, which is slow")
+    if any(name.split(os.sep)[0] == os.pardir for name in items) or any(
+        map(os.path.isabs, written)
+    ):
+        print(
+            f"{csv} has pictures outside its folder, or absolute paths: reading from Drive, which "
+            f"is slow"
+        )
         return csv
     target = _local_folder(folder)
     _fetch(items, target, folder)
@@ -190,15 +221,27 @@ def _unpacked(archive: Path, csv_name: str) -> Path | None:
     """Unpack a zip if it holds ``csv_name``; return that file."""
     try:
         with zipfile.ZipFile(archive) as opened:
-            members = [m for m in opened.infolist() if not m.is_dir() and not _is_clutter(m.filename)]
+            members = [
+                m for m in opened.infolist() if not m.is_dir() and not _is_clutter(m.filename)
+            ]
             names = [m.filename for m in members if Path(m.filename).name == csv_name]
             if not names:
                 return None
-            items = {m.filename: Item(m.file_size, _time_of(m), partial(_extract, opened, m)) for m in members}
+            items = {
+                m.filename: Item(m.file_size, _time_of(m), partial(_extract, opened, m))
+                for m in members
+            }
             target = _local_folder(archive)
             _fetch(items, target, archive)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: a password, a strange method
-        raise InputError(f"{archive} can't be unpacked ({error}): copy it again, or unpack it yourself") from error
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        RuntimeError,
+    ) as error:  # the last: a password, a strange method
+        raise InputError(
+            f"{archive} can't be unpacked ({error}): copy it again, or unpack it yourself"
+        ) from error
     print(f"reading {archive} as unpacked in {target}")
     return target / min(names, key=lambda name: name.count("/"))
 
@@ -227,17 +270,24 @@ def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> N
 
 
 def _fetch(items: dict[str, Item], target: Path, source: Path) -> None:
-    """Have each item at its name below ``target``; those that are there with their size and time are left alone."""
+    """Have each item at its name below ``target``; those that are there with their size and time
+    are left alone."""
     from tqdm.auto import tqdm
 
     missing = {name: item for name, item in items.items() if not _is_there(target / name, item)}
-    for stale in [path for path in target.rglob("*.csv") if str(path.relative_to(target)) not in items]:
+    for stale in [
+        path for path in target.rglob("*.csv") if str(path.relative_to(target)) not in items
+    ]:
         stale.unlink()
     target.mkdir(parents=True, exist_ok=True)
-    need, free = sum(item.size for item in missing.values()), shutil.disk_usage(target).free - SPARE_DISK
+    need, free = (
+        sum(item.size for item in missing.values()),
+        shutil.disk_usage(target).free - SPARE_DISK,
+    )
     if need > free:
         raise InputError(
-            f"{source} needs {need / 1e9:.1f} GB in {target}, {max(free, 0) / 1e9:.1f} GB can be used there: free some "
+            f"{source} needs {need / 1e9:.1f} GB in {target}, {max(free, 0) / 1e9:.1f} GB can be "
+            f"used there: free some "
             "space, or set $BRIDGEBLIP_CACHE to a folder on a larger disk"
         )
 
@@ -247,11 +297,16 @@ def _fetch(items: dict[str, Item], target: Path, source: Path) -> None:
 
     try:
         if missing:
-            with ThreadPoolExecutor(COPIERS) as pool, tqdm(total=len(missing), desc="copying", unit="file") as bar:
+            with (
+                ThreadPoolExecutor(COPIERS) as pool,
+                tqdm(total=len(missing), desc="copying", unit="file") as bar,
+            ):
                 for _ in pool.map(fetch, missing):
                     bar.update()
     except OSError as error:
-        raise InputError(f"copying {source} to {target} stopped ({error}): run this again: it goes on") from error
+        raise InputError(
+            f"copying {source} to {target} stopped ({error}): run this again: it goes on"
+        ) from error
 
 
 def _is_there(path: Path, item: Item) -> bool:
@@ -268,11 +323,16 @@ def _local_folder(source: Path) -> Path:
     from bridgeblip.bridge.features import default_folder
 
     source = source.resolve()
-    return default_folder() / "data" / f"{source.stem}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
+    return (
+        default_folder()
+        / "data"
+        / f"{source.stem}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
+    )
 
 
 def finish() -> None:
-    """On Colab, wait until all that was written is stored on Drive, and let go of it; elsewhere do nothing.
+    """On Colab, wait until all that was written is stored on Drive, and let go of it; elsewhere do
+    nothing.
 
     What a mounted Drive shows may still be on its way, and is lost if the machine goes before.
     """
@@ -283,4 +343,7 @@ def finish() -> None:
     print("waiting until Drive has stored every file; keep this page open")
     os.chdir(DRIVE.parent)  # a folder that somebody stands in can't be unmounted
     drive.flush_and_unmount()
-    print("all is on Drive, and Drive is no longer mounted: to go on in this notebook, choose Run all again")
+    print(
+        "all is on Drive, and Drive is no longer mounted: to go on in this notebook, choose Run "
+        "all again"
+    )

@@ -1,1 +1,2 @@
-"""Hugging Face's Trainer for any model: averaging, resuming, stopping, showing; it knows no family."""
+"""Hugging Face's Trainer for any model: averaging, resuming, stopping, showing; it knows no
+family."""

@@ -1,4 +1,5 @@
-"""What happens around ``Trainer``'s steps: averaging, self-check, saving, stopping, and showing how it goes."""
+"""What happens around ``Trainer``'s steps: averaging, self-check, saving, stopping, and showing how
+it goes."""
 
 import signal
 import sys
@@ -19,7 +20,13 @@ from transformers import TrainerCallback
 from bridgeblip.evidence.figures import training_figure
 from bridgeblip.files import copy_verified
 from bridgeblip.training.state import copy_state, publish_state
-from bridgeblip.training.weights import best_epoch, save_best, save_weights, trained_tensors, weights_path
+from bridgeblip.training.weights import (
+    best_epoch,
+    save_best,
+    save_weights,
+    trained_tensors,
+    weights_path,
+)
 
 AVERAGES_FILE = "averages.safetensors"
 
@@ -29,7 +36,8 @@ class TrainingError(RuntimeError):
 
 
 class Averages(TrainerCallback):
-    """Exponential moving average of the trained tensors (Polyak and Juditsky 1992), used to validate and to save.
+    """Exponential moving average of the trained tensors (Polyak and Juditsky 1992), used to
+    validate and to save.
 
     Args:
         share: how far back the average looks, as a share of all steps; 0 averages nothing.
@@ -45,7 +53,9 @@ class Averages(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
-        decay = min(self.decay, (state.global_step - 1) / state.global_step)  # a plain mean at first
+        decay = min(
+            self.decay, (state.global_step - 1) / state.global_step
+        )  # a plain mean at first
         torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - decay)
 
     @contextmanager
@@ -63,7 +73,9 @@ class Averages(TrainerCallback):
             parameter.data, self.mean[name] = self.mean[name], parameter.data
 
     def save(self, folder: Path) -> None:
-        save_file({name: tensor.cpu() for name, tensor in self.mean.items()}, folder / AVERAGES_FILE)
+        save_file(
+            {name: tensor.cpu() for name, tensor in self.mean.items()}, folder / AVERAGES_FILE
+        )
 
     def load(self, folder: Path) -> None:
         self.take(load_file(folder / AVERAGES_FILE))
@@ -77,8 +89,9 @@ class Averages(TrainerCallback):
 class SelfCheck(TrainerCallback):
     """Proves in the first steps that all that should learn does, and that nothing else moves.
 
-    B starts at zero, so A has no gradient before B has moved: B and the head must have had one after two
-    steps with a learning rate, A after two more. Steps that fp16's loss scaling will skip do not count.
+    B starts at zero, so A has no gradient before B has moved: B and the head must have had one
+    after two steps with a learning rate, A after two more. Steps that fp16's loss scaling will skip
+    do not count.
     """
 
     def __init__(self, model: nn.Module):
@@ -94,12 +107,19 @@ class SelfCheck(TrainerCallback):
     def _frozen_sums(self) -> dict[str, torch.Tensor]:
         """A checksum of each frozen tensor's bits."""
         whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-        return {name: p.detach().view(whole[p.element_size()]).sum() for name, p in self.frozen.items()}
+        return {
+            name: p.detach().view(whole[p.element_size()]).sum() for name, p in self.frozen.items()
+        }
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if not self.stages or not max(group["lr"] for group in optimizer.param_groups):
             return
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         if not all(gradient.isfinite().all() for gradient in gradients):
             return
         waiting = self.stages[0]
@@ -110,7 +130,8 @@ class SelfCheck(TrainerCallback):
             return
         if waiting:
             raise TrainingError(
-                f"{len(waiting)} tensors that should learn had no gradient in {self.steps} steps, the first is "
+                f"{len(waiting)} tensors that should learn had no gradient in {self.steps} steps, "
+                f"the first is "
                 f"{next(iter(waiting))!r}: the loss does not depend on them"
             )
         self.stages.pop(0)
@@ -119,9 +140,15 @@ class SelfCheck(TrainerCallback):
             self._check_frozen()
 
     def _check_frozen(self):
-        moved = [name for name, total in self._frozen_sums().items() if not torch.equal(total, self.sums[name])]
+        moved = [
+            name
+            for name, total in self._frozen_sums().items()
+            if not torch.equal(total, self.sums[name])
+        ]
         if moved:
-            raise TrainingError(f"{len(moved)} frozen tensors have changed, the first is {moved[0]!r}")
+            raise TrainingError(
+                f"{len(moved)} frozen tensors have changed, the first is {moved[0]!r}"
+            )
         self.frozen, self.sums = {}, {}
 
 
@@ -131,9 +158,12 @@ def _accuracies(state) -> list[float]:
 
 
 class WeightsKeeper(TrainerCallback):
-    """Writes ``weights-N.pt`` after the validation of epoch N, and ``best.json``; the main process alone."""
+    """Writes ``weights-N.pt`` after the validation of epoch N, and ``best.json``; the main process
+    alone."""
 
-    def __init__(self, folders: list[Path], manifest: dict[str, Any], probe: dict[str, torch.Tensor]):
+    def __init__(
+        self, folders: list[Path], manifest: dict[str, Any], probe: dict[str, torch.Tensor]
+    ):
         self.folders, self.manifest, self.probe = folders, manifest, probe
 
     def on_evaluate(self, args, state, control, metrics, model, **kwargs):
@@ -141,11 +171,17 @@ class WeightsKeeper(TrainerCallback):
             return
         accuracies = _accuracies(state)
         path = weights_path(self.folders[0], len(accuracies) - 1)
-        measured = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
+        measured = {
+            name.removeprefix("eval_"): value
+            for name, value in metrics.items()
+            if name.startswith("eval_")
+        }
         manifest = self.manifest | {"validation": measured}
         with torch.no_grad():
             device = next(model.parameters()).device
-            inputs = {name: tensor.to(device) for name, tensor in self.probe.items() if name != "labels"}
+            inputs = {
+                name: tensor.to(device) for name, tensor in self.probe.items() if name != "labels"
+            }
             logits = model(**inputs).logits.cpu()
         manifest["probe"] = {"inputs": self.probe, "logits": logits}
         save_weights(path, trained_tensors(model), manifest)
@@ -156,7 +192,8 @@ class WeightsKeeper(TrainerCallback):
 
 
 class Stopper:
-    """Hears the stop button, Ctrl-C and SIGTERM, so that training can end after the step at hand, its state saved."""
+    """Hears the stop button, Ctrl-C and SIGTERM, so that training can end after the step at hand,
+    its state saved."""
 
     def __init__(self):
         self.asked = False
@@ -187,10 +224,11 @@ class Stopper:
 
 
 class StateKeeper(TrainerCallback):
-    """Turns ``Trainer``'s checkpoints into generations of the resumable state, by the clock and at each epoch's end.
+    """Turns ``Trainer``'s checkpoints into generations of the resumable state, by the clock and at
+    each epoch's end.
 
-    At the end of an epoch the state is saved after the validation, never before: a run that goes on from it
-    would skip the validation, and with it the weights file.
+    At the end of an epoch the state is saved after the validation, never before: a run that goes on
+    from it would skip the validation, and with it the weights file.
 
     Args:
         folders: the checkpoint folder, and perhaps a second one for copies.
@@ -200,7 +238,14 @@ class StateKeeper(TrainerCallback):
         leaving: whether training ends because it was asked to, before its own end.
     """
 
-    def __init__(self, folders: list[Path], run: dict[str, Any], averages: Averages, stopper: Stopper, minutes: float):
+    def __init__(
+        self,
+        folders: list[Path],
+        run: dict[str, Any],
+        averages: Averages,
+        stopper: Stopper,
+        minutes: float,
+    ):
         self.folders, self.run, self.averages, self.stopper = folders, run, averages, stopper
         self.seconds, self.saved_at = 60 * minutes, time.monotonic()
         self.asked = self.leaving = False
@@ -224,7 +269,9 @@ class StateKeeper(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
-        if self.asked and not control.should_training_stop:  # by its own end, or by what the validation came to
+        if (
+            self.asked and not control.should_training_stop
+        ):  # by its own end, or by what the validation came to
             self.leaving = control.should_training_stop = True
         if args.world_size > 1:
             torch.distributed.barrier()  # every process has written its generators
@@ -241,7 +288,8 @@ class StateKeeper(TrainerCallback):
 class Patience(TrainerCallback):
     """Stops training when the best validation is so many epochs ago.
 
-    It asks the log alone: transformers' ``EarlyStoppingCallback`` counts by itself, anew after an interruption.
+    It asks the log alone: transformers' ``EarlyStoppingCallback`` counts by itself, anew after an
+    interruption.
     """
 
     def __init__(self, epochs: int):
@@ -260,12 +308,20 @@ def history_table(log: list[dict]) -> pd.DataFrame:
         accuracy = entry.get("eval_accuracy", entry.get("before_accuracy"))
         if "loss" in entry or accuracy is not None:
             epoch = entry["epoch"] if entry["step"] else 0.0
-            rows.append({"step": entry["step"], "epoch": epoch, "loss": entry.get("loss"), "accuracy": accuracy})
+            rows.append(
+                {
+                    "step": entry["step"],
+                    "epoch": epoch,
+                    "loss": entry.get("loss"),
+                    "accuracy": accuracy,
+                }
+            )
     return pd.DataFrame(rows).astype({"loss": float, "accuracy": float})
 
 
 class Progress(TrainerCallback):
-    """One bar over all steps with loss and learning rate, one over each validation; in a notebook, a live figure."""
+    """One bar over all steps with loss and learning rate, one over each validation; in a notebook,
+    a live figure."""
 
     SECONDS = 20  # between two drawings
 
@@ -284,7 +340,9 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **kwargs):
         if self.bar and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", rate=f"{logs['learning_rate']:.1e}", refresh=False)
+            self.bar.set_postfix(
+                loss=f"{logs['loss']:.3f}", rate=f"{logs['learning_rate']:.1e}", refresh=False
+            )
             if self.live and time.monotonic() - self.drawn_at > self.SECONDS:
                 self._draw(state)
 
@@ -299,7 +357,9 @@ class Progress(TrainerCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero:
             if self.validating is None:
-                self.validating = tqdm(total=len(eval_dataloader), desc="validating", unit="batch", leave=False)
+                self.validating = tqdm(
+                    total=len(eval_dataloader), desc="validating", unit="batch", leave=False
+                )
             self.validating.update()
 
     def on_evaluate(self, args, state, control, **kwargs):

@@ -20,7 +20,9 @@ FOREIGN = "it belongs to another run"
 GENERATIONS = 2  # resumable states that are kept: should the newest be torn, there is one before it
 
 
-def publish_state(staged: Path, checkpoint_dir: str | Path, step: int, run: dict[str, Any], done: bool = False) -> Path:
+def publish_state(
+    staged: Path, checkpoint_dir: str | Path, step: int, run: dict[str, Any], done: bool = False
+) -> Path:
     """Make a complete folder of resumable state the newest generation, in one rename.
 
     Args:
@@ -33,17 +35,22 @@ def publish_state(staged: Path, checkpoint_dir: str | Path, step: int, run: dict
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     digests = {path.name: file_digest(path) for path in files}
-    write_text(staged / STATE_FILE, json.dumps({"run": run, "files": digests, "done": done}, indent=2))
+    write_text(
+        staged / STATE_FILE, json.dumps({"run": run, "files": digests, "done": done}, indent=2)
+    )
     folder = Path(checkpoint_dir) / STATE_FOLDER / f"step-{step}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)  # a run that was started anew passes the same step again
+    shutil.rmtree(
+        folder, ignore_errors=True
+    )  # a run that was started anew passes the same step again
     os.replace(staged, folder)
     _drop_old_states(folder.parent, step)
     return folder
 
 
 def copy_state(folder: Path, checkpoint_dir: str | Path) -> None:
-    """Copy a published state to a second checkpoint folder; every file verified, the folder renamed whole."""
+    """Copy a published state to a second checkpoint folder; every file verified, the folder renamed
+    whole."""
     target = Path(checkpoint_dir) / STATE_FOLDER / folder.name
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -55,7 +62,8 @@ def copy_state(folder: Path, checkpoint_dir: str | Path) -> None:
 
 
 def _drop_old_states(folder: Path, newest: int) -> None:
-    """Keep the newest generations; states of later steps come from an earlier run and are foreign."""
+    """Keep the newest generations; states of later steps come from an earlier run and are
+    foreign."""
     steps = sorted(_states(folder), reverse=True)
     kept = [step for step in steps if step <= newest][:GENERATIONS]
     for step in set(steps) - set(kept):
@@ -63,7 +71,8 @@ def _drop_old_states(folder: Path, newest: int) -> None:
 
 
 def _states(folder: Path) -> dict[int, Path]:
-    """The states in a folder by their step; not what a synchronised Drive calls ``step-100 (1)``."""
+    """The states in a folder by their step; not what a synchronised Drive calls ``step-100
+    (1)``."""
     names = {path: re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*")}
     return {int(name[1]): path for path, name in names.items() if name}
 
@@ -76,7 +85,8 @@ def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> 
         run: what must agree: base, settings, questions.
 
     Raises:
-        InputError: if the newest whole state of a place is of another run that has not ended: it would be lost.
+        InputError: if the newest whole state of a place is of another run that has not ended: it
+            would be lost.
     """
     found = {}
     for place in reversed(checkpoint_dirs):
@@ -87,7 +97,8 @@ def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> 
                 break
             if fault.startswith(FOREIGN) and not state_is_done(folder):
                 raise InputError(
-                    f"{folder}: {fault} that has not ended. Set that back to go on with it; to start anew, delete the "
+                    f"{folder}: {fault} that has not ended. Set that back to go on with it; to "
+                    f"start anew, delete the "
                     f"folder {STATE_FOLDER}, or take another checkpoint folder"
                 )
             print(f"passing over {folder}: {fault}")
@@ -111,5 +122,7 @@ def _fault_of_state(folder: Path, run: dict[str, Any]) -> str | None:
     for name, digest in files.items():
         if not (folder / name).is_file() or file_digest(folder / name) != digest:
             return f"it is torn ({name} is not as it was written)"
-    different = sorted(key for key in run.keys() | made_by.keys() if run.get(key) != made_by.get(key))
+    different = sorted(
+        key for key in run.keys() | made_by.keys() if run.get(key) != made_by.get(key)
+    )
     return f"{FOREIGN} (other {', '.join(different)})" if different else None

@@ -43,13 +43,20 @@ class TrainingStopped(InputError):
 
 
 class TrainingQuestions(Dataset):
-    """The training questions; their choices in an order of their own in every epoch, the answer following.
+    """The training questions; their choices in an order of their own in every epoch, the answer
+    following.
 
-    The order depends on seed, epoch and row alone: neither a resumed run nor more loaders change it.
+    The order depends on seed, epoch and row alone: neither a resumed run nor more loaders change
+    it.
     """
 
     def __init__(self, questions: Sequence[Question], seed: int, shuffle_choices: bool):
-        self.questions, self.seed, self.shuffle_choices, self.epoch = questions, seed, shuffle_choices, 0
+        self.questions, self.seed, self.shuffle_choices, self.epoch = (
+            questions,
+            seed,
+            shuffle_choices,
+            0,
+        )
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -64,14 +71,15 @@ class TrainingQuestions(Dataset):
 
 
 class Opening(TrainerCallback):
-    """Measures before the first step, and tells the training questions which epoch it is before their loader starts."""
+    """Measures before the first step, and tells the training questions which epoch it is before
+    their loader starts."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Not before ``train``: a model that was evaluated first counts as prepared, and several processes would then
-        # train it without ever adding up their gradients.
+        # Not before ``train``: a model that was evaluated first counts as prepared, and several
+        # processes would then train it without ever adding up their gradients.
         if state.global_step == 0:
             self.trainer.evaluate(metric_key_prefix="before")
 
@@ -80,7 +88,8 @@ class Opening(TrainerCallback):
 
 
 class BridgeTrainer(Trainer):
-    """``Trainer`` that validates with averaged weights, and whose checkpoints hold the trained tensors alone."""
+    """``Trainer`` that validates with averaged weights, and whose checkpoints hold the trained
+    tensors alone."""
 
     def __init__(self, model, args, average: float = 0.0, **kwargs):
         super().__init__(model, args, **kwargs)
@@ -112,7 +121,9 @@ class BridgeTrainer(Trainer):
         if self.args.should_save:  # in one process of several
             print(f"going on from {resumed}" if resumed else "starting from step 0")
             shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a killed save has left
-        if resumed and state_is_done(resumed):  # at its end, or stopped early: only what it came to is wanted
+        if resumed and state_is_done(
+            resumed
+        ):  # at its end, or stopped early: only what it came to is wanted
             self._load_from_checkpoint(resumed)
             self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             return
@@ -121,7 +132,8 @@ class BridgeTrainer(Trainer):
                 self.train(resume_from_checkpoint=str(resumed) if resumed else None)
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"training stopped at step {self.state.global_step}, a file could not be written ({error}): free some "
+                f"training stopped at step {self.state.global_step}, a file could not be written "
+                f"({error}): free some "
                 "space and run the same again; it goes on from the last whole state"
             ) from error
 
@@ -134,11 +146,13 @@ class BridgeTrainer(Trainer):
         load_trained(self.model, load_file(Path(resume_from_checkpoint) / TRAINED_FILE))
 
 
-def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings, dtype=torch.float32) -> TrainingArguments:
+def training_arguments(
+    checkpoint_dir: str | Path, settings: TrainSettings, dtype=torch.float32
+) -> TrainingArguments:
     """The ``Trainer``'s arguments that follow from the settings.
 
-    No gradient checkpointing: gradients flow through the kept decoder layers alone, for a single token, so
-    that there are hardly any activations to recompute.
+    No gradient checkpointing: gradients flow through the kept decoder layers alone, for a single
+    token, so that there are hardly any activations to recompute.
     """
     gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -150,7 +164,9 @@ def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings, dtyp
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup,  # below 1 it is a share of all steps
         max_grad_norm=settings.clip,
-        fp16=gpu and dtype == torch.float16,  # scales the loss; autocast, which comes with it, stops at the model
+        fp16=gpu
+        and dtype
+        == torch.float16,  # scales the loss; autocast, which comes with it, stops at the model
         use_cpu=not gpu,
         eval_strategy="epoch",
         save_strategy="no",  # StateKeeper says when
@@ -165,7 +181,9 @@ def training_arguments(checkpoint_dir: str | Path, settings: TrainSettings, dtyp
         full_determinism=settings.deterministic,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # several GPUs are for several processes, never for the threads of DataParallel
+        arguments._n_gpu = (
+            1  # several GPUs are for several processes, never for the threads of DataParallel
+        )
     return arguments
 
 
@@ -174,10 +192,15 @@ def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in named if "lora_" in name], "lr": settings.learning_rate},
-        {"params": [p for name, p in named if "lora_" not in name], "lr": settings.head_learning_rate},
+        {
+            "params": [p for name, p in named if "lora_" not in name],
+            "lr": settings.head_learning_rate,
+        },
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float(accuracy_score(prediction.label_ids, prediction.predictions.argmax(-1)))}
+    return {
+        "accuracy": float(accuracy_score(prediction.label_ids, prediction.predictions.argmax(-1)))
+    }
