@@ -8,6 +8,7 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.processing import NUM_CHOICES
+from bridgeblip.training.settings import Settings, setting
 
 LAYER_SELECTIONS = {
     "every-third": (0, 3, 6, 9, 12, 15, 18, 21),
@@ -18,8 +19,6 @@ LAYER_SELECTIONS = {
     "even-with-last": (0, 3, 7, 10, 13, 16, 20, 23),
 }
 """Ways to cut a 24-layer decoder, by name."""
-
-DEFAULT_DECODER_LAYERS = LAYER_SELECTIONS["every-third"]
 
 # The widths that the published settings belong to: rank 96 on the 2048-wide T5-XL.
 REFERENCE_RANK = 96
@@ -126,22 +125,43 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 
 @dataclass(frozen=True)
-class BridgeSettings:
-    """What the LoRA bridge is made of."""
+class BridgeSettings(Settings):
+    """What stays of the decoder, and what the LoRA bridge over the gaps is made of."""
 
-    rank: int = REFERENCE_RANK
-    """Width of the low-rank update on a 2048-wide decoder; narrower bases get their share
-    (``rank_for``)."""
-    alpha: int = 2 * REFERENCE_RANK
-    """LoRA scale on a 2048-wide decoder: the update is multiplied by alpha / rank."""
-    dropout: float = 0.05
-    """Dropout on the input of every adapter while training."""
-    head_init: str = "lm_head"
-    """"lm_head": start the head from the LM head's rows of the four letters; "random": from
-    noise."""
-    targets: str = "all"
-    """"all": adapters on every linear that works; "q,v": on queries and values alone, as LoRA was
-    first used."""
+    layers: str | Sequence[int] = setting(
+        "every-third", "decoder layers that stay: a name, or indices like 0,3,6"
+    )
+    rank: int = setting(
+        REFERENCE_RANK,
+        "width of the low-rank update on a 2048-wide decoder, narrower ones get their share; 0 "
+        "trains the head only",
+        least=0,
+    )
+    alpha: int = setting(
+        2 * REFERENCE_RANK,
+        "LoRA scale on a 2048-wide decoder: the update is multiplied by alpha / rank",
+        least=0,
+    )
+    dropout: float = setting(
+        0.05, "dropout on the input of every adapter while training", least=0, below=1
+    )
+    head_init: str = setting(
+        "lm_head", "start the head from the LM head's rows of the letters (lm_head), or random"
+    )
+    targets: str = setting(
+        "all",
+        'linears that get adapters: all that do work, or "q,v", queries and values alone, as LoRA '
+        "was first used",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        decoder_layers(self.layers)
+        if self.head_init not in ("lm_head", "random") or self.targets not in ("all", "q,v"):
+            raise InputError(
+                f"head_init is {self.head_init!r} and targets {self.targets!r}: expected 'lm_head' "
+                f"or 'random', and 'all' or 'q,v'"
+            )
 
     def rank_for(self, width: int) -> int:
         """The rank on a decoder of ``width``: the same share of the width as 96 of 2048; 0 means no
@@ -152,10 +172,6 @@ class BridgeSettings:
         """The LoRA scale that keeps alpha / rank as set."""
         return self.alpha / self.rank * self.rank_for(width) if self.rank else 0.0
 
-    def __post_init__(self):
-        known = self.head_init in ("lm_head", "random") and self.targets in ("all", "q,v")
-        if self.rank < 0 or not known:
-            raise InputError(
-                f"{self}: expected rank >= 0, head_init 'lm_head' or 'random', targets 'all' or "
-                f"'q,v'"
-            )
+
+DEFAULT_DECODER_LAYERS = tuple(decoder_layers(BridgeSettings().layers))
+"""The layers that stay by default, as indices."""
