@@ -99,7 +99,13 @@ def predict(args):
     from bridgeblip.bundle.format import find_bundle, load_bundle
     from bridgeblip.bundle.predict import predict
     from bridgeblip.data.questions import read_questions
-    from bridgeblip.evidence.submission import describe, find_sample, read_sample, write_submission
+    from bridgeblip.evidence.submission import (
+        check_out,
+        describe,
+        find_sample,
+        read_sample,
+        write_submission,
+    )
     from bridgeblip.machine import best_device, process_rank
 
     find_bundle(args.model)
@@ -108,6 +114,7 @@ def predict(args):
     read_sample(
         [question.id for question in questions], sample
     )  # other IDs are refused before the long work
+    check_out(args.out, args.csv, sample, args.model)
     bundle = load_bundle(args.model, best_device())
     answers = predict(
         bundle, questions, args.batch_size, permute_below=args.permute_below, out=args.out
@@ -144,13 +151,8 @@ def blend(args):
 
 def evaluate(args):
     from bridgeblip.data.questions import read_questions
-    from bridgeblip.evidence.report import (
-        read_probabilities,
-        read_weights,
-        with_answers,
-        write_comparison,
-        write_report,
-    )
+    from bridgeblip.evidence.answers import read_probabilities, read_weights, with_answers
+    from bridgeblip.evidence.report import write_comparison, write_report
 
     out = args.out or Path("comparison.html" if len(args.results) == 2 else "report.html")
     if len(args.results) > 2 or out.suffix != ".html":

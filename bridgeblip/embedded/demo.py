@@ -22,9 +22,9 @@ from bridgeblip.bundle.format import Bundle, load_bundle
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import Question, letter, read_questions, read_table
 from bridgeblip.embedded.digits import write_competition
-from bridgeblip.evidence.answers import letters_of
+from bridgeblip.evidence.answers import letters_of, read_probabilities, with_answers
 from bridgeblip.evidence.metrics import accuracy_of
-from bridgeblip.evidence.report import read_probabilities, with_answers, write_report
+from bridgeblip.evidence.report import write_report
 from bridgeblip.files import write_text
 from bridgeblip.training.settings import TrainSettings
 
