@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
-from bridgeblip.evidence.answers import Answers
+from bridgeblip.evidence.answers import Answers, kept_folder
 from bridgeblip.evidence.submission import (
     answer_names,
     blend,
     check_out,
     describe,
     find_sample,
-    kept_folder,
     read_sample,
     write_submission,
 )
@@ -131,8 +130,8 @@ def test_what_was_written_is_described():
     assert describe(QUESTIONS, answers, "out/submission.csv").splitlines() == [
         "wrote out/submission.csv and out/probabilities.csv: 4 answers",
         "1 of 4 rows: answered without a picture",
-        "2 of 4 rows: prompt longer than the model reads, and shortened",
         "1 of 4 rows: question or choices with characters that the model can't read",
+        "2 of 4 rows: prompt longer than the model reads, and shortened",
         "2 of 4 rows: averaged over the orders of their choices",
         "1 of 4 rows: which choice wins depends on the order of the choices",
         "1 rows could not be answered as they stand, see problems.csv beside it:",

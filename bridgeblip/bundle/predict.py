@@ -22,8 +22,7 @@ from bridgeblip.bundle.format import Bundle
 from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.pictures import load_ahead, picture_key
 from bridgeblip.data.questions import Question
-from bridgeblip.evidence.answers import FLAGS, Answers, margins
-from bridgeblip.evidence.submission import kept_folder
+from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import _is_out_of_memory, process_rank
 

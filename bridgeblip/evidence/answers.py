@@ -14,8 +14,8 @@ from bridgeblip.files import write_text
 PROBABILITIES_FILE = "probabilities.csv"
 FLAG_NOTES = {
     "blank": "answered without a picture",
-    "shortened": "prompt longer than the model reads, and shortened",
     "unread": "question or choices with characters that the model can't read",
+    "shortened": "prompt longer than the model reads, and shortened",
     "permuted": "averaged over the orders of their choices",
     "order": "which choice wins depends on the order of the choices",
 }
@@ -70,6 +70,11 @@ def choose_permutation_margin(
 def letters_of(probabilities: np.ndarray) -> list[str]:
     """The letter of the largest probability of each row."""
     return [letter(i) for i in probabilities.argmax(-1)]
+
+
+def kept_folder(out: str | Path) -> Path:
+    """Where the finished windows of a submission that is not written yet lie."""
+    return Path(out).with_name(f".{Path(out).name}.windows")
 
 
 def id_column(table: pd.DataFrame) -> str:

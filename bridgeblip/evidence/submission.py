@@ -18,6 +18,7 @@ from bridgeblip.evidence.answers import (
     PROBABILITIES_FILE,
     Answers,
     id_column,
+    kept_folder,
     read_probabilities,
     require_ids,
     write_probabilities,
@@ -29,11 +30,6 @@ SAMPLE_FILE = "sample_submission.csv"
 PROBLEMS_FILE = "problems.csv"
 CELL = r'("([^"]|"")*"|[^,"]*)'
 SHOWN = 20  # problems that are printed; the file has all
-
-
-def kept_folder(out: str | Path) -> Path:
-    """Where the finished windows of a submission that is not written yet lie."""
-    return Path(out).with_name(f".{Path(out).name}.windows")
 
 
 def find_sample(csv: str | Path) -> Path | None:
