@@ -142,7 +142,7 @@ def train(args):
     bridge = BridgeSettings.given(**values_of(BridgeSettings, args))
     result = train(
         args.train_csv, args.base or REAL_BASE, args.checkpoint_dir, settings, bridge,
-        bridge.layers, features=None if args.no_cache else "default", copy_to=args.copy_to,
+        features=None if args.no_cache else "default", copy_to=args.copy_to,
     )  # fmt: skip
     print(f"wrote {', '.join(map(str, result.weights))}")
 
