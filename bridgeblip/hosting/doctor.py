@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
-from bridgeblip.bridge.processing import PROMPT_TEMPLATE
 from bridgeblip.data import questions
+from bridgeblip.data.pictures import picture_key
 from bridgeblip.hosting.runtime import TORCHAO_MINIMUM
 
 STAGES = ("train", "export", "predict")
@@ -441,9 +441,7 @@ def _check_images(
     if not paths:
         return
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        keys = tqdm(
-            pool.map(questions.picture_key, paths), "comparing pictures", len(paths), leave=False
-        )
+        keys = tqdm(pool.map(picture_key, paths), "comparing pictures", len(paths), leave=False)
         distinct = list({key: path for key, path in zip(keys, paths, strict=True)}.values())
         faults = list(
             tqdm(pool.map(_fault, distinct), "decoding pictures", len(distinct), leave=False)
@@ -480,7 +478,7 @@ def _open_bundle(path: Path):
     transformers is not installed."""
     import torch
 
-    from bridgeblip.bridge.processing import PROCESSOR_FILES, QuestionProcessor
+    from bridgeblip.bridge.processing import PROCESSOR_FILES, PROMPT_TEMPLATE, QuestionProcessor
     from bridgeblip.bundle.format import load_bundle
 
     if not zipfile.is_zipfile(path):
