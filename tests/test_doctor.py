@@ -450,7 +450,7 @@ def test_a_bundle_in_a_format_that_the_machine_is_slow_in(home, monkeypatch):
 def test_few_questions_have_a_profile(home):
     notes = [str(f) for f in examine(home, "train") if f.level == "note"]
     assert any("72 questions are few" in note and "--few" in note for note in notes)
-    settings = TrainSettings.choose(few=True, validation_fraction=0.1)
+    settings = TrainSettings.choose("yes", [], validation_fraction=0.1)
     assert not any("are few" in str(f) for f in examine(home, "train", settings=settings))
 
 

@@ -144,7 +144,7 @@ def test_accumulation_does_not_change_the_step(base, processor, questions, tmp_p
         model = attach_bridge(
             load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings(rank=192, dropout=0.0)
         )
-        settings = TrainSettings(batch_size=batch_size, accumulation=accumulation, warmup=0.0)
+        settings = TrainSettings(batch_size=batch_size, accumulation=accumulation, warmup_ratio=0.0)
         sgd = torch.optim.SGD(optimizer(model, settings).param_groups, lr=0.1)
         arguments = training_arguments(tmp_path, settings)
         arguments.eval_strategy = "no"

@@ -162,8 +162,8 @@ def training_arguments(
         per_device_eval_batch_size=2 * settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup,  # below 1 it is a share of all steps
-        max_grad_norm=settings.clip,
+        warmup_steps=settings.warmup_ratio,  # below 1 it is a share of all steps
+        max_grad_norm=settings.max_grad_norm,
         fp16=gpu
         and dtype
         == torch.float16,  # scales the loss; autocast, which comes with it, stops at the model
