@@ -117,9 +117,7 @@ class TrainSettings(Settings):
         above=0,
         most=0.5,
     )
-    seed: int = setting(
-        0, "of the split, the order and the adapters' start", least=0, below=2**32
-    )
+    seed: int = setting(0, "of the split, the order and the adapters' start", least=0, below=2**32)
     deterministic: bool = setting(
         False,
         "use only operations that give the same bits each time: on one kind of GPU, with the same "
@@ -135,12 +133,12 @@ class TrainSettings(Settings):
         if self.head_learning_rate is None:
             object.__setattr__(self, "head_learning_rate", self.learning_rate)
         super().__post_init__()
-        _check_number("head_learning_rate", self.head_learning_rate, float, {"above": 0, "below": 1})
+        _check_number(
+            "head_learning_rate", self.head_learning_rate, float, {"above": 0, "below": 1}
+        )
 
     @classmethod
-    def choose(
-        cls, few: str, questions: str | Path | Sequence, **changes: Any
-    ) -> "TrainSettings":
+    def choose(cls, few: str, questions: str | Path | Sequence, **changes: Any) -> "TrainSettings":
         """The defaults or the profile for few, but for the changes that are not None.
 
         Args:
