@@ -28,7 +28,6 @@ from bridgeblip.training.settings import TrainSettings
 STAGES = ("train", "export", "predict")
 MEMORY_FACTOR = 1.2  # peak memory in multiples of the weights
 SHOWN = 5  # examples of one kind of fault
-SHARED_MEMORY = Path("/dev/shm")  # through which loaders hand over their batches
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,13 @@ def check(
     try:
         _check_machine(found, stage)
         if stage == "train":
+            from bridgeblip.training.hold import require_free
+
             csv, base = Path(csv or "competition/train.csv"), base or REAL_BASE
             model = _check_train(found, csv, base, settings, bridge, revision, dtype)
-            for place in filter(None, (folder, copy_to)):
-                _check_disk(found, Path(place), _size_of_run(model, settings, bridge))
+            for place in map(Path, filter(None, (folder, copy_to))):
+                found.attempt(require_free, place)
+                _check_disk(found, place, _size_of_run(model, settings, bridge))
             if cache:
                 _check_disk(found, cache_folder(), 0, "set $BRIDGEBLIP_CACHE, or --no-cache")
         elif stage == "export":
@@ -145,27 +147,19 @@ def print_findings(findings: Sequence[Finding]) -> bool:
 def _check_train(found, csv, base, settings, bridge, revision, dtype):
     """Return the sliced model without weights; None if it can't be had."""
     from bridgeblip.bridge.budget import count_parts, held_memory
+    from bridgeblip.bridge.train import require_shared_memory
 
     processor, model = _check_base(found, base, bridge.layers, revision)
     rows = _check_questions(found, csv, processor, need_answers=True)
     _check_pictures(found, rows, "problem", least=round(1 / settings.validation_fraction))
+    if rows and processor and settings.workers:
+        found.attempt(require_shared_memory, settings, processor.collate(rows[:1]))
     if model is None:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = str(choose_precision(device, sum(count_parts(model).values())))
     dtype = _format(found, f"{dtype}: as asked for" if dtype else chosen)
     _check_memory(found, held_memory(model.config, dtype, bridge)["total"])
-    vision = model.config.vision_config
-    features = (vision.image_size // vision.patch_size + 1) ** 2 * vision.hidden_size * 4
-    need = 2 * settings.workers * settings.batch_size * features
-    if need and SHARED_MEMORY.is_dir():
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        found.judge(
-            need > free,
-            f"{settings.workers} workers hand over up to {_size(need)} through {SHARED_MEMORY}, "
-            f"{_size(free)} free",
-            "set workers to 0, or give the container more (--shm-size)",
-        )
     return model
 
 
