@@ -68,7 +68,9 @@ def test_submission_follows_the_sample(tmp_path):
     ],
 )
 def test_letters_have_the_case_that_the_data_uses(tmp_path, sample_answer, header, written):
-    questions = [Question(q.id, None, "?", q.choices, letters=tuple(header)) for q in QUESTIONS]
+    questions = [
+        Question(q.id, None, "?", q.choices, small_letters=header.islower()) for q in QUESTIONS
+    ]
     sample = write_sample(tmp_path, answer=sample_answer)
     submission = write_submission(questions, ANSWERS, sample, tmp_path / "submission.csv")
     assert "".join(submission["Answer"]) == written
