@@ -247,7 +247,8 @@ class BlankPictures:
         self.embeds = embeds
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        return {"image_embeds": self.embeds.expand(len(questions), -1, -1)}
+        # Repeated, not expanded: CUDA can't pin a tensor whose rows share their place.
+        return {"image_embeds": self.embeds.repeat(len(questions), 1, 1)}
 
 
 def _cached_pictures(
