@@ -484,7 +484,7 @@ def test_csvs_that_cannot_be_joined(csvs, tmp_path, capsys):
         )
         == 2
     )
-    assert "test.csv lacks answer: it has the columns id," in capsys.readouterr().err
+    assert "test.csv lacks the column answer: it has id," in capsys.readouterr().err
     assert not (tmp_path / "q.csv").exists()
 
 

@@ -35,7 +35,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
-from bridgeblip.data.questions import COLUMNS, letter, letters, read_table, with_known_names
+from bridgeblip.data.questions import letter, letters, read_rows
 from bridgeblip.files import write_text
 
 PICTURE_NOT_FOUND = "picture not found"
@@ -124,7 +124,7 @@ def join(files: Sequence[str | Path], out: str | Path) -> Summary:
     """
     if Path(out).resolve() in [Path(file).resolve() for file in files]:
         raise InputError(f"{out} is one of the files to join: give the new file another name")
-    return write_questions([entry for file in files for entry in read_csv(file)], out)
+    return write_questions([entry for file in files for entry in read_question_csv(file)], out)
 
 
 def read_annotations(
@@ -229,31 +229,20 @@ SOURCES: dict[str, tuple[Callable[..., Iterator[Entry]], str]] = {
 }
 
 
-def read_csv(path: str | Path) -> list[Entry]:
-    """Return every row of a question CSV that has answers; unlike ``read_questions`` it keeps
-    unusable rows.
+def read_question_csv(path: str | Path) -> list[Entry]:
+    """Return every row of a question CSV that has answers, unusable ones too.
 
     Raises:
         InputError: if the file is missing, no table, or lacks a column.
     """
     path = Path(path)
-    table = with_known_names(read_table(path))
-    missing = [name for name in (*COLUMNS, "answer") if name not in table.columns]
-    if missing:
-        raise InputError(
-            f"{path} lacks {', '.join(missing)}: it has the columns {', '.join(table.columns)}; "
-            f"expected ID, "
-            f"img_path, Question, A, B, C, D, answer"
+    entries = []
+    for row in read_rows(path, need_answers=True):
+        picture = None if row.image == path.parent else row.image
+        entries.append(
+            _entry(path.stem, row.id, None, picture, row.question, row.choices, row.answer)
         )
-    return [_csv_entry(path, row) for row in table.to_dict("records")]
-
-
-def _csv_entry(path: Path, row: dict[str, str]) -> Entry:
-    picture = path.parent / row["img_path"] if row["img_path"].strip() else None
-    choices = [row[name] for name in "abcd"]
-    given = row["answer"].strip().upper()
-    answer = letters(4).index(given) if given in letters(4) else None
-    return _entry(path.stem, row["id"], None, picture, row["question"], choices, answer)
+    return entries
 
 
 def _entry(source, id_, split, picture, question: str, choices: Iterable[str], answer) -> Entry:
