@@ -218,23 +218,24 @@ def home(tmp_path, base, competition, checkpoint) -> Path:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_no_broken_input_ends_in_a_traceback(home, name):
+def test_no_broken_input_ends_in_a_traceback(home, monkeypatch, capfd, name):
     which, harm, codes = BROKEN[name]
     arguments, env = harm(home) or ([], {})
-    stage = ["--stage", "predict"] if "bundle, doctor" in name else []
-    command = [sys.executable, "-m", "bridgeblip", *verb(home, which), *stage, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
-    printed = done.stdout + done.stderr
-    assert done.returncode in codes and "Traceback" not in printed, printed
-    if done.returncode == 2:
-        assert [line[:7] for line in done.stderr.splitlines()].count("error: ") == 1, done.stderr
-        assert done.stderr.splitlines()[-1].startswith("error: ")
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    stage = ["--stage", "predict"] if name == "cut bundle, doctor" else []
+    code = main([*verb(home, which), *stage, *arguments])  # an exception would end the test
+    printed = capfd.readouterr()
+    assert code in codes and "Traceback" not in printed.out + printed.err, printed
+    if code == 2:
+        assert printed.err.splitlines()[-1].startswith("error: ")
+        assert sum(line.startswith("error: ") for line in printed.err.splitlines()) == 1
     if "cache" in name:
-        assert "BRIDGEBLIP_CACHE" in printed
+        assert "BRIDGEBLIP_CACHE" in printed.out + printed.err
 
 
 @pytest.mark.parametrize("which", ["train", "export", "predict"])
-@pytest.mark.parametrize("seconds", [0.3, 2.0, 4.0])
+@pytest.mark.parametrize("seconds", [0.5, 5.0])
 def test_ctrl_c_at_any_moment_is_one_line_and_130(home, which, seconds):
     command = [sys.executable, "-m", "bridgeblip", *verb(home, which)]
     command += ["--epochs", "200"] if which == "train" else []
