@@ -40,7 +40,7 @@ def write_atomically(
 def require_writable(folder: str | Path) -> None:
     """Raise an InputError now if files can't be written into ``folder``, rather than after hours of
     work."""
-    probe = Path(folder) / ".writable"
+    probe = Path(folder) / f".writable-{os.getpid()}"  # processes may probe at once
     try:
         write_text(probe, "yes")
         probe.unlink()

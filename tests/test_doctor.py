@@ -14,11 +14,11 @@ import torch
 from conftest import LAYERS, ROOT
 
 from bridgeblip import InputError
+from bridgeblip.bridge import processing
 from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
-from bridgeblip.data import questions
 from bridgeblip.hosting import doctor
 from bridgeblip.hosting.doctor import Finding, check, print_findings
 from bridgeblip.training.settings import TrainSettings
@@ -193,7 +193,7 @@ def bare_weights(home, monkeypatch):
 
 
 def other_prompt(home, monkeypatch):
-    monkeypatch.setattr(questions, "PROMPT_TEMPLATE", "{question} {options}")
+    monkeypatch.setattr(processing, "PROMPT_TEMPLATE", "{question} {options}")
 
 
 def given(**changes):

@@ -140,7 +140,7 @@ def _trainer(
     plan: Plan, model: nn.Module, pictures: CachedPictures | None
 ) -> tuple[BridgeTrainer, StateKeeper]:
     settings, collate = plan.settings, partial(plan.processor.collate, pictures=pictures)
-    _require_shared_memory(settings, collate(plan.training[:1]))
+    require_shared_memory(settings, collate(plan.training[:1]))
     trainer = BridgeTrainer(
         model,
         training_arguments(plan.places[0], settings, plan.dtype),
@@ -164,7 +164,7 @@ def _trainer(
     return trainer, keeper
 
 
-def _require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor]) -> None:
+def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor]) -> None:
     """Refuse loaders whose batches don't fit where they are handed over: they would wait for
     ever."""
     size = sum(tensor.nbytes for tensor in row.values())
@@ -247,7 +247,8 @@ class BlankPictures:
         self.embeds = embeds
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        return {"image_embeds": self.embeds.expand(len(questions), -1, -1)}
+        # Repeated, not expanded: CUDA can't pin a tensor whose rows share their place.
+        return {"image_embeds": self.embeds.repeat(len(questions), 1, 1)}
 
 
 def _cached_pictures(
