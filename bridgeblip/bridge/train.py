@@ -119,6 +119,11 @@ def train_model(
     """
     with in_one_line(plan.places[0]), held(plan.places, plan.process):
         resumed = newest_state(plan.places, plan.identity)
+        if resumed is None and getattr(model, "has_begun", False):
+            raise InputError(
+                "this model has been trained on, and no state of that is there: build it anew"
+            )
+        model.has_begun = True
         sliced = model.get_base_model() if isinstance(model, PeftModel) else model
         pictures = _cached_pictures(features, sliced, plan)
         grey = plan.processor.blank_pixels[None].to(plan.device)
