@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from bridgeblip import InputError
-from bridgeblip.bundle.predict import kept_folder
+from bridgeblip.evidence.answers import kept_folder
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import Answers
 from bridgeblip.evidence.submission import (

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from bridgeblip.data.questions import letter
 
-FLAGS = ("blank", "shortened", "permuted", "order")
+FLAGS = ("blank", "unread", "shortened", "permuted", "order")
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Answers:
     probabilities: np.ndarray
     """(rows, choices), fp32; a missing choice has 0."""
     flags: list[list[str]]
-    """Words about a row: "blank": answered without its picture; "shortened": its prompt was cut;
+    """Words about a row: "blank": answered without its picture; "unread": it has characters that
+    the model's vocabulary lacks; "shortened": its prompt was cut to what the model reads;
     "permuted": averaged over the orders of its choices; "order": which choice wins depends on that
     order."""
     problems: list[str]
@@ -63,3 +65,8 @@ def choose_permutation_margin(
 def letters_of(probabilities: np.ndarray) -> list[str]:
     """The letter of the largest probability of each row."""
     return [letter(i) for i in probabilities.argmax(-1)]
+
+
+def kept_folder(out: str | Path) -> Path:
+    """Where the finished windows of a submission that is not written yet lie."""
+    return Path(out).with_name(f".{Path(out).name}.windows")

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 
 from bridgeblip import InputError
-from bridgeblip.bundle.predict import kept_folder
 from bridgeblip.data.questions import Question, letters, read_table
-from bridgeblip.evidence.answers import FLAGS, Answers, letters_of, margins
+from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, letters_of, margins
 from bridgeblip.files import write_atomically
 
 SAMPLE_FILE = "sample_submission.csv"
