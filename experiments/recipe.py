@@ -39,7 +39,7 @@ VARIANTS = {
     "none of the three": {"shuffle_choices": False, "label_smoothing": 0.0, "average": 0.0},
 }
 FEW = {
-    "profile for sixty (--few)": TrainSettings.choose(few=True, **RATES),
+    "profile for sixty (--few)": TrainSettings.choose("yes", [], **RATES),
     "default settings": TrainSettings(**RATES),
 }
 

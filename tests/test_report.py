@@ -284,9 +284,7 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
                     )
                 ]
             )
-            expected = f"{name}. {table.loc[i, letter + '_y']} {mark} {value:.0%}".replace(
-                "  ", " "
-            )
+            expected = f"{name}. {table.loc[i, name + '_y']} {mark} {value:.0%}".replace("  ", " ")
             assert (
                 expected in card and table.loc[i, "ID"] in card and table.loc[i, "Question"] in card
             )
