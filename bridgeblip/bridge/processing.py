@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
 
 from bridgeblip import InputError
+from bridgeblip.data.pictures import as_seen, open_picture
 from bridgeblip.data.questions import Question, letters
 
 NUM_CHOICES = 4
@@ -145,23 +146,9 @@ class QuestionProcessor:
         return [letter[0] for letter in ids]
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """Return a picture as (3, height, width), normalised, fp32.
-
-        Transparency is laid on white, 16 bits are scaled to 8, of an animation the first frame is
-        taken.
-        """
-        image.load()  # a PNG may tell its orientation behind its pixels
-        if (
-            image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        ):  # else the photo would be copied for nothing
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = _eight_bits(image)
-        if image.mode != "RGB":
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+        """Return a picture, upright and in RGB as ``as_seen`` makes it, as (3, height, width),
+        normalised, fp32."""
+        image = as_seen(image)
         height, width = self.image_size
         grid = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3), uint8
         pixels = np.empty((3, height, width), dtype=np.float32)
@@ -177,13 +164,7 @@ class QuestionProcessor:
         Raises:
             InputError: if the file is no readable picture.
         """
-        try:
-            with Image.open(path) as image:
-                return self.pixels(image)
-        except Exception as error:  # each of Pillow's decoders raises its own
-            raise InputError(
-                f"picture {path} can't be read ({error}): replace it by a whole one"
-            ) from error
+        return self.pixels(open_picture(path))
 
     @property
     def blank_pixels(self) -> torch.Tensor:
@@ -297,15 +278,6 @@ def _tokenizer(text: str, pad_token: str) -> Tokenizer:
 def _last(text: str, length: int) -> str:
     """The end of a text, with dots where its beginning is cut off."""
     return text if len(text) <= length else "..." + text[len(text) - length :]
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits of grey to 8, where ``convert`` would make white of all but the darkest."""
-    grey = np.asarray(image)
-    sixteen = (
-        image.mode.startswith("I;16") or grey.max() > 255
-    )  # mode "I" holds 32 bits, whatever the file had
-    return Image.fromarray((grey / 257 if sixteen else grey).clip(0, 255).round().astype(np.uint8))
 
 
 def _stack(encodings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,18 +1,122 @@
-"""Pictures: their content keys, and decoding ahead in threads."""
+"""Pictures: opening them, their content keys, and decoding ahead in threads."""
 
 import functools
 import hashlib
+import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin
+
+from bridgeblip import InputError
+
+# Photo editors put more than Pillow's 1 MB of text or colour profile into a PNG.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
+
+JPEG_START = b"\xff\xd8\xff"
+STARTS = (JPEG_START, b"\x89PNG\r\n\x1a\n")
+JPEG_END = b"\xff\xd9"
+TURNS = {  # EXIF's orientation -> what puts the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 LOADERS = 4  # threads that decode pictures: Pillow lets go of Python's lock meanwhile
 
 Item = TypeVar("Item")
 
 Loaded = TypeVar("Loaded")
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Return the picture of a file as ``as_seen`` makes it: what the model sees, and what people
+    are shown.
+
+    A JPEG whose last bytes are missing is opened if no line of it is lost.
+
+    Raises:
+        InputError: if the file is no readable picture; its cause is Pillow's own error.
+    """
+    try:
+        try:
+            with Image.open(path) as file:
+                image = as_seen(file)
+        except OSError:
+            image = _mended(Path(path).read_bytes())
+            if image is None:
+                raise
+    except Exception as error:  # each of Pillow's decoders raises its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"picture {path} can't be read ({reason}): replace it by a whole one"
+        ) from error
+    image.info = {}  # the orientation in it must not be applied a second time
+    return image
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """Return a picture upright and in RGB.
+
+    Transparency is laid on white, 16 bits and floating point from 0 to 1 are scaled to 8 bits, of
+    an animation the first frame is taken.
+    """
+    image.load()  # a PNG may tell its orientation behind its pixels
+    turn = TURNS.get(_orientation(image))
+    if turn is not None:  # else the photo would be copied for nothing
+        image = image.transpose(turn)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    if image.mode != "RGB":
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # tags beyond reading: other viewers show such a picture as it is stored
+        return 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16 bits of grey to 8, and 0 to 1, where ``convert`` would make it all white or black."""
+    grey = np.asarray(image)
+    if image.mode == "F":
+        if grey.max() > 1:
+            return image
+        grey = grey * 255
+    elif image.mode.startswith("I;16") or grey.max() > 255:  # "I" holds whatever the file had
+        grey = grey / 257
+    return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+
+
+def _mended(content: bytes) -> Image.Image | None:
+    """Open a JPEG or PNG behind a few other bytes, or a JPEG that lacks its end; None if it is
+    neither."""
+    begin = max(content.find(start, 0, 64) for start in STARTS)
+    if begin > 0:
+        return as_seen(Image.open(io.BytesIO(content[begin:])))
+    if not content.startswith(JPEG_START):
+        return None
+    image = Image.open(io.BytesIO(content + JPEG_END))
+    image.load()
+    components = content[content.rfind(b"\xff\xda") + 4]  # of the last scan
+    coarse = "progressive" in image.info or components != len(image.getbands())
+    if coarse or (np.asarray(image)[-1] == 128).all():  # the decoder makes lost lines grey
+        return None
+    return as_seen(image)
 
 
 def picture_key(path: Path) -> str:
