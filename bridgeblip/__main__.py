@@ -211,6 +211,7 @@ def predict(args):
         write_submission,
     )
     from bridgeblip.machine import best_device, process_rank
+    from bridgeblip.training.weights import stale_bundle
 
     find_bundle(args.model)
     questions = read_questions(args.csv, strict=False)
@@ -218,6 +219,8 @@ def predict(args):
     read_sample([q.id for q in questions], sample)  # other IDs are refused before the long work
     check_out(args.out, args.csv, sample, args.model)
     bundle = load_bundle(args.model, best_device())
+    if process_rank()[0] == 0 and (stale := stale_bundle(args.model, bundle.manifest["trained"])):
+        print(stale)
     how = {"batch_size": args.batch_size} if args.batch_size else {}
     answers = predict(bundle, questions, permute_below=args.permute_below, out=args.out, **how)
     if process_rank()[0] > 0:
