@@ -1,6 +1,14 @@
 """LoRA-Bridge: a sliced InstructBLIP that answers multiple-choice questions about pictures."""
 
 import os
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+HOME = Path(__file__).resolve().parent.parent
+"""The repository, or the folder that the package was installed into."""
+
+IN_REPOSITORY = (HOME / "train.ipynb").is_file()
 
 # Large tensors in large pages: loading a bundle waits for the system's page faults most of the
 # time. torch reads this at its first allocation.

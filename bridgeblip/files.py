@@ -2,12 +2,13 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bridgeblip import InputError
+
+CHUNK = 1 << 20  # bytes that are copied at a time
 
 
 def write_atomically(
@@ -39,7 +40,7 @@ def write_atomically(
 def require_writable(folder: str | Path) -> None:
     """Raise an InputError now if files can't be written into ``folder``, rather than after hours of
     work."""
-    probe = Path(folder) / ".writable"
+    probe = Path(folder) / f".writable-{os.getpid()}"  # processes may probe at once
     try:
         write_text(probe, "yes")
         probe.unlink()
@@ -66,19 +67,25 @@ def file_digest(path: Path) -> str:
 
 
 def copy_verified(source: Path, target: Path) -> None:
-    """Copy a file to another place, such as a mounted Drive: temporary name, flush, size and
-    SHA-256, rename.
+    """Copy a file to another place, such as a mounted Drive; the source is read once, the copy
+    read back.
 
     Raises:
         OSError: if the copy is not what was copied.
     """
-    digest = file_digest(source)
+    digest = hashlib.sha256()
+
+    def write(partial: Path):
+        with open(source, "rb") as original, open(partial, "wb") as copy:
+            while chunk := original.read(CHUNK):
+                digest.update(chunk)
+                copy.write(chunk)
 
     def verify(partial: Path):
-        if partial.stat().st_size != source.stat().st_size or file_digest(partial) != digest:
+        if file_digest(partial) != digest.hexdigest():
             raise OSError(f"the copy of {source} at {target} is not the same: is the disk full?")
 
-    write_atomically(target, lambda partial: shutil.copyfile(source, partial), verify)
+    write_atomically(target, write, verify)
 
 
 def copy_missing(places: Sequence[Path], names: Sequence[str]) -> None:

@@ -25,8 +25,8 @@ from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import read_questions, read_table
 from bridgeblip.embedded.demo import TINY_BATCH, TINY_EPOCHS, TINY_RATE
 from bridgeblip.embedded.digits import write_competition
+from bridgeblip.evidence.answers import with_answers
 from bridgeblip.evidence.metrics import measure, picture_groups
-from bridgeblip.evidence.report import with_answers
 from bridgeblip.training.settings import TrainSettings
 
 RATES = {"learning_rate": TINY_RATE, "head_learning_rate": TINY_RATE}
@@ -39,7 +39,7 @@ VARIANTS = {
     "none of the three": {"shuffle_choices": False, "label_smoothing": 0.0, "average": 0.0},
 }
 FEW = {
-    "profile for sixty (--few)": TrainSettings.choose(few=True, **RATES),
+    "profile for sixty (--few)": TrainSettings.choose("yes", [], **RATES),
     "default settings": TrainSettings(**RATES),
 }
 

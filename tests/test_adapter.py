@@ -117,7 +117,7 @@ def test_nothing_of_the_machine_is_in_the_folder(base, competition, tmp_path):
     """A base in a folder of its own is named, its place is not."""
     trained = train(
         competition / "train.csv", base, tmp_path / "checkpoint", TrainSettings(validation_fraction=0.25),
-        BridgeSettings(rank=192), LAYERS, features=None,
+        BridgeSettings(rank=192, layers=LAYERS), features=None,
     ).weights[0]  # fmt: skip
     out = write_adapter(trained, tmp_path / "adapter")
     for path in out.iterdir():

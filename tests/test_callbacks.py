@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from bridgeblip.training.weights import load_weights
 SETTINGS = TrainSettings(
     epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0
 )
-BRIDGE = BridgeSettings(rank=192)
+BRIDGE = BridgeSettings(rank=192, layers=LAYERS)
 
 
 @pytest.fixture
@@ -44,16 +45,16 @@ def steps(model, batch, check, count, rate=0.01, before=lambda: None):
 def test_self_check_passes_what_learns(model, batch):
     check = SelfCheck(model)
     steps(model, batch, check, 1, rate=0.0)  # a warm-up step moves nothing and proves nothing
-    assert len(check.stages) == 2
-    steps(model, batch, check, 4)
-    assert check.stages == []
+    assert check.steps == 0 and check.waiting
+    steps(model, batch, check, 2)
+    assert check.waiting == check.sums == {}
 
 
 def test_self_check_names_what_does_not_learn(model, batch):
     check = SelfCheck(model)
     adapter = next(p for name, p in model.named_parameters() if "lora_B" in name)
-    with pytest.raises(TrainingError, match=r"1 tensors that should learn had no gradient.*lora_B"):
-        steps(model, batch, check, 3, before=lambda: adapter.grad.zero_())
+    with pytest.raises(TrainingError, match=r"1 tensors that should learn had no gradient in 4 steps.*lora_B"):
+        steps(model, batch, check, 4, before=lambda: adapter.grad.zero_())
 
 
 def test_self_check_does_not_count_steps_that_loss_scaling_skips(model, batch):
@@ -67,7 +68,7 @@ def test_self_check_does_not_count_steps_that_loss_scaling_skips(model, batch):
     group["params"][0].grad[0] = float("nan")
     for _ in range(3):
         check.on_pre_optimizer_step(None, None, None, optimizer=sgd)
-    assert len(check.stages) == 2 and check.steps == 0
+    assert check.waiting and check.steps == 0
 
 
 def test_patience_asks_the_log_alone():
@@ -95,7 +96,7 @@ def test_self_check_names_a_frozen_tensor_that_moves(model, batch):
 
 def test_averages_are_applied_and_taken_back(model, tmp_path):
     averages = Averages(model, share=0.5)
-    averages.on_train_begin(None, SimpleNamespace(max_steps=8), None)
+    averages.on_train_begin(None, SimpleNamespace(max_steps=8, is_world_process_zero=True), None)
     head = dict(model.named_parameters())["base_model.model.head.modules_to_save.default.bias"]
     for step, value in enumerate((1.0, 2.0, 3.0), start=1):
         head.data.fill_(value)
@@ -126,6 +127,7 @@ def test_choices_are_in_a_fresh_order_every_epoch(questions):
 
 RUN = """
 import sys
+import bridgeblip.bridge.processing as processing
 import bridgeblip.bridge.train as training
 from bridgeblip import InputError
 from bridgeblip.bridge.config import BridgeSettings
@@ -134,7 +136,7 @@ settings = training.TrainSettings(
     epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0, workers={workers}
 )
 try:
-    training.train(sys.argv[1], sys.argv[2], sys.argv[3], settings, BridgeSettings(rank=192), (0, 2, 5), features=None)
+    training.train(sys.argv[1], sys.argv[2], sys.argv[3], settings, BridgeSettings(rank=192, layers=(0, 2, 5)), features=None)
 except InputError as error:
     sys.exit(str(error))
 """
@@ -151,7 +153,7 @@ def run(competition, base, folder, plan="", workers=0, **options):
 @pytest.fixture(scope="module")
 def whole(base, competition, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    train(competition / "train.csv", base, folder, SETTINGS, BRIDGE, LAYERS, features=None)
+    train(competition / "train.csv", base, folder, SETTINGS, BRIDGE, features=None)
     return [load_weights(folder / f"weights-{epoch}.pt").tensors for epoch in range(2)]
 
 
@@ -214,13 +216,13 @@ def fill_up(*args):
 callbacks.publish_state = fill_up
 """
 BROKEN_PICTURE = """
-load, seen = training.QuestionProcessor.load_pixels, []
+load, seen = processing.QuestionProcessor.load_pixels, []
 def load_until(self, path):
     seen.append(path)
     if len(seen) == 130:  # in the middle of an epoch
         open(path, "wb").close()
     return load(self, path)
-training.QuestionProcessor.load_pixels = load_until
+processing.QuestionProcessor.load_pixels = load_until
 """
 NAN = """
 import torch
@@ -238,9 +240,9 @@ training.BridgeTrainer.training_step = step
 @pytest.mark.parametrize(
     "plan, expected",
     [
-        (FULL_DISK, "File too large"),
+        (FULL_DISK, "File too large.*free some space, and run the same again to go on from the last state"),
         (BROKEN_PICTURE, "can't be read"),
-        (NAN, "the logits are not finite; the first module with a NaN or infinite output is"),
+        (NAN, "the logits are not finite; the first module .* run the same again to go on"),
     ],
 )
 def test_what_breaks_in_the_middle_loses_nothing(
@@ -251,7 +253,8 @@ def test_what_breaks_in_the_middle_loses_nothing(
     folder = tmp_path / "checkpoint"
     process = run(data, base, folder, plan)
     output = process.communicate()[0]
-    assert process.returncode != 0 and expected in output, output
+    assert process.returncode != 0 and re.search(expected, output), output
+    assert "Traceback" not in output, output
     assert list(folder.glob("state/step-*")), output
     subprocess.run(["cp", "-r", f"{competition}/.", str(data)], check=True)  # the remedy
     output = run(data, base, folder).communicate()[0]
@@ -263,7 +266,7 @@ def test_a_folder_that_cannot_be_written_is_refused_first(base, competition, tmp
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     with pytest.raises(InputError, match="can't be written"):
-        train(competition / "train.csv", base, blocked / "checkpoint", SETTINGS, BRIDGE, LAYERS)
+        train(competition / "train.csv", base, blocked / "checkpoint", SETTINGS, BRIDGE)
 
 
 TWO = """
@@ -283,7 +286,7 @@ if kill == "kill":
 settings = TrainSettings(
     epochs=2, batch_size=size, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0
 )
-result = train(sys.argv[1], sys.argv[2], sys.argv[3], settings, BridgeSettings(192, dropout=0.0), (0, 2, 5))
+result = train(sys.argv[1], sys.argv[2], sys.argv[3], settings, BridgeSettings(192, dropout=0.0, layers=(0, 2, 5)))
 if os.environ.get("RANK", "0") == "0":
     table = result.history
     print("HISTORY", json.dumps([table["loss"].dropna().tolist(), table["accuracy"].dropna().tolist()]))

@@ -76,14 +76,14 @@ def test_choice_of_weights(tmp_path):
             assert choose_weights(tmp_path) == (weights_path(tmp_path, 0), "the only weights file")
     with pytest.raises(InputError, match="3 weights files"):
         choose_weights(tmp_path)
-    save_best(tmp_path, [0.5, 0.75, 0.75])
-    assert json.loads((tmp_path / "best.json").read_text())["best"] == "weights-1.pt"
+    save_best(tmp_path, [0.5, 0.75, 0.75], [1.0, 0.8, 0.7])
+    assert json.loads((tmp_path / "best.json").read_text())["best"] == "weights-2.pt"
     path, why = choose_weights(tmp_path)
-    assert path.name == "weights-1.pt" and "best of 3 epochs" in why and "0.750" in why
+    assert path.name == "weights-2.pt" and "best of 3 epochs" in why and "0.750" in why
 
 
 def test_the_best_weights_must_be_there(tmp_path):
-    save_best(tmp_path, [0.5, 0.4], 0.25)
+    save_best(tmp_path, [0.5, 0.4], [1.0, 1.0], 0.25)
     save_weights(weights_path(tmp_path, 1), TENSORS, {})
     with pytest.raises(
         InputError, match=r"best\.json names weights-0\.pt, which is not there: copy it back"
@@ -135,7 +135,7 @@ def test_another_run_that_has_not_ended_is_not_lost(tmp_path, capsys):
     stage(tmp_path, 3, run)
     with pytest.raises(
         InputError,
-        match=r"step-3: it belongs to another run \(other base\) that has not ended\. Set",
+        match=r"step-3 belongs to another run \(other base\) that has not ended\. Set",
     ):
         newest_state([tmp_path], run | {"base": "other"})
     assert newest_state([tmp_path], run).name == "step-3"
@@ -162,7 +162,7 @@ def test_the_copy_at_a_second_place_is_found(tmp_path):
 
 
 def test_nan_is_never_best(tmp_path):
-    save_best(tmp_path, [0.5, float("nan"), 0.4])
+    save_best(tmp_path, [0.5, float("nan"), 0.4], [1.0, 0.5, 0.5])
     assert json.loads((tmp_path / "best.json").read_text())["best"] == "weights-0.pt"
-    save_best(tmp_path, [float("nan"), 0.1])
+    save_best(tmp_path, [float("nan"), 0.1], [float("nan")] * 2)
     assert json.loads((tmp_path / "best.json").read_text())["best"] == "weights-1.pt"

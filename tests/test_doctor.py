@@ -14,11 +14,11 @@ import torch
 from conftest import LAYERS, ROOT
 
 from bridgeblip import InputError
+from bridgeblip.bridge import processing
 from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
-from bridgeblip.data import questions
 from bridgeblip.hosting import doctor
 from bridgeblip.hosting.doctor import Finding, check, print_findings
 from bridgeblip.training.settings import TrainSettings
@@ -193,7 +193,7 @@ def bare_weights(home, monkeypatch):
 
 
 def other_prompt(home, monkeypatch):
-    monkeypatch.setattr(questions, "PROMPT_TEMPLATE", "{question} {options}")
+    monkeypatch.setattr(processing, "PROMPT_TEMPLATE", "{question} {options}")
 
 
 def given(**changes):
@@ -450,7 +450,7 @@ def test_a_bundle_in_a_format_that_the_machine_is_slow_in(home, monkeypatch):
 def test_few_questions_have_a_profile(home):
     notes = [str(f) for f in examine(home, "train") if f.level == "note"]
     assert any("72 questions are few" in note and "--few" in note for note in notes)
-    settings = TrainSettings.choose(few=True, validation_fraction=0.1)
+    settings = TrainSettings.choose("yes", [], validation_fraction=0.1)
     assert not any("are few" in str(f) for f in examine(home, "train", settings=settings))
 
 

@@ -53,7 +53,7 @@ def result_of_training(base, competition, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     settings = TrainSettings(validation_fraction=0.25, learning_rate=1e-2)
     return train(
-        competition / "train.csv", base, folder, settings, BridgeSettings(rank=192), LAYERS
+        competition / "train.csv", base, folder, settings, BridgeSettings(rank=192, layers=LAYERS)
     ).weights[0]
 
 
@@ -166,7 +166,7 @@ def test_the_margin_that_training_recorded_travels_with_the_file(weights, tmp_pa
         is None
     )
     shutil.copy(weights, tmp_path)
-    save_best(tmp_path, [0.5], 0.125)
+    save_best(tmp_path, [0.5], [1.0], 0.125)
     path, _ = export_bundle(tmp_path / weights.name, tmp_path / "torchscript.pt")
     assert load_bundle(path).manifest["trained"]["permute_below"] == 0.125
 

@@ -108,14 +108,13 @@ def test_training_is_the_same_with_and_without_cache(base, competition, tmp_path
     settings = TrainSettings(batch_size=16, validation_fraction=0.25, learning_rate=1e-3)
 
     def trained(name, features):
-        bridge = BridgeSettings(rank=192)
+        bridge = BridgeSettings(rank=192, layers=LAYERS)
         train(
             competition / "train.csv",
             base,
             tmp_path / name,
             settings,
             bridge,
-            LAYERS,
             features=features,
         )
         return load_weights(tmp_path / name / "weights-0.pt").tensors

@@ -33,7 +33,7 @@ def forbidden(source: str, part: str) -> list[str]:
             assert not node.level, "imports are written out"
             names = [node.module]
             if node.module == "bridgeblip":
-                names = [f"bridgeblip.{a.name}" for a in node.names if a.name != "InputError"]
+                names = [f"bridgeblip.{a.name}" for a in node.names if a.name.islower()]
         for name in names:
             top, _, rest = name.partition(".")
             other = rest.split(".")[0]

@@ -1,11 +1,14 @@
 """What is asked of a user's packages, held against both sets of versions that the tests run on."""
 
+import tomllib
+
 import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 CONSTRAINTS = ("constraints.txt", "constraints-colab.txt")  # the newest; a stock Colab's
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def lines(file: str) -> list[str]:
@@ -18,6 +21,13 @@ def lines(file: str) -> list[str]:
 
 def requirements(file: str) -> list[Requirement]:
     return [Requirement(line) for line in lines(file)]
+
+
+def test_the_file_lists_the_light_core_and_the_extras_but_bits():
+    extras = PROJECT["optional-dependencies"]
+    assert set(extras) == {"train", "notebooks", "demo", "bits"}
+    listed = [*PROJECT["dependencies"], *extras["train"], *extras["notebooks"], *extras["demo"]]
+    assert lines("requirements.txt") == list(dict.fromkeys(listed))
 
 
 @pytest.mark.parametrize("constraints", CONSTRAINTS)

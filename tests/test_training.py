@@ -34,7 +34,7 @@ SETTINGS = TrainSettings(epochs=2, batch_size=16, validation_fraction=0.25, lear
 def result(base, competition, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     return train(
-        competition / "train.csv", base, folder, SETTINGS, BridgeSettings(rank=192), LAYERS
+        competition / "train.csv", base, folder, SETTINGS, BridgeSettings(rank=192, layers=LAYERS)
     )
 
 
@@ -59,7 +59,7 @@ def test_writes_small_self_contained_weights(result, base):
 
 def test_history_and_validation(result):
     accuracy = result.history.dropna(subset="accuracy")
-    assert accuracy["epoch"].tolist() == [0.0, 1.0, 2.0]  # before training and after each epoch
+    assert accuracy["epoch"].tolist() == [-1, 0, 1]  # the bare slice, then as the weights are named
     steps = -(-(72 - len(result.validation)) // 16)
     assert len(result.history.dropna(subset="loss")) == 2 * steps
     assert result.probabilities.shape == (len(result.validation), 4)
@@ -72,7 +72,7 @@ def test_a_run_that_has_ended_is_not_run_again(base, competition, tmp_path, caps
     rates = {"learning_rate": 1e-9, "head_learning_rate": 1e-9}
     still = TrainSettings(epochs=5, batch_size=16, validation_fraction=0.25, patience=1, **rates)
     runs = [
-        train(competition / "train.csv", base, tmp_path, still, BridgeSettings(192), LAYERS)
+        train(competition / "train.csv", base, tmp_path, still, BridgeSettings(192, layers=LAYERS))
         for _ in range(2)
     ]
     assert [len(run.weights) for run in runs] == [
@@ -92,7 +92,7 @@ def test_result_report_and_margin_are_those_of_the_best_epoch(
         "bridgeblip.bridge.train.accuracy", lambda prediction: {"accuracy": next(measured, 0.0)}
     )
     result = train(
-        competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192), LAYERS
+        competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192, layers=LAYERS)
     )
     first, last = (
         predict(
@@ -109,9 +109,9 @@ def test_result_report_and_margin_are_those_of_the_best_epoch(
     )
 
 
-def test_a_new_machine_gets_everything_back_from_the_copy(base, competition, tmp_path):
+def test_a_new_machine_gets_everything_back_from_the_copy(base, competition, tmp_path, capsys):
     def run():
-        return train(competition / "train.csv", base, tmp_path / "local", SETTINGS, BridgeSettings(192), LAYERS,
+        return train(competition / "train.csv", base, tmp_path / "local", SETTINGS, BridgeSettings(192, layers=LAYERS),
                      copy_to=tmp_path / "drive")  # fmt: skip
 
     first = run()
@@ -122,15 +122,34 @@ def test_a_new_machine_gets_everything_back_from_the_copy(base, competition, tmp
     assert names <= {path.name for path in (tmp_path / "local").iterdir()} and first.history.equals(
         again.history
     )
-    (tmp_path / "local" / "weights-0.pt").unlink()
-    (tmp_path / "drive" / "weights-0.pt").unlink()
-    with pytest.raises(InputError, match=r"weights-0\.pt is gone although training has ended"):
+    best = choose_weights(tmp_path / "local")[0].name
+    (other,) = {"weights-0.pt", "weights-1.pt"} - {best}
+    for place in ("local", "drive"):
+        (tmp_path / place / other).unlink()
+    without = run()
+    assert f"{other} is gone; it is not the best" in capsys.readouterr().out
+    assert [path.name for path in without.weights] == [best]
+    assert (without.probabilities == first.probabilities).all()
+    for place in ("local", "drive"):
+        (tmp_path / place / best).unlink()
+    with pytest.raises(InputError, match=rf"{best} is gone although training has ended"):
         run()
+
+
+def test_nothing_is_reported_of_another_runs_weights(result, base, competition, tmp_path):
+    folder = shutil.copytree(result.weights[0].parent, tmp_path / "checkpoint")
+    best = choose_weights(folder)[0]
+    content = torch.load(best, weights_only=True)
+    content["manifest"]["run"] = "another"
+    torch.save(content, best)
+    bridge = BridgeSettings(rank=192, layers=LAYERS)
+    with pytest.raises(InputError, match=rf"{best.name} is not this run's, so nothing is reported"):
+        train(competition / "train.csv", base, folder, SETTINGS, bridge)
 
 
 def test_the_same_seed_gives_the_same_tensors(result, base, competition, tmp_path):
     again = train(
-        competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192), LAYERS
+        competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192, layers=LAYERS)
     )
     first, second = (load_weights(r.weights[1]).tensors for r in (result, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -144,7 +163,7 @@ def test_accumulation_does_not_change_the_step(base, processor, questions, tmp_p
         model = attach_bridge(
             load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings(rank=192, dropout=0.0)
         )
-        settings = TrainSettings(batch_size=batch_size, accumulation=accumulation, warmup=0.0)
+        settings = TrainSettings(batch_size=batch_size, accumulation=accumulation, warmup_ratio=0.0)
         sgd = torch.optim.SGD(optimizer(model, settings).param_groups, lr=0.1)
         arguments = training_arguments(tmp_path, settings)
         arguments.eval_strategy = "no"
@@ -168,14 +187,14 @@ def test_accumulation_does_not_change_the_step(base, processor, questions, tmp_p
 def test_head_only(base, competition, tmp_path):
     settings = TrainSettings(validation_fraction=0.25)
     result = train(
-        competition / "train.csv", base, tmp_path, settings, BridgeSettings(rank=0), LAYERS
+        competition / "train.csv", base, tmp_path, settings, BridgeSettings(rank=0, layers=LAYERS)
     )
     assert load_weights(result.weights[0]).tensors.keys() == {"head.weight", "head.bias"}
 
 
 def test_bad_input_stops_before_the_model_is_loaded(competition, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "bridgeblip.bridge.train.load_sliced", lambda *a: pytest.fail("loading started")
+        "bridgeblip.bridge.plan.load_sliced", lambda *a: pytest.fail("loading started")
     )
     with pytest.raises(InputError, match="not found"):
         train(tmp_path / "train.csv", "tiny", tmp_path)
@@ -192,7 +211,7 @@ def test_an_unfinished_run_of_other_settings_is_refused_before_anything_long(
     for path in folder.glob("state/*/state.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"done": False}))
     monkeypatch.setattr(
-        "bridgeblip.bridge.train.load_sliced", lambda *a: pytest.fail("loading started")
+        "bridgeblip.bridge.plan.load_sliced", lambda *a: pytest.fail("loading started")
     )
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(
@@ -204,8 +223,7 @@ def test_an_unfinished_run_of_other_settings_is_refused_before_anything_long(
             base,
             folder,
             replace(SETTINGS, seed=7),
-            BridgeSettings(rank=192),
-            LAYERS,
+            BridgeSettings(rank=192, layers=LAYERS),
         )
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
@@ -217,7 +235,7 @@ from bridgeblip.training.settings import TrainSettings
 from bridgeblip.bridge.train import train
 csv, base, epochs, folder, features = sys.argv[1:]
 settings = TrainSettings(epochs=int(epochs), batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0)
-train(csv, base, folder, settings, BridgeSettings(rank=192), (0, 2, 5), features=features)
+train(csv, base, folder, settings, BridgeSettings(rank=192, layers=(0, 2, 5)), features=features)
 """
 
 

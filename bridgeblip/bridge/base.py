@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
+from bridgeblip.bridge.settings import REAL_BASE
 
 TINY_BASE = Path(__file__).parent.parent / "embedded" / "tiny"
 """The embedded base model; the name "tiny" stands for it."""
 
-REAL_BASE = "Salesforce/instructblip-flan-t5-xl"
 REAL_REVISION = "bf9bd58cb3bb06e88c03b80f9cc346b90094bc6d"
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "qformer_tokenizer/*"]

@@ -1,29 +1,19 @@
-"""The model's config, and the settings of its bridge: what LoRA-Bridge changes in an
-InstructBLIP."""
+"""The model's config: what slicing changes in an InstructBLIP."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.processing import NUM_CHOICES
+from bridgeblip.bridge.settings import (
+    DEFAULT_DECODER_LAYERS,
+    LAYER_SELECTIONS,
+    BridgeSettings,
+    decoder_layers,
+)
 
-LAYER_SELECTIONS = {
-    "every-third": (0, 3, 6, 9, 12, 15, 18, 21),
-    "every-second-8": (0, 2, 4, 6, 8, 10, 12, 14),
-    "first-8": (0, 1, 2, 3, 4, 5, 6, 7),
-    "first-4-even": (0, 2, 4, 6),
-    "every-third-with-last": (0, 3, 6, 9, 12, 15, 18, 23),
-    "even-with-last": (0, 3, 7, 10, 13, 16, 20, 23),
-}
-"""Ways to cut a 24-layer decoder, by name."""
-
-DEFAULT_DECODER_LAYERS = LAYER_SELECTIONS["every-third"]
-
-# The widths that the published settings belong to: rank 96 on the 2048-wide T5-XL.
-REFERENCE_RANK = 96
-REFERENCE_WIDTH = 2048
+__all__ = ["DEFAULT_DECODER_LAYERS", "LAYER_SELECTIONS", "BridgeSettings", "decoder_layers"]
 
 
 class BridgeBlipConfig(InstructBlipConfig):
@@ -41,25 +31,6 @@ class BridgeBlipConfig(InstructBlipConfig):
     """How many decoder layers the base has."""
     num_choices: int = NUM_CHOICES
     """Width of the classification head."""
-
-
-def decoder_layers(selection: str | Sequence[int]) -> list[int]:
-    """Return the layer indices of a selection's name, of a text like "0,3,6", or of a list.
-
-    Raises:
-        InputError: if the text is neither a known name nor a list of numbers.
-    """
-    if not isinstance(selection, str):
-        return [int(i) for i in selection]
-    if selection in LAYER_SELECTIONS:
-        return list(LAYER_SELECTIONS[selection])
-    try:
-        return [int(part) for part in selection.split(",")]
-    except ValueError:
-        names = ", ".join(LAYER_SELECTIONS)
-        raise InputError(
-            f"layer selection {selection!r} is unknown: expected {names}, or indices like 0,3,6"
-        ) from None
 
 
 def check_decoder_layers(layers: Sequence[int], available: int) -> list[int]:
@@ -123,39 +94,3 @@ def _flat(values: dict, prefix: str = "") -> dict:
             else {f"{prefix}{key}": value}
         )
     return flat
-
-
-@dataclass(frozen=True)
-class BridgeSettings:
-    """What the LoRA bridge is made of."""
-
-    rank: int = REFERENCE_RANK
-    """Width of the low-rank update on a 2048-wide decoder; narrower bases get their share
-    (``rank_for``)."""
-    alpha: int = 2 * REFERENCE_RANK
-    """LoRA scale on a 2048-wide decoder: the update is multiplied by alpha / rank."""
-    dropout: float = 0.05
-    """Dropout on the input of every adapter while training."""
-    head_init: str = "lm_head"
-    """"lm_head": start the head from the LM head's rows of the four letters; "random": from
-    noise."""
-    targets: str = "all"
-    """"all": adapters on every linear that works; "q,v": on queries and values alone, as LoRA was
-    first used."""
-
-    def rank_for(self, width: int) -> int:
-        """The rank on a decoder of ``width``: the same share of the width as 96 of 2048; 0 means no
-        bridge."""
-        return 0 if self.rank == 0 else max(1, round(self.rank * width / REFERENCE_WIDTH))
-
-    def alpha_for(self, width: int) -> float:
-        """The LoRA scale that keeps alpha / rank as set."""
-        return self.alpha / self.rank * self.rank_for(width) if self.rank else 0.0
-
-    def __post_init__(self):
-        known = self.head_init in ("lm_head", "random") and self.targets in ("all", "q,v")
-        if self.rank < 0 or not known:
-            raise InputError(
-                f"{self}: expected rank >= 0, head_init 'lm_head' or 'random', targets 'all' or "
-                f"'q,v'"
-            )

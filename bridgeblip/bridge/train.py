@@ -1,37 +1,24 @@
 """Training the bridge and the head with Hugging Face's ``Trainer``, so that it survives the
 night."""
 
-import hashlib
-import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch import nn
-from transformers import (
-    InstructBlipConfig,
-    enable_full_determinism,
-    set_seed,
-)
 from transformers.integrations import TensorBoardCallback
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget
-from bridgeblip.bridge.config import (
-    DEFAULT_DECODER_LAYERS,
-    BridgeSettings,
-    decoder_layers,
-    slice_config,
-)
+from bridgeblip.bridge.budget import BUDGET_LIMIT
+from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.features import (
     CachedPictures,
     FeatureCache,
@@ -39,32 +26,28 @@ from bridgeblip.bridge.features import (
     encoder_key,
     fill,
 )
-from bridgeblip.bridge.lora import attach_bridge
-from bridgeblip.bridge.model import load_sliced
-from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
+from bridgeblip.bridge.plan import Plan, build_bridge, held, load_slice, plan_training
 from bridgeblip.data.orders import ask_in_orders
-from bridgeblip.data.pictures import picture_keys
-from bridgeblip.data.questions import Question, read_questions, split_by_picture
+from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.report import write_report
-from bridgeblip.files import copy_missing, copy_verified, require_writable
-from bridgeblip.machine import choose_precision
+from bridgeblip.files import copy_missing, copy_verified
 from bridgeblip.training.callbacks import (
     Patience,
     Progress,
     SelfCheck,
     StateKeeper,
-    Stopper,
     WeightsKeeper,
     history_table,
     in_notebook,
+    validations,
 )
-from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
+from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, newest_state, state_is_done
+from bridgeblip.training.stopping import Stopper, TrainingStopped, copying_to, in_one_line
 from bridgeblip.training.trainer import (
     BridgeTrainer,
     TrainingQuestions,
-    TrainingStopped,
     accuracy,
     optimizer,
     training_arguments,
@@ -73,6 +56,7 @@ from bridgeblip.training.weights import best_epoch, load_weights, save_best, wei
 
 PROBE_SIZE = 3  # questions whose logits travel with the weights
 REPORT_FILE = "report.html"
+SHARED_MEMORY = Path("/dev/shm")  # through which loaders hand over their batches
 
 
 @dataclass(frozen=True)
@@ -80,7 +64,8 @@ class TrainResult:
     """What training leaves behind."""
 
     history: pd.DataFrame
-    """One row a logged step: ``step``, ``epoch``, ``loss``, and ``accuracy`` where validated."""
+    """One row a logged step: ``step``, ``epoch``, ``loss``, and ``accuracy`` where validated. An
+    epoch has its weights file's number; -1 is the bare slice."""
     validation: list[Question]
     probabilities: np.ndarray
     """(validation questions, choices), by the weights of the best epoch."""
@@ -96,182 +81,106 @@ def train(
     checkpoint_dir: str | Path,
     settings: TrainSettings = TrainSettings(),
     bridge: BridgeSettings = BridgeSettings(),
-    layers: str | Sequence[int] = DEFAULT_DECODER_LAYERS,
     revision: str | None = None,
     budget_limit: int = BUDGET_LIMIT,
     features: str | Path | None = "default",
     copy_to: str | Path | None = None,
 ) -> TrainResult:
     """Slice ``base``, bridge it, train adapters and head, and write ``weights-N.pt`` after each
-    epoch.
+    epoch: ``plan_training``, ``load_slice``, ``build_bridge`` and ``train_model`` in one.
 
     Called again after any interruption, with the same settings, it goes on in the middle of the
     epoch and ends with the same tensors; called again after the end, it trains nothing and returns
     the same result. The result and the report are of the epoch that validates best, whose weights
     an export takes.
 
-    Args:
-        base: "tiny", a folder, or a hub id, of which ``revision`` is taken.
-        layers: which decoder layers stay: a name of ``config.LAYER_SELECTIONS``, or indices.
-        budget_limit: most parameters that the merged model may have.
-        features: folder of the cache of image features; None encodes the pictures anew in every
-            epoch.
-        copy_to: a second checkpoint folder, such as one on Drive, that gets a verified copy of
-            every file.
-
     Raises:
-        InputError: if the questions, pictures or the base can't be used, or the folder has the
-            state of another run that has not ended; before anything long starts.
+        InputError: if the questions, pictures or the base can't be used, or the folder is held by a
+            live run or has the state of another one that has not ended; before anything long.
         TrainingStopped: after the stop button, Ctrl-C or SIGTERM.
     """
-    checkpoint_dir = Path(checkpoint_dir)
-    places = [checkpoint_dir, Path(copy_to)] if copy_to else [checkpoint_dir]
     process = PartialState(cpu=not torch.cuda.is_available())
-    for place in places if process.is_main_process else ():
-        require_writable(place)
-    plan = _plan(
-        train_csv, base, revision, decoder_layers(layers), settings, bridge, budget_limit, process
-    )
-    resumed = newest_state(places, plan.identity)
-    model, pictures, blank = _load(plan, features, process)
-    trainer, keeper = _trainer(plan, model, pictures, places)
-    if process.is_main_process and not (resumed and state_is_done(resumed)):
-        trainer.add_callback(_tensorboard(checkpoint_dir))
-    trainer.go(resumed, keeper.stopper)
-    if keeper.leaving:
-        raise TrainingStopped(
-            f"stopped on request after step {trainer.state.global_step} of "
-            f"{trainer.state.max_steps}; all is saved in "
-            f"{checkpoint_dir / STATE_FOLDER}: run the same again to go on"
+    places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
+    with in_one_line(places[0]), held(places, process):
+        plan = plan_training(
+            train_csv, base, checkpoint_dir, settings, bridge, revision, budget_limit, copy_to
         )
-    return _conclude(trainer, plan, blank, places, process)
+        return train_model(plan, build_bridge(plan, load_slice(plan)), features)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """All that is decided before anything long starts."""
+def train_model(
+    plan: Plan, model: nn.Module, features: str | Path | None = "default"
+) -> TrainResult:
+    """Train what ``build_bridge`` gives; see ``train``.
 
-    base: str | Path
-    revision: str | None
-    layers: list[int]
-    settings: TrainSettings
-    bridge: BridgeSettings
-    training: list[Question]
-    validation: list[Question]
-    picture_keys: dict[Path, str]
-    """Content key of each picture."""
-    processor: QuestionProcessor
-    device: torch.device
-    dtype: torch.dtype
-    manifest: dict[str, Any]
-    """What each weights file says of itself."""
-    identity: dict[str, Any]
-    """What a saved state must agree with."""
-
-
-def _plan(train_csv, base, revision, layers, settings, bridge, budget_limit, process) -> _Plan:
-    """Seed, read and split the questions, look at base and machine; arguments as for ``train``."""
-    questions = read_questions(train_csv, need_answers=True)
-    training, validation = split_by_picture(questions, settings.validation_fraction, settings.seed)
-    folder = resolve_base(base, revision)
-    processor = QuestionProcessor.from_base(folder)
-    processor.encode_prompts(
-        [processor.prompt(q) for q in questions]
-    )  # refuses too long prompts now rather than in mid-epoch
-    (enable_full_determinism if settings.deterministic else set_seed)(settings.seed)
-    config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
-    budget = certify_budget(config, budget_limit)
-    device = (
-        process.device if process.device.type == "cuda" else torch.device("cpu")
-    )  # it may say cpu:0
-    precision = choose_precision(device, budget["total"])
-    process.print(
-        f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}"
-    )
-    manifest = {
-        "base": str(base),
-        "revision": revision,
-        "layers": layers,
-        "bridge": asdict(bridge),
-        "train": asdict(settings),
-        "dtype": str(precision.dtype).removeprefix("torch."),
-        "budget": budget | {"limit": budget_limit},
-        "config": config.to_json_string(),
-    } | _contract(processor)
-    keys = picture_keys(q.image for q in questions)
-    identity = _identity(manifest, questions, keys, process.num_processes)
-    return _Plan(
-        base, revision, layers, settings, bridge, training, validation, keys, processor, device, precision.dtype,
-        manifest, identity,
-    )  # fmt: skip
-
-
-def _load(plan: _Plan, features: str | Path | None, process: PartialState):
-    """Return the sliced model with its bridge, the reader of cached image features or None, and
-    blank pictures."""
-    settings, bridge = plan.settings, plan.bridge
-    letter_ids, init = plan.processor.letter_ids, bridge.head_init
-    sliced = load_sliced(
-        plan.base, letter_ids, plan.layers, init, plan.dtype, plan.device, plan.revision
-    )
-    sliced.label_smoothing = settings.label_smoothing
-    pictures = _cached_pictures(
-        features, sliced, plan.processor, plan.picture_keys, settings.batch_size, process
-    )
-    blank = BlankPictures(
-        sliced.encode_image(plan.processor.blank_pixels[None].to(plan.device)).detach().cpu()
-    )
-    return attach_bridge(sliced, bridge), pictures, blank
+    Args:
+        features: folder of the cache of image features; None encodes the pictures anew in every
+            epoch.
+    """
+    with in_one_line(plan.places[0]), held(plan.places, plan.process):
+        resumed = newest_state(plan.places, plan.identity)
+        sliced = model.get_base_model() if isinstance(model, PeftModel) else model
+        pictures = _cached_pictures(features, sliced, plan)
+        grey = plan.processor.blank_pixels[None].to(plan.device)
+        blank = BlankPictures(sliced.encode_image(grey).detach().cpu())
+        trainer, keeper = _trainer(plan, model, pictures)
+        if plan.process.is_main_process and not (resumed and state_is_done(resumed)):
+            trainer.add_callback(_tensorboard(plan.places[0]))
+        trainer.go(resumed, keeper.stopper)
+        if keeper.leaving:
+            raise TrainingStopped(
+                f"stopped on request after step {trainer.state.global_step} of "
+                f"{trainer.state.max_steps}; all is saved in "
+                f"{plan.places[0] / STATE_FOLDER}: run the same again to go on"
+            )
+        return _conclude(trainer, plan, blank)
 
 
 def _trainer(
-    plan: _Plan, model: nn.Module, pictures: CachedPictures | None, places: list[Path]
-) -> tuple["BridgeTrainer", StateKeeper]:
-    settings, collate = plan.settings, plan.processor.collate
+    plan: Plan, model: nn.Module, pictures: CachedPictures | None
+) -> tuple[BridgeTrainer, StateKeeper]:
+    settings, collate = plan.settings, partial(plan.processor.collate, pictures=pictures)
+    require_shared_memory(settings, collate(plan.training[:1]))
     trainer = BridgeTrainer(
         model,
-        training_arguments(places[0], settings, plan.dtype),
+        training_arguments(plan.places[0], settings, plan.dtype),
         train_dataset=TrainingQuestions(plan.training, settings.seed, settings.shuffle_choices),
         eval_dataset=plan.validation,
-        data_collator=partial(collate, pictures=pictures),
+        data_collator=collate,
         compute_metrics=accuracy,
         optimizers=(optimizer(model, settings), None),
         average=settings.average,
     )
-    keeper = StateKeeper(places, plan.identity, trainer.averages, Stopper(), settings.save_minutes)
+    probe = plan.processor.collate(plan.validation[:PROBE_SIZE])
+    keeper = StateKeeper(
+        plan.places, plan.identity, trainer.averages, Stopper(), settings.save_minutes
+    )
     trainer.add_callback(SelfCheck(model))
     trainer.add_callback(Progress(live=in_notebook()))
-    trainer.add_callback(
-        WeightsKeeper(places, plan.manifest, collate(plan.validation[:PROBE_SIZE]))
-    )
+    trainer.add_callback(WeightsKeeper(plan.places, plan.manifest, probe))
     trainer.add_callback(keeper)
     if settings.patience:
         trainer.add_callback(Patience(settings.patience))
     return trainer, keeper
 
 
-def _conclude(
-    trainer: "BridgeTrainer",
-    plan: _Plan,
-    blank: "BlankPictures",
-    places: list[Path],
-    process: PartialState,
-) -> TrainResult:
+def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor]) -> None:
+    """Refuse loaders whose batches don't fit where they are handed over: they would wait for
+    ever."""
+    size = sum(tensor.nbytes for tensor in row.values())
+    need = 2 * settings.workers * settings.batch_size * size  # each loader is two batches ahead
+    if need and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < need:
+        raise InputError(
+            f"{settings.workers} workers need {need / 1e6:.0f} MB of shared memory, "
+            f"{SHARED_MEMORY} has less: set workers to 0, or give the container more (--shm-size)"
+        )
+
+
+def _conclude(trainer: BridgeTrainer, plan: Plan, blank: "BlankPictures") -> TrainResult:
     """Measure the best epoch's weights, those that exporting takes, and write the report."""
     history = history_table(trainer.state.log_history)
-    before, *accuracies = history["accuracy"].dropna().tolist()
-    weights = [weights_path(places[0], epoch) for epoch in range(len(accuracies))]
-    if process.is_main_process:
-        copy_missing(places, [path.name for path in weights])
-    process.wait_for_everyone()
-    lost = [path for path in weights if not path.is_file()]
-    if lost:
-        raise InputError(
-            f"{lost[0]} is gone although training has ended: put it back, or delete "
-            f"{places[0] / STATE_FOLDER} to "
-            "train anew"
-        )
-    trainer.averages.take(load_weights(weights[best_epoch(accuracies)]).tensors)
+    accuracies, losses = validations(trainer.state.log_history)
+    weights = _load_best(trainer, plan, accuracies, losses)
     questions = plan.validation
     once = trainer.answer(questions)
     unseen = trainer.answer(questions, partial(plan.processor.collate, pictures=blank))
@@ -281,27 +190,54 @@ def _conclude(
     often = np.array([np.mean(seen, axis=0) for seen in views])
     margin = choose_permutation_margin(once, often, [q.answer for q in questions])
     pays = f"pays below a margin of {margin:.2f}" if margin else "does not pay"
-    process.print(f"asking in other orders too {pays}")
-    if process.is_main_process:
-        report = places[0] / REPORT_FILE
+    plan.process.print(f"asking in other orders too {pays}")
+    if plan.process.is_main_process:
+        named = ("base", "revision", "layers", "bridge", "train", "dtype", "pictures")
+        report = plan.places[0] / REPORT_FILE
         facts = write_report(
             report,
             questions,
             once,
             blank_probabilities=unseen,
-            references={"sliced, not yet bridged": before},
-            manifest={
-                key: plan.manifest[key]
-                for key in ("base", "revision", "layers", "bridge", "train", "dtype")
-            },
+            references={"sliced, not yet bridged": history["accuracy"].dropna().iloc[0]},
+            manifest={key: plan.manifest[key] for key in named},
         )
-        for place in places:
-            save_best(place, accuracies, margin)
-        for place in places[1:]:
-            for path in (report, report.with_suffix(".json")):
-                copy_verified(path, place / path.name)
+        save_best(plan.places[0], accuracies, losses, margin)
+        for place in plan.places[1:]:
+            with copying_to(place):
+                save_best(place, accuracies, losses, margin)
+                for path in (report, report.with_suffix(".json")):
+                    copy_verified(path, place / path.name)
         print(f"{facts['verdict']['sentence']} More in {report}")
     return TrainResult(history, questions, once, unseen, weights)
+
+
+def _load_best(
+    trainer: BridgeTrainer, plan: Plan, accuracies: Sequence[float], losses: Sequence[float]
+) -> list[Path]:
+    """Have the best epoch's weights answer; return the files of all epochs that are there.
+
+    Raises:
+        InputError: if the best is gone, or another run's: nothing is reported of that.
+    """
+    folder = plan.places[0]
+    paths = [weights_path(folder, epoch) for epoch in range(len(accuracies))]
+    if plan.process.is_main_process:
+        copy_missing(plan.places, [path.name for path in paths])
+    plan.process.wait_for_everyone()
+    best = paths[best_epoch(accuracies, losses)]
+    remedy = f"put it back, or delete {folder / STATE_FOLDER} to train anew"
+    if not best.is_file():
+        raise InputError(f"{best} is gone although training has ended: {remedy}")
+    weights = load_weights(best)
+    if (weights.manifest or {}).get("run") != plan.manifest["run"]:
+        raise InputError(f"{best} is not this run's, so nothing is reported of it: {remedy}")
+    trainer.averages.take(weights.tensors)
+    there = [path for path in paths if path.is_file()]
+    for path in paths:
+        if path not in there:
+            plan.process.print(f"note: {path} is gone; it is not the best, so nothing hangs on it")
+    return there
 
 
 class BlankPictures:
@@ -311,65 +247,32 @@ class BlankPictures:
         self.embeds = embeds
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        return {"image_embeds": self.embeds.expand(len(questions), -1, -1)}
+        # Repeated, not expanded: CUDA can't pin a tensor whose rows share their place.
+        return {"image_embeds": self.embeds.repeat(len(questions), 1, 1)}
 
 
 def _cached_pictures(
-    features, sliced, processor, keys: dict[Path, str], batch_size: int, process: PartialState
-):
+    features: str | Path | None, sliced: nn.Module, plan: Plan
+) -> CachedPictures | None:
     """Fill the cache of image features and return its reader, or None where there is to be no
     cache."""
     if features is None:
         return None
-    cache = FeatureCache(
-        default_folder() if features == "default" else features, encoder_key(sliced, processor)
-    )
-    pictures = {key: path for path, key in reversed(keys.items())}
-    share = (process.process_index, process.num_processes)
-    fits = fill(cache, sliced, processor, pictures, batch_size, share=share)
+    folder = default_folder() if features == "default" else features
+    cache = FeatureCache(folder, encoder_key(sliced, plan.processor))
+    pictures = {key: path for path, key in reversed(plan.picture_keys.items())}
+    share = (plan.process.process_index, plan.process.num_processes)
+    fits = fill(cache, sliced, plan.processor, pictures, plan.settings.batch_size, share=share)
     if not all(gather_object([fits])):
-        process.print(
+        plan.process.print(
             f"the features of {len(pictures)} pictures don't fit in {cache.root}: encoding in "
             f"every epoch"
         )
         return None
-    return CachedPictures(cache, keys)
-
-
-def _identity(
-    manifest: dict, questions: Sequence[Question], keys: dict[Path, str], processes: int
-) -> dict[str, Any]:
-    """What must be the same for a run to go on: its weights' manifest, its questions, its
-    processes."""
-    rows = json.dumps([[q.id, keys[q.image], q.question, q.choices, q.answer] for q in questions])
-    kept = {
-        key: value
-        for key, value in manifest.items()
-        if key not in ("versions", "config", "budget", "train")
-    }
-    settings = {key: value for key, value in manifest["train"].items() if key not in NOT_THE_RESULT}
-    run = kept | {
-        "settings": settings,
-        "questions": hashlib.sha256(rows.encode()).hexdigest(),
-        "processes": processes,
-    }
-    return json.loads(json.dumps(run))
+    return CachedPictures(cache, plan.picture_keys)
 
 
 def _tensorboard(checkpoint_dir: Path) -> TensorBoardCallback:
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     return TensorBoardCallback(SummaryWriter(str(checkpoint_dir / "tensorboard")))
-
-
-def _contract(processor: QuestionProcessor) -> dict:
-    """What whoever uses the weights must agree on, and the versions that made them."""
-    return {
-        "letters": list(processor.letters),
-        "letter_ids": processor.letter_ids,
-        "prompt": PROMPT_TEMPLATE,
-        "processor": processor.fingerprint,
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "peft", "accelerate")
-        },
-    }

@@ -22,7 +22,7 @@ from bridgeblip.bundle.format import Bundle
 from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.pictures import load_ahead, picture_key
 from bridgeblip.data.questions import Question
-from bridgeblip.evidence.answers import FLAGS, Answers, margins
+from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import _is_out_of_memory, process_rank
 
@@ -120,11 +120,6 @@ def _picture_keys(questions: Sequence[Question], quiet: bool) -> list[str]:
     return [keys[question.image] for question in questions]
 
 
-def kept_folder(out: str | Path) -> Path:
-    """Where the finished windows of a submission that is not written yet lie."""
-    return Path(out).with_name(f".{Path(out).name}.windows")
-
-
 def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[int, list]:
     """Return the answers to windows that an interrupted run has finished."""
     kept, strangers = {}, 0
@@ -200,13 +195,13 @@ def _answer_window(
     answers = []
     for question, fit, place, seen in zip(asked, fitted, places, views, strict=True):
         changed = len({int(view.argmax()) for view in seen}) > 1
-        true = (
-            bool(faults[place]) or not question.image,
-            fit is not question,
-            len(seen) > 1,
-            changed,
-        )
-        flags = [flag for flag, is_true in zip(FLAGS, true, strict=True) if is_true]
+        true = {
+            "blank": bool(faults[place]) or not question.image,
+            "shortened": fit is not question,
+            "permuted": len(seen) > 1,
+            "order": changed,
+        }
+        flags = [flag for flag in FLAGS if true.get(flag)]
         problems = (
             [f"picture {question.image} can't be read ({faults[place]})"] if faults[place] else []
         )

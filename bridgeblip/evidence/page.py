@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
@@ -18,7 +17,6 @@ from bridgeblip.evidence.metrics import Estimate, Part
 
 THUMBNAIL_SIDE = 256  # pixels
 THUMBNAIL_QUALITY = 70
-LISTED = 20  # values; of longer lists the table tells the length
 
 
 def render(template: str, **values: Any) -> str:
@@ -31,20 +29,15 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     pages.filters |= {
-        "flat": flat,
         "letter": letter,
         "number": number,
         "parts": part_rows,
-        "percent": percent,
+        "percent": "{:.1%}".format,
         "points": points,
         "svg": svg,
         "thumbnail": thumbnail,
     }
     return pages.get_template(f"{template}.html.jinja").render(values)
-
-
-def percent(value: float) -> str:
-    return f"{value:.1%}"
 
 
 def points(value: float) -> str:
@@ -64,17 +57,6 @@ def part_rows(parts: Iterable[Part]) -> list[tuple[str, Estimate, str]]:
     return [(p.name, p.accuracy, f"{p.rows:,} question{'s' * (p.rows != 1)}") for p in parts]
 
 
-def flat(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """Nested values as rows of a table, named by their path."""
-    rows = []
-    for name, value in pd.json_normalize(values, sep=": ").iloc[0].items():
-        if isinstance(value, list):
-            many = len(value) > LISTED
-            value = f"{len(value):,} values" if many else ", ".join(map(str, value))
-        rows.append((name, str(value)))
-    return rows
-
-
 def svg(drawing: Figure) -> str:
     """Return a figure as the URI of an SVG."""
     file = io.BytesIO()
@@ -82,13 +64,11 @@ def svg(drawing: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def thumbnail(path: Path | None) -> str | None:
+def thumbnail(path: Path) -> str | None:
     """Return a picture as the URI of a small JPEG; None if it can't be read."""
     try:
-        small = open_picture(path) if path else None
+        small = open_picture(path)
     except InputError:
-        return None
-    if small is None:
         return None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     file = io.BytesIO()

@@ -5,36 +5,41 @@ This comes before anything is installed: at the top it imports the standard libr
 which every Jupyter kernel brings.
 """
 
+import errno
+import fnmatch
 import hashlib
 import importlib
 import os
+import posixpath
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
+import tomllib
+import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import PackageNotFoundError, distributions, packages_distributions, version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
 
-from bridgeblip import InputError
+from bridgeblip import HOME, IN_REPOSITORY, InputError, __version__
 
-HOME = Path(__file__).resolve().parent.parent.parent
-REQUIREMENTS = HOME / "requirements.txt"
 DRIVE = Path("/content/drive")
-TORCHAO_MINIMUM = Version("0.16.0")  # peft makes no adapters beside an older one
+OLD_TORCHAO = Requirement("torchao<0.16")  # peft makes no adapters beside it
 SPARE_DISK = 10**9  # bytes that a copy leaves free
 COPIERS = 16  # threads; on Drive most of the time is waiting
+REMEDIES = {
+    errno.ENOSPC: "free some space there, then run this again",
+    errno.EEXIST: "remove that folder, then run this again",
+    errno.ENOTDIR: "remove that folder, then run this again",
+    errno.EACCES: "set $BRIDGEBLIP_CACHE to a folder that you can write",
+    errno.EROFS: "set $BRIDGEBLIP_CACHE to a folder that you can write",
+}  # where it helps to do something before running again
 
 
 def place() -> str:
@@ -44,7 +49,46 @@ def place() -> str:
     return "Kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else "Jupyter"
 
 
-def set_up(requirements: Path = REQUIREMENTS) -> None:
+def requirements(*extras: str) -> list[Requirement]:
+    """What the package needs with these extras, as pyproject.toml says, or the installed one."""
+    if not IN_REPOSITORY:
+        wanted = map(Requirement, requires("bridgeblip") or [])
+        asked = [{"extra": extra} for extra in ("", *extras)]
+        return [one for one in wanted if not one.marker or any(map(one.marker.evaluate, asked))]
+    project = tomllib.loads((HOME / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = list(project["dependencies"])
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    return list(map(Requirement, dict.fromkeys(lines)))
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package, None if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def fits(wanted: Requirement) -> bool:
+    """Whether a package is there in a version that will do."""
+    have = installed(wanted.name)
+    return have is not None and wanted.specifier.contains(have, prereleases=True)
+
+
+def other_copies() -> list[str]:
+    """Name, a line each, what else answers to the package's name."""
+    lines = []
+    for place in dict.fromkeys(Path(entry).resolve() for entry in ["", *sys.path]):
+        if place != HOME and (place / "bridgeblip" / "__init__.py").is_file():
+            lines.append(f"a second copy of bridgeblip lies in {place}")
+    have = installed("bridgeblip")
+    if have not in (None, __version__):
+        lines.append(f"bridgeblip {have} is installed (pip uninstall bridgeblip)")
+    return [f"{line}; this is {__version__} in {HOME}" for line in lines]
+
+
+def set_up(*extras: str) -> None:
     """Say where this runs, go to the repository's folder, and install what is missing; a second
     call does nothing.
 
@@ -53,6 +97,9 @@ def set_up(requirements: Path = REQUIREMENTS) -> None:
     no dialogue about a secret waits for an answer; set ``HF_HUB_DISABLE_IMPLICIT_TOKEN`` to 0
     before if you need one.
 
+    Args:
+        extras: of pyproject.toml, what the notebook needs; by default "train" and "notebooks".
+
     Raises:
         InputError: if there is no torch, or if the session must be restarted, because a package
             that was imported already had to be changed.
@@ -60,67 +107,50 @@ def set_up(requirements: Path = REQUIREMENTS) -> None:
     if os.access(HOME, os.W_OK):
         os.chdir(HOME)
     print(f"{place()}, Python {sys.version.split()[0]}; working in {Path.cwd()}")
-    warnings.filterwarnings(
-        "ignore", "IProgress not found"
-    )  # progress bars are plain text without ipywidgets
+    for line in other_copies():
+        print(line)
+    # Progress bars are plain text without ipywidgets.
+    warnings.filterwarnings("ignore", "IProgress not found")
     if place() == "Colab":
         os.environ.setdefault("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
-    _install_missing(requirements)
+    install_missing(requirements(*(extras or ("train", "notebooks"))))
 
 
-def _install_missing(requirements: Path) -> None:
-    torch = _version("torch")
+def install_missing(wanted: list[Requirement]) -> None:
+    """Install those of the wanted packages that do not fit; torch stays as it is."""
+    torch = installed("torch")
     if torch is None:
         raise InputError(
             "torch is not installed: install the build for your machine (pytorch.org), then run "
             "this again"
         )
-    lines = [
-        line.partition("#")[0].strip()
-        for line in requirements.read_text(encoding="utf-8").splitlines()
-    ]
-    unfit = [
-        wanted
-        for wanted in map(Requirement, filter(None, lines))
-        if wanted.name != "torch" and not _fits(wanted)
-    ]
-    torchao = _version("torchao")
-    in_the_way = place() != "Jupyter" and torchao and Version(torchao) < TORCHAO_MINIMUM
+    unfit = [one for one in wanted if one.name != "torch" and not fits(one)]
+    in_the_way = place() != "Jupyter" and fits(OLD_TORCHAO)
     if not unfit and not in_the_way:
         print("all requirements are there")
         return
-    before = _versions()
-    owners = packages_distributions()
-    loaded = {
-        canonicalize_name(name)
-        for module in owners.keys() & sys.modules.keys()
-        for name in owners[module]
-        if name
-    }
+    before = _imported_versions()
     if in_the_way:
-        print(
-            f"removing torchao {torchao}: peft refuses to work beside one below {TORCHAO_MINIMUM}, "
-            f"nothing needs it"
-        )
+        print(f"removing torchao {installed('torchao')}: peft refuses to work beside {OLD_TORCHAO}")
         _pip("uninstall", "--yes", "torchao")
     if unfit:
-        print(
-            "installing",
-            ", ".join(f"{wanted} (now {_version(wanted.name) or 'missing'})" for wanted in unfit),
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            pinned = Path(folder) / "torch.txt"
-            pinned.write_text(f"torch=={torch}\n", encoding="utf-8")
-            _pip("install", "--constraint", str(pinned), *map(str, unfit))
+        named = [f"{one} (now {installed(one.name) or 'missing'})" for one in unfit]
+        print(f"installing {', '.join(named)}")
+        _pip("install", f"torch=={torch}", *map(str, unfit))
     importlib.invalidate_caches()
-    after = _versions()
-    changed = sorted(name for name in loaded if before.get(name) != after.get(name))
+    changed = sorted(name for name, had in before.items() if installed(name) != had)
     if changed:
         raise InputError(
             f"{', '.join(changed)} had to be changed after being imported: restart the session (in "
-            f"Colab, Runtime > "
-            "Restart session), then choose Run all again"
+            f"Colab, Runtime > Restart session), then choose Run all again"
         )
+
+
+def _imported_versions() -> dict[str, str | None]:
+    """The versions of the packages that this process has imported something of."""
+    owners = packages_distributions()
+    modules = owners.keys() & sys.modules.keys()
+    return {name: installed(name) for module in modules for name in owners[module] if name}
 
 
 def _pip(*arguments: str) -> None:
@@ -133,39 +163,23 @@ def _pip(*arguments: str) -> None:
         print(f"pip could not do it: {(errors or reasons or ['it does not say why'])[-1]}")
 
 
-def _fits(wanted: Requirement) -> bool:
-    have = _version(wanted.name)
-    return have is not None and wanted.specifier.contains(have, prereleases=True)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _versions() -> dict[str, str]:
-    return {canonicalize_name(found.name): found.version for found in distributions() if found.name}
-
-
 def local_copy(csv: str | Path) -> Path:
     """Return where a question file and its pictures can be read quickly: ``csv`` itself, unless it
     lies on Drive.
 
     Drive is slow with many small files: from there the CSVs beside it and its pictures are copied
     to the local disk, each verified, and found there by the next call, which copies only what has
-    changed. Where ``csv`` is not there but in a zip of the organiser's in its folder, that is
-    unpacked on the local disk. Either way the copy lies beside the cache of image features. A path
-    that does not exist is looked for in the repository's folder, too, and else returned as it is:
-    the check-up has the message.
+    changed. Where ``csv`` is not there but in a zip of the organiser's in its folder, it is
+    unpacked on the local disk, with the CSVs beside it and the pictures that it names. Either way
+    the copy lies beside the cache of image features. A path that does not exist is looked for in
+    the repository's folder, too, and else returned as it is: the check-up has the message.
 
     Raises:
         InputError: if the local disk is too small, or the zip damaged.
     """
     csv = Path(csv)
-    if not csv.parent.is_dir():
-        csv = HOME / csv if (HOME / csv.parent).is_dir() else csv
+    if not csv.parent.is_dir() and (HOME / csv.parent).is_dir():
+        csv = HOME / csv
     if csv.is_file():
         return _copied(csv) if csv.resolve().is_relative_to(DRIVE.resolve()) else csv
     for archive in sorted(csv.parent.glob("*.zip")):
@@ -174,160 +188,142 @@ def local_copy(csv: str | Path) -> Path:
     return csv
 
 
-@dataclass(frozen=True)
-class Item:
-    """A file to be had on the local disk."""
-
-    size: int
-    changed: int
-    """Nanoseconds since 1970."""
-    fetch: Callable[[Path], None]
-    """Writes it to a path, verified."""
-
-
 def _copied(csv: Path) -> Path:
-    from bridgeblip.data import questions
+    """Copy a question file, the CSVs beside it and its pictures to the local disk; return the copy,
+    or ``csv`` itself if that can't be."""
+    from tqdm.auto import tqdm
+
     from bridgeblip.files import copy_verified
 
-    folder = csv.parent
-    try:
-        pictures = {question.image for question in questions.read_rows(csv, need_answers=False)}
-        written = questions.with_known_names(questions.read_table(csv))["img_path"]
-    except InputError:
+    folder, target = csv.parent, _local_folder(csv.parent)
+    pictures = _pictures(csv, folder)
+    if pictures is None:
         return csv  # the check-up says what is wrong with it
-    names = {os.path.relpath(path, folder): path for path in {*folder.glob("*.csv"), *pictures}}
-    with ThreadPoolExecutor(COPIERS) as pool:
-        stats = dict(zip(names, pool.map(_stat, names.values()), strict=True))
-    items = {
-        name: Item(stat.st_size, stat.st_mtime_ns, partial(copy_verified, names[name]))
-        for name, stat in stats.items()
-        if stat  # the check-up names the pictures that are not there
-    }
-    if any(name.split(os.sep)[0] == os.pardir for name in items) or any(
-        map(os.path.isabs, written)
-    ):
+    if any(name.split(os.sep)[0] in ("", os.pardir) for name in pictures):
         print(
             f"{csv} has pictures outside its folder, or absolute paths: reading from Drive, which "
             f"is slow"
         )
         return csv
-    target = _local_folder(folder)
-    _fetch(items, target, folder)
+    names = [path.name for path in folder.glob("*.csv")] + pictures
+
+    def to_copy(name: str) -> int | None:
+        """The size of a file that has changed; None if it has not, or is not there."""
+        there, here = _stat(folder / name), _stat(target / name)
+        return there[0] if there and there != here else None
+
+    def copy(name: str) -> None:
+        copy_verified(folder / name, target / name)
+        shutil.copystat(folder / name, target / name)
+
+    with _explained(folder, target), ThreadPoolExecutor(COPIERS) as pool:
+        sizes = dict(zip(names, pool.map(to_copy, names), strict=True))
+        changed = [name for name in names if sizes[name] is not None]
+        _make_room(sum(sizes[name] for name in changed), target, folder)
+        for path in target.glob("*.csv"):
+            if path.name not in names:
+                path.unlink()
+        list(tqdm(pool.map(copy, changed), "copying", len(changed), disable=not changed))
     print(f"reading the copy of {folder} in {target}; to change something, change it in {folder}")
     return target / csv.name
 
 
 def _unpacked(archive: Path, csv_name: str) -> Path | None:
-    """Unpack a zip if it holds ``csv_name``; return that file."""
+    """Unpack ``csv_name``, the CSVs beside it and its pictures, if a zip holds it; return that
+    file."""
+    from tqdm.auto import tqdm
+
+    target = _local_folder(archive, *_stat(archive))
     try:
-        with zipfile.ZipFile(archive) as opened:
-            members = [
-                m for m in opened.infolist() if not m.is_dir() and not _is_clutter(m.filename)
-            ]
-            names = [m.filename for m in members if Path(m.filename).name == csv_name]
-            if not names:
+        with _explained(archive, target), _open_zip(archive) as opened:
+            members = {_plain(member.filename): member for member in opened.infolist()}
+            found = [name for name in members if posixpath.basename(name) == csv_name]
+            if not found:
                 return None
-            items = {
-                m.filename: Item(m.file_size, _time_of(m), partial(_extract, opened, m))
-                for m in members
-            }
-            target = _local_folder(archive)
-            _fetch(items, target, archive)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        RuntimeError,
-    ) as error:  # the last: a password, a strange method
+            csv = min(found, key=lambda name: name.count("/"))
+
+            def unpack(names: list[str]) -> None:
+                missing = []
+                for name in names:
+                    member, here = members.get(_plain(name)), _stat(target / name)
+                    if member and (here is None or here[0] != member.file_size):
+                        member.filename = name
+                        missing.append(member)
+                _make_room(sum(member.file_size for member in missing), target, archive)
+                for member in tqdm(missing, "unpacking", disable=not missing):
+                    opened.extract(member, target)  # never outside the folder
+
+            unpack(fnmatch.filter(members, posixpath.join(posixpath.dirname(csv), "*.csv")))
+            unpack(_pictures(target / csv, target) or [])
+    # RuntimeError: a password, a strange method.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise InputError(
             f"{archive} can't be unpacked ({error}): copy it again, or unpack it yourself"
         ) from error
     print(f"reading {archive} as unpacked in {target}")
-    return target / min(names, key=lambda name: name.count("/"))
+    return target / csv
 
 
-def _is_clutter(name: str) -> bool:
-    """Whether it is a file that a system has added to the zip, or one that leads out of it."""
-    return any(part.startswith((".", "/")) or part == "__MACOSX" for part in Path(name).parts)
-
-
-def _time_of(member: zipfile.ZipInfo) -> int:
-    return int(time.mktime((*member.date_time, 0, 0, -1))) * 10**9
-
-
-def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    from bridgeblip.files import write_atomically
-
-    def write(partial: Path):
-        with archive.open(member) as source, open(partial, "wb") as file:
-            shutil.copyfileobj(source, file)  # at its end zipfile compares the checksum
-
-    def verify(partial: Path):
-        if partial.stat().st_size != member.file_size:
-            raise OSError(f"{path} was not stored as written: is the disk full?")
-
-    write_atomically(path, write, verify)
-
-
-def _fetch(items: dict[str, Item], target: Path, source: Path) -> None:
-    """Have each item at its name below ``target``; those that are there with their size and time
-    are left alone."""
-    from tqdm.auto import tqdm
-
-    missing = {name: item for name, item in items.items() if not _is_there(target / name, item)}
-    for stale in [
-        path for path in target.rglob("*.csv") if str(path.relative_to(target)) not in items
-    ]:
-        stale.unlink()
-    target.mkdir(parents=True, exist_ok=True)
-    need, free = (
-        sum(item.size for item in missing.values()),
-        shutil.disk_usage(target).free - SPARE_DISK,
-    )
-    if need > free:
-        raise InputError(
-            f"{source} needs {need / 1e9:.1f} GB in {target}, {max(free, 0) / 1e9:.1f} GB can be "
-            f"used there: free some "
-            "space, or set $BRIDGEBLIP_CACHE to a folder on a larger disk"
-        )
-
-    def fetch(name: str):
-        items[name].fetch(target / name)
-        os.utime(target / name, ns=(items[name].changed,) * 2)
+def _pictures(csv: Path, root: Path) -> list[str] | None:
+    """Return the names of a question file's pictures, seen from ``root`` or absolute as they are
+    written; None if the file can't be read."""
+    from bridgeblip.data.questions import read_rows
 
     try:
-        if missing:
-            with (
-                ThreadPoolExecutor(COPIERS) as pool,
-                tqdm(total=len(missing), desc="copying", unit="file") as bar,
-            ):
-                for _ in pool.map(fetch, missing):
-                    bar.update()
-    except OSError as error:
+        rows = read_rows(Path(os.path.relpath(csv)), need_answers=False)
+    except InputError:
+        return None
+    images = dict.fromkeys(row.image for row in rows if row.image)
+    return [str(i) if i.is_absolute() else os.path.relpath(i, root) for i in images]
+
+
+def _open_zip(archive: Path) -> zipfile.ZipFile:
+    """Open a zip; names without the mark of UTF-8 are UTF-8 all the same, or Korean Windows'."""
+    for encoding in ("utf-8", "cp949"):
+        with suppress(UnicodeDecodeError):
+            return zipfile.ZipFile(archive, metadata_encoding=encoding)
+    return zipfile.ZipFile(archive)
+
+
+def _plain(name: str) -> str:
+    """One form of names that look the same: composed letters, slashes, nothing superfluous."""
+    return posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+
+
+def _stat(path: Path) -> tuple[int, int] | None:
+    """Size and time of change of a file; None if there is none."""
+    if not os.path.isfile(path):
+        return None
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _make_room(need: int, target: Path, source: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    room = max(0, shutil.disk_usage(target).free - SPARE_DISK)
+    if need > room:
         raise InputError(
-            f"copying {source} to {target} stopped ({error}): run this again: it goes on"
-        ) from error
+            f"{source} needs {need / 1e9:.1f} GB in {target}, {room / 1e9:.1f} GB can be used "
+            f"there: free some space, or set $BRIDGEBLIP_CACHE to a folder on a larger disk"
+        )
 
 
-def _is_there(path: Path, item: Item) -> bool:
-    stat = _stat(path)
-    return stat is not None and (stat.st_size, stat.st_mtime_ns) == (item.size, item.changed)
+@contextmanager
+def _explained(source: Path, target: Path) -> Iterator[None]:
+    """Turn what the system says of a copy into one line with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno, "run this again: it goes on")
+        raise InputError(f"copying {source} to {target} stopped ({error}): {remedy}") from error
 
 
-def _stat(path: Path) -> os.stat_result | None:
-    return path.stat() if os.path.isfile(path) else None
-
-
-def _local_folder(source: Path) -> Path:
+def _local_folder(source: Path, *version: int) -> Path:
     """Where the copy of a folder or zip lies: each has its own, whatever its name."""
     from bridgeblip.bridge.features import default_folder
 
-    source = source.resolve()
-    return (
-        default_folder()
-        / "data"
-        / f"{source.stem}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
-    )
+    digest = hashlib.sha256(repr((str(source.resolve()), *version)).encode())
+    return default_folder() / "data" / f"{source.stem}-{digest.hexdigest()[:8]}"
 
 
 def finish() -> None:

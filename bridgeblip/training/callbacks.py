@@ -1,9 +1,8 @@
 """What happens around ``Trainer``'s steps: averaging, self-check, saving, stopping, and showing how
 it goes."""
 
-import signal
+import math
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +13,12 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from bridgeblip.evidence.figures import training_figure
 from bridgeblip.files import copy_verified
 from bridgeblip.training.state import copy_state, publish_state
+from bridgeblip.training.stopping import Stopper, copying_to
 from bridgeblip.training.weights import (
     best_epoch,
     save_best,
@@ -49,13 +48,15 @@ class Averages(TrainerCallback):
         self.mean = {name: p.detach().clone() for name, p in self.live.items()}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.decay = 1 - 1 / max(1.0, self.share * state.max_steps)
+        back = self.share * state.max_steps
+        self.decay = 1 - 1 / max(1.0, back)
+        if 0 < back < 1 and state.is_world_process_zero:
+            print(f"{state.max_steps} steps are too few to average over: the last weights count")
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
-        decay = min(
-            self.decay, (state.global_step - 1) / state.global_step
-        )  # a plain mean at first
+        plain = (state.global_step - 1) / state.global_step  # a plain mean at first
+        decay = min(self.decay, plain)
         torch._foreach_lerp_(list(self.mean.values()), list(self.live.values()), 1 - decay)
 
     @contextmanager
@@ -73,9 +74,8 @@ class Averages(TrainerCallback):
             parameter.data, self.mean[name] = self.mean[name], parameter.data
 
     def save(self, folder: Path) -> None:
-        save_file(
-            {name: tensor.cpu() for name, tensor in self.mean.items()}, folder / AVERAGES_FILE
-        )
+        tensors = {name: tensor.cpu() for name, tensor in self.mean.items()}
+        save_file(tensors, folder / AVERAGES_FILE)
 
     def load(self, folder: Path) -> None:
         self.take(load_file(folder / AVERAGES_FILE))
@@ -89,62 +89,42 @@ class Averages(TrainerCallback):
 class SelfCheck(TrainerCallback):
     """Proves in the first steps that all that should learn does, and that nothing else moves.
 
-    B starts at zero, so A has no gradient before B has moved: B and the head must have had one
-    after two steps with a learning rate, A after two more. Steps that fp16's loss scaling will skip
-    do not count.
+    Whatever is trained has had a gradient after ``STEPS`` steps with a learning rate: LoRA's A not
+    at once, for it has none before B has moved from zero. Steps that fp16's loss scaling will skip
+    do not count. The frozen tensors may be of any format, packed 4-bit weights included.
     """
 
-    def __init__(self, model: nn.Module):
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.stages = [
-            {name: p for name, p in trainable.items() if "lora_A" not in name},
-            {name: p for name, p in trainable.items() if "lora_A" in name},
-        ]
-        self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        self.sums = self._frozen_sums()
-        self.steps = 0
+    STEPS = 4
 
-    def _frozen_sums(self) -> dict[str, torch.Tensor]:
-        """A checksum of each frozen tensor's bits."""
-        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-        return {
-            name: p.detach().view(whole[p.element_size()]).sum() for name, p in self.frozen.items()
-        }
+    def __init__(self, model: nn.Module):
+        parameters = dict(model.named_parameters())
+        self.waiting = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        self.sums = {name: _checksum(p) for name, p in self.frozen.items()}
+        self.steps = 0
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if not self.stages or not max(group["lr"] for group in optimizer.param_groups):
+        groups = optimizer.param_groups
+        if (not self.sums and not self.waiting) or not max(group["lr"] for group in groups):
             return
-        gradients = [
-            p.grad
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         if not all(gradient.isfinite().all() for gradient in gradients):
             return
-        waiting = self.stages[0]
-        for name in [name for name, p in waiting.items() if p.grad is not None and p.grad.any()]:
-            del waiting[name]
+        for name, parameter in list(self.waiting.items()):
+            if parameter.grad is not None and parameter.grad.any():
+                del self.waiting[name]
         self.steps += 1
-        if self.steps < 2 and waiting:
-            return
-        if waiting:
+        if self.waiting and self.steps == self.STEPS:
             raise TrainingError(
-                f"{len(waiting)} tensors that should learn had no gradient in {self.steps} steps, "
-                f"the first is "
-                f"{next(iter(waiting))!r}: the loss does not depend on them"
+                f"{len(self.waiting)} tensors that should learn had no gradient in {self.STEPS} "
+                f"steps, the first is {next(iter(self.waiting))!r}: the loss does not depend on "
+                f"them"
             )
-        self.stages.pop(0)
-        self.steps = 0
-        if not self.stages:
+        if not self.waiting:
             self._check_frozen()
 
     def _check_frozen(self):
-        moved = [
-            name
-            for name, total in self._frozen_sums().items()
-            if not torch.equal(total, self.sums[name])
-        ]
+        moved = [n for n, p in self.frozen.items() if not torch.equal(_checksum(p), self.sums[n])]
         if moved:
             raise TrainingError(
                 f"{len(moved)} frozen tensors have changed, the first is {moved[0]!r}"
@@ -152,14 +132,27 @@ class SelfCheck(TrainerCallback):
         self.frozen, self.sums = {}, {}
 
 
-def _accuracies(state) -> list[float]:
-    """The validation accuracy of each epoch so far, by ``Trainer``'s log."""
-    return [entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry]
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """A sum over a tensor's bits."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().view(whole[tensor.element_size()]).sum()
+
+
+def validations(log: list[dict]) -> tuple[list[float], list[float]]:
+    """The validation accuracy and loss of each epoch so far, by ``Trainer``'s log."""
+    entries = [entry for entry in log if "eval_accuracy" in entry]
+    return [e["eval_accuracy"] for e in entries], [e.get("eval_loss", math.nan) for e in entries]
 
 
 class WeightsKeeper(TrainerCallback):
     """Writes ``weights-N.pt`` after the validation of epoch N, and ``best.json``; the main process
-    alone."""
+    alone.
+
+    Args:
+        folders: the checkpoint folder, and perhaps a second one for copies.
+        manifest: what the file says of the model.
+        probe: a batch whose logits by these weights travel with them.
+    """
 
     def __init__(
         self, folders: list[Path], manifest: dict[str, Any], probe: dict[str, torch.Tensor]
@@ -169,58 +162,24 @@ class WeightsKeeper(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, model, **kwargs):
         if "eval_accuracy" not in metrics or not state.is_world_process_zero:
             return
-        accuracies = _accuracies(state)
+        accuracies, losses = validations(state.log_history)
         path = weights_path(self.folders[0], len(accuracies) - 1)
-        measured = {
-            name.removeprefix("eval_"): value
-            for name, value in metrics.items()
-            if name.startswith("eval_")
-        }
-        manifest = self.manifest | {"validation": measured}
+        measured = {}
+        for name, value in metrics.items():
+            if name.startswith("eval_"):
+                measured[name.removeprefix("eval_")] = value
+        device = next(model.parameters()).device
+        inputs = {name: t.to(device) for name, t in self.probe.items() if name != "labels"}
         with torch.no_grad():
-            device = next(model.parameters()).device
-            inputs = {
-                name: tensor.to(device) for name, tensor in self.probe.items() if name != "labels"
-            }
             logits = model(**inputs).logits.cpu()
-        manifest["probe"] = {"inputs": self.probe, "logits": logits}
+        probe = {"inputs": self.probe, "logits": logits}
+        manifest = self.manifest | {"validation": measured, "probe": probe}
         save_weights(path, trained_tensors(model), manifest)
+        save_best(self.folders[0], accuracies, losses)
         for folder in self.folders[1:]:
-            copy_verified(path, folder / path.name)
-        for folder in self.folders:
-            save_best(folder, accuracies)
-
-
-class Stopper:
-    """Hears the stop button, Ctrl-C and SIGTERM, so that training can end after the step at hand,
-    its state saved."""
-
-    def __init__(self):
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals for the time of a block; the second one acts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals reach the main thread only
-            return
-        kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def restore():
-            for number, handler in kept.items():
-                signal.signal(number, handler)
-
-        def ask(number, frame):
-            self.asked = True
-            restore()
-            print("stopping after this step; once more to stop at once", file=sys.stderr)
-
-        for number in kept:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            restore()
+            with copying_to(folder):
+                copy_verified(path, folder / path.name)
+                save_best(folder, accuracies, losses)
 
 
 class StateKeeper(TrainerCallback):
@@ -252,10 +211,11 @@ class StateKeeper(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         due = time.monotonic() - self.saved_at >= self.seconds
-        wishes = torch.tensor([due, self.stopper.asked], dtype=torch.int, device=args.device)
+        self.asked = self.stopper.asked
         if args.world_size > 1:  # all processes save or stop, or none
+            wishes = torch.tensor([due, self.asked], dtype=torch.int, device=args.device)
             torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
-        due, self.asked = map(bool, wishes)
+            due, self.asked = map(bool, wishes)
         if state.epoch % 1 == 0:
             return  # an epoch ends here: on_epoch_end and on_save have the say
         if self.asked:
@@ -269,9 +229,7 @@ class StateKeeper(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
-        if (
-            self.asked and not control.should_training_stop
-        ):  # by its own end, or by what the validation came to
+        if self.asked and not control.should_training_stop:  # which its own end does, too
             self.leaving = control.should_training_stop = True
         if args.world_size > 1:
             torch.distributed.barrier()  # every process has written its generators
@@ -281,7 +239,8 @@ class StateKeeper(TrainerCallback):
             done = control.should_training_stop and not self.leaving
             published = publish_state(staged, self.folders[0], state.global_step, self.run, done)
             for folder in self.folders[1:]:
-                copy_state(published, folder)
+                with copying_to(folder):
+                    copy_state(published, folder)
         self.saved_at = time.monotonic()
 
 
@@ -296,53 +255,47 @@ class Patience(TrainerCallback):
         self.epochs = epochs
 
     def on_evaluate(self, args, state, control, **kwargs):
-        accuracies = _accuracies(state)
-        if accuracies and len(accuracies) - 1 - best_epoch(accuracies) >= self.epochs:
+        accuracies, losses = validations(state.log_history)
+        if accuracies and len(accuracies) - 1 - best_epoch(accuracies, losses) >= self.epochs:
             control.should_training_stop = True
 
 
 def history_table(log: list[dict]) -> pd.DataFrame:
-    """``Trainer``'s log as a table; row 0 is the slice before any training."""
+    """``Trainer``'s log as a table: ``step``, ``epoch``, ``loss``, and ``accuracy`` where validated.
+
+    Epochs are numbered as their weights files are, from 0; -1 is the model before any training.
+    """
     rows = []
     for entry in log:
         accuracy = entry.get("eval_accuracy", entry.get("before_accuracy"))
         if "loss" in entry or accuracy is not None:
-            epoch = entry["epoch"] if entry["step"] else 0.0
-            rows.append(
-                {
-                    "step": entry["step"],
-                    "epoch": epoch,
-                    "loss": entry.get("loss"),
-                    "accuracy": accuracy,
-                }
-            )
-    return pd.DataFrame(rows).astype({"loss": float, "accuracy": float})
+            epoch = math.ceil(entry["epoch"]) - 1 if entry["step"] else -1
+            rows.append((entry["step"], epoch, entry.get("loss"), accuracy))
+    table = pd.DataFrame(rows, columns=["step", "epoch", "loss", "accuracy"])
+    return table.astype({"loss": float, "accuracy": float})
 
 
-class Progress(TrainerCallback):
+class Progress(ProgressCallback):
     """One bar over all steps with loss and learning rate, one over each validation; in a notebook,
     a live figure."""
 
     SECONDS = 20  # between two drawings
 
     def __init__(self, live: bool):
-        self.live, self.drawn_at = live, 0.0
-        self.bar = self.validating = self.handle = None
+        super().__init__()
+        self.live, self.drawn_at, self.handle = live, 0.0, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
-                            mininterval=1)  # fmt: skip
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
+            self.training_bar.update(state.global_step)  # where it goes on from
+            self.current_step = state.global_step
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar:
-            self.bar.update()
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if self.bar and "loss" in logs:
-            self.bar.set_postfix(
-                loss=f"{logs['loss']:.3f}", rate=f"{logs['learning_rate']:.1e}", refresh=False
-            )
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.3f}", "rate": f"{logs['learning_rate']:.1e}"}
+            self.training_bar.set_postfix(shown, refresh=False)
             if self.live and time.monotonic() - self.drawn_at > self.SECONDS:
                 self._draw(state)
 
@@ -354,26 +307,17 @@ class Progress(TrainerCallback):
         self.handle.update(figure)
         self.drawn_at = time.monotonic()
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if state.is_world_process_zero:
-            if self.validating is None:
-                self.validating = tqdm(
-                    total=len(eval_dataloader), desc="validating", unit="batch", leave=False
-                )
-            self.validating.update()
-
     def on_evaluate(self, args, state, control, **kwargs):
-        if self.validating is not None:
-            self.validating.close()
-            self.validating = None
+        if self.prediction_bar is not None:
+            self.prediction_bar.leave = False
+        super().on_evaluate(args, state, control, **kwargs)
 
     on_predict = on_evaluate
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar:
-            if self.live:
-                self._draw(state)
-            self.bar.close()
+        if self.live and self.training_bar is not None:
+            self._draw(state)
+        super().on_train_end(args, state, control, **kwargs)
 
 
 def in_notebook() -> bool:

@@ -1,65 +1,174 @@
-"""How long and how fast to train."""
+"""How long and how fast to train: the one home of these defaults and of what they mean."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from bridgeblip import InputError
 
 # For sixty questions: more passes, a gentler start, more pictures to measure on.
 FEW = {
     "epochs": 8,
     "batch_size": 8,
-    "warmup": 0.1,
+    "warmup_ratio": 0.1,
     "label_smoothing": 0.1,
     "validation_fraction": 0.2,
 }
+FEW_PICTURES = 100
+"""Distinct pictures below which the profile for few is taken by itself."""
+FEW_CHOICES = ("auto", "yes", "no")
 
 NOT_THE_RESULT = ("workers", "save_minutes")  # settings that a resumed run may change
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """How long and how fast to train. The defaults suit a few thousand questions;
-    ``choose(few=True)`` sixty."""
+def setting(default: Any, text: str, **bounds: float) -> Any:
+    """A field of settings: its default, what it means, and ``least``, ``above``, ``most`` or
+    ``below``, if it has bounds."""
+    return field(default=default, metadata={"help": text, **bounds})
 
-    epochs: int = 1
-    """Passes over the training questions; each writes a weights file."""
-    batch_size: int = 16
-    """Questions a step on one device."""
-    accumulation: int = 1
-    """Steps whose gradients are added before the weights move."""
-    learning_rate: float = 2e-4
-    """Peak rate of the adapters."""
-    head_learning_rate: float = 2e-4
-    """Peak rate of the head, which starts from good rows and needs no more."""
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    """Share of all steps in which the rate rises to its peak; then it falls along a cosine."""
-    clip: float = 1.0
-    """Longest gradient that moves the weights; longer ones are scaled down."""
-    shuffle_choices: bool = True
-    """Show the choices in a fresh order in every epoch, so that no letter is learned by heart."""
-    label_smoothing: float = 0.05
-    """Share of the target spread over all choices: keeps the probabilities honest on few
-    questions."""
-    average: float = 0.05
-    """Share of all steps that the moving average of the weights looks back; 0 takes the last
-    weights as they are."""
-    patience: int = 0
-    """Epochs without a better validation accuracy after which training stops; 0 never stops
-    early."""
-    validation_fraction: float = 0.1
-    """Share of the distinct pictures whose questions are only for measuring."""
-    seed: int = 0
-    deterministic: bool = False
-    """Use only operations that give the same bits each time, even where a GPU has quicker ones."""
-    workers: int = 0
-    """Processes that load pictures beside the training one."""
-    save_minutes: float = 5.0
-    """Time between two saved states, the most that a disconnect costs."""
+
+class Settings:
+    """Settings that refuse what makes no sense, for dataclasses whose fields are ``setting``s."""
+
+    def __post_init__(self):
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(item.default, int | float) and not isinstance(item.default, bool):
+                _check_number(item.name, value, type(item.default), item.metadata)
 
     @classmethod
-    def choose(cls, few: bool = False, **changes) -> "TrainSettings":
-        """The defaults or, if ``few``, the profile for some sixty questions; a change that is None
-        changes nothing."""
-        profile = FEW if few else {}
-        return cls(
-            **profile | {name: value for name, value in changes.items() if value is not None}
+    def given(cls, **values: Any) -> Self:
+        """The defaults, but for the values that are not None."""
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    def describe(self) -> str:
+        """A line for each setting: its name, its value and what it means."""
+        lines = []
+        for item in fields(self):
+            lines.append(f"{item.name:20} {getattr(self, item.name)!s:12} {item.metadata['help']}")
+        return "\n".join(lines)
+
+
+def _check_number(name: str, value: Any, kind: type, bounds: Any) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    usable = whole or (kind is float and isinstance(value, float) and math.isfinite(value))
+    least, above = bounds.get("least", -math.inf), bounds.get("above", -math.inf)
+    most, below = bounds.get("most", math.inf), bounds.get("below", math.inf)
+    if usable and least <= value <= most and above < value < below:
+        return
+    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+    asked = [f"{words[bound]} {bounds[bound]:g}" for bound in words if bound in bounds]
+    number = "a whole number" if kind is int else "a number"
+    raise InputError(f"{name} is {value!r}: expected {number} {' and '.join(asked)}")
+
+
+@dataclass(frozen=True)
+class TrainSettings(Settings):
+    """How long and how fast to train. The defaults suit a few thousand questions; ``choose`` knows
+    a profile for some sixty."""
+
+    epochs: int = setting(
+        1, "passes over the training questions; each writes a weights file", least=1
+    )
+    batch_size: int = setting(16, "questions a step on one device", least=1)
+    accumulation: int = setting(
+        1, "steps whose gradients are added before the weights move", least=1
+    )
+    learning_rate: float = setting(2e-4, "peak rate of adapters and head", above=0, below=1)
+    head_learning_rate: float | None = setting(
+        None, "peak rate of the head, if it is to be another one"
+    )
+    weight_decay: float = setting(0.01, "how strongly AdamW pulls weights to zero", least=0)
+    warmup_ratio: float = setting(
+        0.05,
+        "share of all steps in which the rate rises to its peak; then it falls along a cosine",
+        least=0,
+        below=1,
+    )
+    max_grad_norm: float = setting(
+        1.0, "longest gradient that moves the weights; longer ones are scaled down", above=0
+    )
+    shuffle_choices: bool = setting(
+        True,
+        "show the choices in a fresh order in every epoch, so that no letter is learned by heart",
+    )
+    label_smoothing: float = setting(
+        0.05,
+        "share of the target spread over all choices: keeps the probabilities honest on few "
+        "questions",
+        least=0,
+        below=1,
+    )
+    average: float = setting(
+        0.05,
+        "share of all steps that the moving average of the weights (EMA) looks back; 0 takes the "
+        "last weights as they are",
+        least=0,
+        most=1,
+    )
+    patience: int = setting(
+        0, "epochs without a better validation after which training stops; 0 never stops", least=0
+    )
+    validation_fraction: float = setting(
+        0.1,
+        "share of the distinct pictures whose questions are only for measuring",
+        above=0,
+        most=0.5,
+    )
+    seed: int = setting(0, "of the split, the order and the adapters' start", least=0, below=2**32)
+    deterministic: bool = setting(
+        False,
+        "use only operations that give the same bits each time: on one kind of GPU, with the same "
+        "versions, a run repeats to the bit, more slowly; another GPU, version or number of "
+        "processes still rounds otherwise; a CPU repeats anyway",
+    )
+    workers: int = setting(0, "processes that load pictures beside the training one", least=0)
+    save_minutes: float = setting(
+        5.0, "time between two saved states, the most that a disconnect costs", least=0
+    )
+
+    def __post_init__(self):
+        if self.head_learning_rate is None:
+            object.__setattr__(self, "head_learning_rate", self.learning_rate)
+        super().__post_init__()
+        _check_number(
+            "head_learning_rate", self.head_learning_rate, float, {"above": 0, "below": 1}
         )
+
+    @classmethod
+    def choose(cls, few: str, questions: str | Path | Sequence, **changes: Any) -> "TrainSettings":
+        """The defaults or the profile for few, but for the changes that are not None.
+
+        Args:
+            few: "yes", "no", or "auto": the profile where there are fewer than ``FEW_PICTURES``
+                distinct pictures, which is said.
+            questions: the question file, or its questions.
+
+        Raises:
+            InputError: if ``few`` is none of these, or the questions can't be read.
+        """
+        if few not in FEW_CHOICES:
+            raise InputError(f"few is {few!r}: expected one of {', '.join(FEW_CHOICES)}")
+        profile = FEW if few == "yes" else {}
+        count = _count_pictures(questions) if few == "auto" else FEW_PICTURES
+        if count < FEW_PICTURES:
+            profile = FEW
+            from bridgeblip.machine import process_rank  # slow to import, and the parser waits
+
+            if process_rank()[0] == 0:
+                words = ", ".join(f"{name} {value}" for name, value in FEW.items())
+                print(f"{count} distinct pictures are few: their profile is taken ({words})")
+        return cls.given(**profile | {k: v for k, v in changes.items() if v is not None})
+
+
+def _count_pictures(questions: str | Path | Sequence) -> int:
+    """How many distinct pictures there are; those that are missing don't count."""
+    from bridgeblip.data.pictures import picture_keys
+    from bridgeblip.data.questions import read_questions
+
+    if isinstance(questions, str | Path):
+        questions = read_questions(questions, strict=False)
+    there = [question.image for question in questions if question.image is not None]
+    return len(set(picture_keys(there).values()))

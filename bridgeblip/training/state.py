@@ -15,8 +15,6 @@ STATE_FOLDER = "state"
 
 STATE_FILE = "state.json"
 
-FOREIGN = "it belongs to another run"
-
 GENERATIONS = 2  # resumable states that are kept: should the newest be torn, there is one before it
 
 
@@ -77,17 +75,57 @@ def _states(folder: Path) -> dict[int, Path]:
     return {int(name[1]): path for path, name in names.items() if name}
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the record of a state: the "run" that it belongs to, its "files" and their digests,
+    and whether that run is "done".
+
+    Raises:
+        ValueError: if the record is torn, or something else.
+    """
+    try:
+        record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        kinds = {"run": dict, "files": dict, "done": bool}
+        if all(isinstance(record[key], kind) for key, kind in kinds.items()):
+            return record
+        reason = "other values than expected"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise ValueError(f"it is torn ({STATE_FILE}, {reason})")
+
+
+def refuse_other_run(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> None:
+    """Refuse to lose another run's work.
+
+    Raises:
+        InputError: if the newest state of a place is of another run that has not ended.
+    """
+    for place in checkpoint_dirs:
+        for _, folder in sorted(_states(Path(place) / STATE_FOLDER).items(), reverse=True):
+            try:
+                record = read_state(folder)
+            except ValueError:
+                continue
+            other = _differences(record["run"], run)
+            if other and not record["done"]:
+                raise InputError(
+                    f"{folder} belongs to another run (other {', '.join(other)}) that has not "
+                    f"ended. Set that back to go on with it; to start anew, delete the folder "
+                    f"{STATE_FOLDER}, or take another checkpoint folder"
+                )
+            break  # those before it are the same run's
+
+
 def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> Path | None:
     """Return the newest whole state of this ``run``, or None; each one passed over is named.
 
     Args:
         checkpoint_dirs: where states may lie; the first place wins between equals.
-        run: what must agree: base, settings, questions.
+        run: what must agree: base, settings, questions. Of "versions" a difference is only named.
 
     Raises:
-        InputError: if the newest whole state of a place is of another run that has not ended: it
-            would be lost.
+        InputError: if a place has the state of another run that has not ended: it would be lost.
     """
+    refuse_other_run(checkpoint_dirs, run)
     found = {}
     for place in reversed(checkpoint_dirs):
         for step, folder in sorted(_states(Path(place) / STATE_FOLDER).items(), reverse=True):
@@ -95,34 +133,37 @@ def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> 
             if fault is None:
                 found[step] = folder
                 break
-            if fault.startswith(FOREIGN) and not state_is_done(folder):
-                raise InputError(
-                    f"{folder}: {fault} that has not ended. Set that back to go on with it; to "
-                    f"start anew, delete the "
-                    f"folder {STATE_FOLDER}, or take another checkpoint folder"
-                )
             print(f"passing over {folder}: {fault}")
-            if fault.startswith(FOREIGN):
-                break  # it has ended; those before it are its own
-    return found[max(found)] if found else None
+    if not found:
+        return None
+    newest = found[max(found)]
+    before, now = read_state(newest)["run"].get("versions"), run.get("versions")
+    if before != now:
+        print(f"going on with other versions, the last digits may differ: {before} -> {now}")
+    return newest
 
 
 def state_is_done(folder: Path) -> bool:
     """Whether a state is the last of its run."""
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["done"]
+    return read_state(folder)["done"]
 
 
 def _fault_of_state(folder: Path, run: dict[str, Any]) -> str | None:
     """Return what is wrong with a state, if anything."""
     try:
-        record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        files, made_by = record["files"], record["run"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"it is torn ({type(error).__name__}: {error})"
-    for name, digest in files.items():
+        record = read_state(folder)
+    except ValueError as error:
+        return str(error)
+    other = _differences(record["run"], run)
+    if other:
+        return f"it belongs to another run (other {', '.join(other)})"
+    for name, digest in record["files"].items():
         if not (folder / name).is_file() or file_digest(folder / name) != digest:
             return f"it is torn ({name} is not as it was written)"
-    different = sorted(
-        key for key in run.keys() | made_by.keys() if run.get(key) != made_by.get(key)
-    )
-    return f"{FOREIGN} (other {', '.join(different)})" if different else None
+    return None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys in which two runs differ."""
+    keys = (before.keys() | now.keys()) - {"versions"}
+    return sorted(key for key in keys if before.get(key) != now.get(key))

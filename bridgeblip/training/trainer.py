@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score
 from torch import nn
@@ -21,25 +20,16 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from bridgeblip import InputError
 from bridgeblip.data.questions import Question
-from bridgeblip.training.callbacks import (
-    Averages,
-    Stopper,
-)
+from bridgeblip.training.callbacks import Averages
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, state_is_done
+from bridgeblip.training.stopping import Stopper
 from bridgeblip.training.weights import load_trained, trained_tensors
 
 TRAINED_FILE = "trained.safetensors"
 
 STAGING_FOLDER = ".staging"
-
-
-class TrainingStopped(InputError):
-    """Training ended because it was asked to; its state is saved."""
-
-    exit_code = 130
 
 
 class TrainingQuestions(Dataset):
@@ -111,11 +101,7 @@ class BridgeTrainer(Trainer):
         return torch.from_numpy(logits).softmax(-1).numpy()
 
     def go(self, resumed: Path | None, stopper: Stopper) -> None:
-        """Train, from a saved state if there is one.
-
-        Raises:
-            InputError: if the state can't be saved; that of before is still there.
-        """
+        """Train, from a saved state if there is one."""
         if resumed:
             self.averages.load(resumed)
         if self.args.should_save:  # in one process of several
@@ -127,15 +113,8 @@ class BridgeTrainer(Trainer):
             self._load_from_checkpoint(resumed)
             self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             return
-        try:
-            with stopper.listening():
-                self.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"training stopped at step {self.state.global_step}, a file could not be written "
-                f"({error}): free some "
-                "space and run the same again; it goes on from the last whole state"
-            ) from error
+        with stopper.listening():
+            self.train(resume_from_checkpoint=str(resumed) if resumed else None)
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self.args.should_save:
@@ -162,8 +141,8 @@ def training_arguments(
         per_device_eval_batch_size=2 * settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup,  # below 1 it is a share of all steps
-        max_grad_norm=settings.clip,
+        warmup_steps=settings.warmup_ratio,  # below 1 it is a share of all steps
+        max_grad_norm=settings.max_grad_norm,
         fp16=gpu
         and dtype
         == torch.float16,  # scales the loss; autocast, which comes with it, stops at the model

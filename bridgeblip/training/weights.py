@@ -5,8 +5,10 @@ the model around it; ``best.json`` names the best N; ``state/step-N/`` holds wha
 on from.
 """
 
+import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,17 +38,16 @@ class Weights:
 def save_weights(
     path: str | Path, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]
 ) -> None:
-    """Write ``weights-N.pt`` and verify it by reading every tensor back."""
+    """Write ``weights-N.pt`` and verify it by reading it back."""
+
+    content = io.BytesIO()  # torch's own writer ends in other errors than a full disk's
+    torch.save({"format": WEIGHTS_FORMAT, "tensors": tensors, "manifest": manifest}, content)
 
     def verify(partial: Path):
-        read = _torch_load(partial)["tensors"]
-        if read.keys() != tensors.keys() or not all(
-            torch.equal(read[name], tensors[name]) for name in tensors
-        ):
+        if partial.read_bytes() != content.getbuffer():
             raise OSError(f"{path} was not stored as written: is the disk full?")
 
-    content = {"format": WEIGHTS_FORMAT, "tensors": tensors, "manifest": manifest}
-    write_atomically(path, lambda partial: torch.save(content, partial), verify)
+    write_atomically(path, lambda partial: partial.write_bytes(content.getbuffer()), verify)
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -64,15 +65,23 @@ def load_weights(path: str | Path) -> Weights:
             f"{path} holds a {type(content).__name__}: expected what train.ipynb writes"
         )
     if "tensors" not in content:
-        if not all(isinstance(value, torch.Tensor) for value in content.values()):
-            raise InputError(f"{path} was not written by train.ipynb, nor is it a state dict")
+        _check_tensors(path, content)
         return Weights(content, None)
-    if content["format"] > WEIGHTS_FORMAT:
+    form, tensors, manifest = (content.get(key) for key in ("format", "tensors", "manifest"))
+    if not isinstance(form, int) or not isinstance(manifest, dict):
+        raise InputError(f"{path} has no format or no manifest: expected what train.ipynb writes")
+    if form > WEIGHTS_FORMAT:
         raise InputError(
-            f"{path} has format {content['format']}, this version reads {WEIGHTS_FORMAT}: update "
-            f"bridgeblip"
+            f"{path} has format {form}, this version reads {WEIGHTS_FORMAT}: update bridgeblip"
         )
-    return Weights(content["tensors"], content["manifest"])
+    _check_tensors(path, tensors)
+    return Weights(tensors, manifest)
+
+
+def _check_tensors(path: Path, tensors: Any) -> None:
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise InputError(f"{path} was not written by train.ipynb, nor is it a state dict")
 
 
 def _torch_load(path: Path) -> Any:
@@ -89,26 +98,35 @@ def weights_path(checkpoint_dir: str | Path, epoch: int) -> Path:
     return Path(checkpoint_dir) / f"weights-{epoch}.pt"
 
 
-def best_epoch(accuracies: Sequence[float]) -> int:
-    """Return which validation accuracy is best, the earliest of equals; one that is NaN never,
-    unless all are."""
-    return max(
-        range(len(accuracies)),
-        key=lambda epoch: -1 if math.isnan(accuracies[epoch]) else accuracies[epoch],
-    )
+def best_epoch(accuracies: Sequence[float], losses: Sequence[float]) -> int:
+    """Return which epoch validates best: by accuracy, of equals the one of lower loss, then the
+    earliest; one that is NaN never, unless all are."""
+
+    def merit(epoch: int) -> tuple[float, float]:
+        accuracy, loss = accuracies[epoch], losses[epoch]
+        return -1 if math.isnan(accuracy) else accuracy, -math.inf if math.isnan(loss) else -loss
+
+    return max(range(len(accuracies)), key=merit)
 
 
 def save_best(
-    checkpoint_dir: str | Path, accuracies: list[float], permute_below: float | None = None
+    checkpoint_dir: str | Path,
+    accuracies: list[float],
+    losses: list[float],
+    permute_below: float | None = None,
 ) -> None:
-    """Record the validation accuracy of each epoch so far, and which weights are best.
+    """Record the validation accuracy and loss of each epoch so far, and which weights are best.
 
     Args:
         permute_below: margin below which asking in other orders paid on the validation questions,
             if it did.
     """
-    best = weights_path("", best_epoch(accuracies)).name
-    record = {"best": best, "validation_accuracy": accuracies, "permute_below": permute_below}
+    record = {
+        "best": weights_path("", best_epoch(accuracies, losses)).name,
+        "validation_accuracy": accuracies,
+        "validation_loss": losses,
+        "permute_below": permute_below,
+    }
     write_text(Path(checkpoint_dir) / BEST_FILE, json.dumps(record, indent=2) + "\n")
 
 
@@ -118,14 +136,19 @@ def read_best(checkpoint_dir: str | Path) -> dict[str, Any]:
     Raises:
         InputError: if the record is damaged.
     """
-    record = Path(checkpoint_dir) / BEST_FILE
-    if not record.is_file():
+    path = Path(checkpoint_dir) / BEST_FILE
+    if not path.is_file():
         return {}
     try:
-        return json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        best = int(re.fullmatch(r"weights-(\d+)\.pt", record["best"])[1])
+        float(record["validation_accuracy"][best])
+        float(record.get("permute_below") or 0)
+        return record
+    except (OSError, ValueError, KeyError, TypeError, LookupError) as error:
         raise InputError(
-            f"{record} can't be read ({error}): remove it, and all weights but the best one"
+            f"{path} can't be read ({type(error).__name__}: {error}): remove it, and all weights "
+            f"but the best one"
         ) from error
 
 
@@ -154,8 +177,11 @@ def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
                 f"remove {BEST_FILE}"
             )
         accuracies = best["validation_accuracy"]
-        reached = accuracies[best_epoch(accuracies)]
-        return path, f"best of {len(accuracies)} epochs, validation accuracy {reached:.3f}"
+        epoch = int(re.findall(r"\d+", path.name)[0])
+        why = f"best of {len(accuracies)} epochs, validation accuracy {accuracies[epoch]:.3f}"
+        own = [weights_path(folder, number) for number in range(len(accuracies))]
+        older = [other.name for other in found if other not in own]
+        return path, why + (f"; {', '.join(older)} are an earlier run's" if older else "")
     if len(found) == 1:
         return found[0], "the only weights file"
     if not found:

@@ -1,0 +1,213 @@
+"""What a training run decides before anything long starts, and the model that it then builds."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import InstructBlipConfig, enable_full_determinism, set_seed
+
+from bridgeblip.bridge.base import resolve_base
+from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget
+from bridgeblip.bridge.config import BridgeSettings, decoder_layers, slice_config
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
+from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
+from bridgeblip.data.pictures import picture_keys
+from bridgeblip.data.questions import Question, read_questions, split_by_picture
+from bridgeblip.files import require_writable
+from bridgeblip.machine import choose_precision
+from bridgeblip.training.hold import holding
+from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
+from bridgeblip.training.state import refuse_other_run
+
+KEY_LENGTH = 16  # hex digits of a training picture's SHA-256 that the weights remember
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before anything long starts."""
+
+    base: str | Path
+    revision: str | None
+    layers: list[int]
+    settings: TrainSettings
+    bridge: BridgeSettings
+    places: list[Path]
+    """The checkpoint folder, and perhaps a second one for copies."""
+    training: list[Question]
+    validation: list[Question]
+    picture_keys: dict[Path, str]
+    """Content key of each picture."""
+    processor: QuestionProcessor
+    process: PartialState
+    device: torch.device
+    dtype: torch.dtype
+    manifest: dict[str, Any]
+    """What each weights file says of itself."""
+    identity: dict[str, Any]
+    """What a saved state must agree with."""
+
+
+def plan_training(
+    train_csv: str | Path,
+    base: str | Path,
+    checkpoint_dir: str | Path,
+    settings: TrainSettings = TrainSettings(),
+    bridge: BridgeSettings = BridgeSettings(),
+    revision: str | None = None,
+    budget_limit: int = BUDGET_LIMIT,
+    copy_to: str | Path | None = None,
+) -> Plan:
+    """Read and split the questions, look at base, machine and folders; nothing long is done.
+
+    Args:
+        base: "tiny", a folder, or a hub id, of which ``revision`` is taken.
+        budget_limit: most parameters that the merged model may have.
+        copy_to: a second checkpoint folder, such as one on Drive, that gets a verified copy of
+            every file.
+
+    Raises:
+        InputError: as ``train``.
+    """
+    process = PartialState(cpu=not torch.cuda.is_available())
+    places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
+    folder = resolve_base(base, revision)
+    processor = QuestionProcessor.from_base(folder)
+    questions = _read_fitting(train_csv, processor, process)
+    training, validation = split_by_picture(questions, settings.validation_fraction, settings.seed)
+    layers = decoder_layers(bridge.layers)
+    config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
+    budget = certify_budget(config, budget_limit)
+    # accelerate may say cpu:0
+    device = process.device if process.device.type == "cuda" else torch.device("cpu")
+    precision = choose_precision(device, budget["total"])
+    process.print(
+        f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}"
+    )
+    keys = picture_keys(q.image for q in questions)
+    manifest = {
+        "base": str(base),
+        "revision": revision,
+        "layers": layers,
+        "bridge": {key: value for key, value in asdict(bridge).items() if key != "layers"},
+        "train": asdict(settings),
+        "dtype": str(precision.dtype).removeprefix("torch."),
+        "budget": budget | {"limit": budget_limit},
+        "config": config.to_json_string(),
+        "pictures": sorted({keys[q.image][:KEY_LENGTH] for q in training}),
+    } | _contract(processor)
+    identity = _identity(manifest, questions, keys, process.num_processes)
+    manifest["run"] = digest_of({k: v for k, v in identity.items() if k != "versions"})
+    with held(places, process):
+        refuse_other_run(places, identity)
+    return Plan(
+        base, revision, layers, settings, bridge, places, training, validation, keys, processor,
+        process, device, precision.dtype, manifest, identity,
+    )  # fmt: skip
+
+
+@contextmanager
+def held(places: Sequence[Path], process: PartialState) -> Iterator[None]:
+    """Hold folders that can be written for the time of a block; the main process does it for all.
+
+    Raises:
+        InputError: if one can't be written, or a live run holds it.
+    """
+    places = places if process.is_main_process else []
+    for place in places:
+        require_writable(place)
+    with holding(places):
+        yield
+
+
+def _read_fitting(
+    train_csv: str | Path, processor: QuestionProcessor, process: PartialState
+) -> list[Question]:
+    """Read the questions, those shortened that the model can't read whole; say what is odd about
+    them."""
+    written = read_questions(train_csv, need_answers=True)
+    questions = [processor.fit(question) for question in written]
+    processor.encode_prompts([processor.prompt(question) for question in questions])
+    shortened = sum(fitting != whole for fitting, whole in zip(questions, written, strict=True))
+    if shortened:
+        process.print(
+            f"{shortened} of {len(questions)} questions are longer than the {processor.prompt_limit} "
+            f"tokens that this base reads: their beginning is left out"
+        )
+    alike = [question for question in written if _has_equal_choices(question)]
+    if alike:
+        process.print(
+            f"warning: {len(alike)} of {len(questions)} questions have equal choices, of which one "
+            f"at most can be right; the first is ID {alike[0].id} in line {alike[0].line}"
+        )
+    return questions
+
+
+def _has_equal_choices(question: Question) -> bool:
+    filled = [choice for choice in question.choices if choice]
+    return len(set(filled)) < len(filled)
+
+
+def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:
+    """Return the slice of the base that a plan asks for, its head started, nothing trained yet."""
+    (enable_full_determinism if plan.settings.deterministic else set_seed)(plan.settings.seed)
+    sliced = load_sliced(
+        plan.base,
+        plan.processor.letter_ids,
+        plan.layers,
+        plan.bridge.head_init,
+        plan.dtype,
+        plan.device,
+        plan.revision,
+    )
+    sliced.label_smoothing = plan.settings.label_smoothing
+    return sliced
+
+
+def build_bridge(plan: Plan, sliced: BridgeBlipForMultipleChoice) -> nn.Module:
+    """Return the slice with a plan's bridge over its gaps; only that and the head will learn."""
+    set_seed(plan.settings.seed)
+    return attach_bridge(sliced, plan.bridge)
+
+
+def _identity(
+    manifest: dict, questions: Sequence[Question], keys: dict[Path, str], processes: int
+) -> dict[str, Any]:
+    """What must be the same for a run to go on: its weights' manifest, its questions, its
+    processes; and its versions, of which a difference is only named."""
+    rows = [[q.id, keys[q.image], q.question, q.choices, q.answer] for q in questions]
+    apart = ("config", "budget", "train", "pictures")
+    kept = {key: value for key, value in manifest.items() if key not in apart}
+    settings = {key: value for key, value in manifest["train"].items() if key not in NOT_THE_RESULT}
+    run = kept | {
+        "settings": settings,
+        "questions": digest_of(rows),
+        "processes": processes,
+    }
+    return json.loads(json.dumps(run))
+
+
+def digest_of(facts: Any) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _contract(processor: QuestionProcessor) -> dict:
+    """What whoever uses the weights must agree on, and the versions that made them."""
+    return {
+        "letters": list(processor.letters),
+        "letter_ids": processor.letter_ids,
+        "prompt": PROMPT_TEMPLATE,
+        "processor": processor.fingerprint,
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "peft", "accelerate")
+        },
+    }

@@ -1,0 +1,95 @@
+"""The settings of the bridge; nothing heavy is imported, so that the command line is quick."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bridgeblip import InputError
+from bridgeblip.training.settings import Settings, setting
+
+REAL_BASE = "Salesforce/instructblip-flan-t5-xl"
+
+LAYER_SELECTIONS = {
+    "every-third": (0, 3, 6, 9, 12, 15, 18, 21),
+    "every-second-8": (0, 2, 4, 6, 8, 10, 12, 14),
+    "first-8": (0, 1, 2, 3, 4, 5, 6, 7),
+    "first-4-even": (0, 2, 4, 6),
+    "every-third-with-last": (0, 3, 6, 9, 12, 15, 18, 23),
+    "even-with-last": (0, 3, 7, 10, 13, 16, 20, 23),
+}
+"""Ways to cut a 24-layer decoder, by name."""
+
+# The widths that the published settings belong to: rank 96 on the 2048-wide T5-XL.
+REFERENCE_RANK = 96
+REFERENCE_WIDTH = 2048
+
+
+def decoder_layers(selection: str | Sequence[int]) -> list[int]:
+    """Return the layer indices of a selection's name, of a text like "0,3,6", or of a list.
+
+    Raises:
+        InputError: if the text is neither a known name nor a list of numbers.
+    """
+    if not isinstance(selection, str):
+        return [int(i) for i in selection]
+    if selection in LAYER_SELECTIONS:
+        return list(LAYER_SELECTIONS[selection])
+    try:
+        return [int(part) for part in selection.split(",")]
+    except ValueError:
+        names = ", ".join(LAYER_SELECTIONS)
+        raise InputError(
+            f"layer selection {selection!r} is unknown: expected {names}, or indices like 0,3,6"
+        ) from None
+
+
+@dataclass(frozen=True)
+class BridgeSettings(Settings):
+    """What stays of the decoder, and what the LoRA bridge over the gaps is made of."""
+
+    rank: int = setting(
+        REFERENCE_RANK,
+        "width of the low-rank update on a 2048-wide decoder, narrower ones get their share; 0 "
+        "trains the head only",
+        least=0,
+    )
+    alpha: int = setting(
+        2 * REFERENCE_RANK,
+        "LoRA scale on a 2048-wide decoder: the update is multiplied by alpha / rank",
+        least=0,
+    )
+    dropout: float = setting(
+        0.05, "dropout on the input of every adapter while training", least=0, below=1
+    )
+    head_init: str = setting(
+        "lm_head", "start the head from the LM head's rows of the letters (lm_head), or random"
+    )
+    targets: str = setting(
+        "all",
+        'linears that get adapters: all that do work, or "q,v", queries and values alone, as LoRA '
+        "was first used",
+    )
+    layers: str | Sequence[int] = setting(
+        "every-third", "decoder layers that stay: a name, or indices like 0,3,6"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        decoder_layers(self.layers)
+        if self.head_init not in ("lm_head", "random") or self.targets not in ("all", "q,v"):
+            raise InputError(
+                f"head_init is {self.head_init!r} and targets {self.targets!r}: expected 'lm_head' "
+                f"or 'random', and 'all' or 'q,v'"
+            )
+
+    def rank_for(self, width: int) -> int:
+        """The rank on a decoder of ``width``: the same share of the width as 96 of 2048; 0 means no
+        bridge."""
+        return 0 if self.rank == 0 else max(1, round(self.rank * width / REFERENCE_WIDTH))
+
+    def alpha_for(self, width: int) -> float:
+        """The LoRA scale that keeps alpha / rank as set."""
+        return self.alpha / self.rank * self.rank_for(width) if self.rank else 0.0
+
+
+DEFAULT_DECODER_LAYERS = tuple(decoder_layers(BridgeSettings().layers))
+"""The layers that stay by default, as indices."""

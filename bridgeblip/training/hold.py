@@ -1,0 +1,158 @@
+"""A folder belongs to one live run: the file that says so, and how a dead run's is told apart."""
+
+import json
+import platform
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bridgeblip import InputError
+
+HOLD_FILE = ".held-{}"
+BEAT_SECONDS = 20  # between two signs of life
+STALE_SECONDS = 120  # without a sign of life, a run on another machine is dead
+OWN: set[Path] = set()  # folders that this process holds
+
+
+@contextmanager
+def holding(folders: Sequence[Path]) -> Iterator[None]:
+    """Hold folders for the time of a block; what a dead run has left there is no obstacle.
+
+    A run on this machine is alive if its process is. One on another machine, where the folder may
+    be a mounted Drive, is alive if it gives a sign of life while this waits for one.
+
+    Raises:
+        InputError: if a live run holds one of them; it is named.
+    """
+    with ExitStack() as stack:
+        for folder in folders:
+            folder = Path(folder).resolve()
+            if folder not in OWN:  # held already, around this block
+                stack.enter_context(_holding(folder))
+        yield
+
+
+@contextmanager
+def _holding(folder: Path) -> Iterator[None]:
+    path = _take(folder)
+    OWN.add(folder)
+    ended = threading.Event()
+    beats = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    beats.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beats.join()
+        OWN.remove(folder)
+        with suppress(OSError):  # a Drive that is away
+            path.unlink()
+
+
+def require_free(folder: Path) -> None:
+    """Refuse a folder that a live run holds, without holding it."""
+    for path in _holds(folder).values():
+        _refuse_if_alive(folder, path)
+
+
+def _take(folder: Path) -> Path:
+    """Create this run's file; of several that try at once the file system lets one do it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        require_free(folder)
+        others = _holds(folder)
+        path = folder / HOLD_FILE.format(max(others, default=0) + 1)
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                json.dump(_sign(), file)
+        except FileExistsError:
+            continue  # another run was quicker
+        for other in others.values():
+            other.unlink(missing_ok=True)
+        return path
+
+
+def _holds(folder: Path) -> dict[int, Path]:
+    """The files of runs that hold the folder, or did when they died."""
+    pattern = re.escape(HOLD_FILE).replace(r"\{\}", r"(\d+)")
+    names = {path: re.fullmatch(pattern, path.name) for path in folder.glob(HOLD_FILE.format("*"))}
+    return {int(name[1]): path for path, name in names.items() if name}
+
+
+def _sign() -> dict[str, Any]:
+    """What a run says of itself."""
+    me = psutil.Process()
+    return {
+        "host": _host(),
+        "pid": me.pid,
+        "started": me.create_time(),
+        "alive": time.time(),
+    }
+
+
+def _host() -> str:
+    """This machine since it was switched on: a container's name alone may come again."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{platform.node()} {boot.read_text()[:8] if boot.is_file() else ''}".strip()
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(BEAT_SECONDS):
+        try:
+            path.write_text(json.dumps(_sign()), encoding="utf-8")
+        except OSError:
+            continue  # a full disk or a Drive that is away: training has its own word on that
+
+
+def _refuse_if_alive(folder: Path, path: Path) -> None:
+    """Return if the run whose file this is has ended; that takes a while only where its process is
+    another machine's."""
+    first, until, told = _read(path), time.monotonic() + STALE_SECONDS, False
+    while path.exists():
+        sign = _read(path)
+        first = first or sign
+        if sign and sign["host"] == _host():
+            if not _is_process(sign["pid"], sign["started"]):
+                return
+            break
+        if sign and sign["alive"] != first["alive"]:
+            break
+        said = sign["alive"] if sign else path.stat().st_mtime
+        if time.time() - said > STALE_SECONDS or time.monotonic() > until:
+            return
+        if not told:
+            print(f"{path} is of a run on another machine: waiting whether it gives a sign of life")
+            told = True
+        time.sleep(0.2)
+    else:
+        return
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(sign["started"]))
+    raise InputError(
+        f"{folder} is held by a live run, process {sign['pid']} on {sign['host']}, since {since}: "
+        f"wait for its end, stop it, or take another folder"
+    )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The sign in a file; None if it is gone, or just being written."""
+    try:
+        sign = json.loads(path.read_text(encoding="utf-8"))
+        numbers = {key: float(sign[key]) for key in ("started", "alive")}
+        return {"pid": int(sign["pid"]), "host": str(sign["host"])} | numbers
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_process(pid: int, started: float) -> bool:
+    """Whether a process of this machine still runs; not another one that has its number."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < 2 and process.status() != "zombie"
+    except psutil.Error:
+        return False
