@@ -124,24 +124,8 @@ def clustered_mean(
         groups: (N,), equal where rows belong together.
         weights: (N,), not negative and not all 0.
     """
-    values = np.asarray(values, dtype=float)
-    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
-    value = float((weights * values).sum() / weights.sum())
-    sizes = _sums_by_group(weights, groups, weights)
-    count = len(sizes)
-    if count < FEWEST_GROUPS:
-        return Estimate(value)
-    residuals = _sums_by_group(weights * (values - value), groups, weights) / sizes.sum()
-    variance = count / (count - 1) * (residuals**2).sum()
-    variance *= (stdtrit(count - 1, TAIL) / ndtri(TAIL)) ** 2
-    # Kish's effective numbers of groups and of values: unequal weights count for less.
-    fewest = sizes.sum() ** 2 / (sizes**2).sum()
-    most = weights.sum() ** 2 / (weights**2).sum()
-    draws = np.clip(value * (1 - value) / max(variance, TINY), fewest, most)
-    hits, misses = value * draws, (1 - value) * draws
-    low = betaincinv(hits, misses + 1, TAIL) if hits > TINY else 0.0
-    high = betaincinv(hits + 1, misses, 1 - TAIL) if misses > TINY else 1.0
-    return Estimate(value, float(low), float(high))
+    value, _, draws = _sample(values, groups, weights)
+    return _interval(value, draws)
 
 
 def clustered_difference(
@@ -154,34 +138,55 @@ def clustered_difference(
     general approach". The rest as in ``clustered_mean``.
     """
     values = np.asarray(values, dtype=float)
-    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
-    gains, losses = values.clip(min=0), (-values).clip(min=0)
-    gain, loss = (clustered_mean(part, groups, weights) for part in (gains, losses))
-    value = gain.value - loss.value
-    if gain.low is None:
-        return Estimate(value)
-    up = _sums_by_group(weights * (gains - gain.value), groups, weights)
-    down = _sums_by_group(weights * (losses - loss.value), groups, weights)
+    gained, up, gained_draws = _sample(values.clip(min=0), groups, weights)
+    lost, down, lost_draws = _sample((-values).clip(min=0), groups, weights)
+    _, _, draws = _sample(np.abs(values), groups, weights)
+    if draws is None:
+        return Estimate(gained - lost)
+    # What never happened tells nothing of how it clusters: take it from all that changed.
+    gain = _interval(gained, gained_draws if gained else draws)
+    loss = _interval(lost, lost_draws if lost else draws)
     spread = np.sqrt((up**2).sum() * (down**2).sum())
-    together = min(0.0, (up * down).sum() / max(spread, TINY))  # where one gains, none is lost
-    return Estimate(
-        value,
-        value - _joined(gain.value - gain.low, loss.high - loss.value, together),
-        value + _joined(gain.high - gain.value, loss.value - loss.low, together),
-    )
+    correlation = min(0.0, (up * down).sum() / max(spread, TINY))  # where one gains, none is lost
+    ends = []
+    for a, b in ((gained - gain.low, loss.high - lost), (gain.high - gained, lost - loss.low)):
+        ends.append(float(np.sqrt(a**2 + b**2 - 2 * correlation * a * b)))
+    value = gained - lost
+    return Estimate(value, value - ends[0], value + ends[1])
 
 
-def _joined(gain: float, loss: float, correlation: float) -> float:
-    return float(np.sqrt(gain**2 + loss**2 - 2 * correlation * gain * loss))
-
-
-def _sums_by_group(
-    values: np.ndarray, groups: Sequence[Hashable], weights: np.ndarray
-) -> np.ndarray:
-    """Return the sum of each group, of those that have any weight."""
+def _sample(
+    values: Sequence[float], groups: Sequence[Hashable], weights: Sequence[float] | None
+) -> tuple[float, np.ndarray, float | None]:
+    """Return the mean; what each group adds to its deviation; and as how many independent values
+    the sample counts, None with too few groups."""
+    values = np.asarray(values, dtype=float)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
     counted = weights > 0
+    values, weights = values[counted], weights[counted]
     _, place = np.unique(np.asarray(groups)[counted], return_inverse=True)
-    return np.bincount(place, values[counted])
+    value = float((weights * values).sum() / weights.sum())
+    sizes = np.bincount(place, weights)
+    residuals = np.bincount(place, weights * (values - value)) / weights.sum()
+    count = len(sizes)
+    if count < FEWEST_GROUPS:
+        return value, residuals, None
+    variance = count / (count - 1) * (residuals**2).sum()
+    variance *= (stdtrit(count - 1, TAIL) / ndtri(TAIL)) ** 2
+    # Kish's effective numbers of groups and of values: unequal weights count for less.
+    fewest = sizes.sum() ** 2 / (sizes**2).sum()
+    most = weights.sum() ** 2 / (weights**2).sum()
+    return value, residuals, float(np.clip(value * (1 - value) / max(variance, TINY), fewest, most))
+
+
+def _interval(value: float, draws: float | None) -> Estimate:
+    """Clopper and Pearson's, for a share of so many draws."""
+    if draws is None:
+        return Estimate(value)
+    hits, misses = value * draws, (1 - value) * draws
+    low = betaincinv(hits, misses + 1, TAIL) if hits > TINY else 0.0
+    high = betaincinv(hits + 1, misses, 1 - TAIL) if misses > TINY else 1.0
+    return Estimate(value, float(low), float(high))
 
 
 def picture_groups(questions: Sequence[Question]) -> np.ndarray:
