@@ -21,14 +21,10 @@ QUOTED = re.compile(r'(?:(?<=,)|^)"(?:[^"]|"")*"(?=[,\r\n]|$)')  # a whole cell
 class Row:
     """A row of a file."""
 
-    line: int
-    """Where it begins; the file's first line is 1."""
-    raw: str
-    """As it stands in the file."""
-    cells: list[str]
-    """Its texts, one a column; empty where the row ends early."""
-    cut_off: bool
-    """Whether the file ends within the row."""
+    line: int  # where it begins; the file's first line is 1
+    raw: str  # as it stands in the file
+    cells: list[str]  # its texts, one a column; empty where the row ends early
+    cut_off: bool  # whether the file ends within the row
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
