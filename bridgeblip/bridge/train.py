@@ -32,7 +32,7 @@ from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.report import write_report
-from bridgeblip.files import copy_missing, copy_verified
+from bridgeblip.files import copy_missing, copy_verified, require_writable
 from bridgeblip.training.callbacks import (
     Patience,
     Progress,
@@ -265,6 +265,7 @@ def _cached_pictures(
     if features is None:
         return None
     folder = default_folder() if features == "default" else features
+    require_writable(folder, "set $BRIDGEBLIP_CACHE to another one, or keep no cache (--no-cache)")
     cache = FeatureCache(folder, encoder_key(sliced, plan.processor))
     pictures = {key: path for path, key in reversed(plan.picture_keys.items())}
     share = (plan.process.process_index, plan.process.num_processes)
