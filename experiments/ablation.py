@@ -559,7 +559,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train-csv", type=Path, help="questions with answers; by default "
                         "competition/train.csv or, with --base tiny, the embedded ones")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("results/ablation"), help="goes on there")
-    parser.add_argument("--also", nargs="+", default=[], choices=FURTHER, help="arms beside the four")
+    parser.add_argument(
+        "--also", nargs="+", default=[], choices=FURTHER, help="arms beside the four"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
     parser.add_argument("--batch-size", type=int, default=16, help="questions a step (16)")
     parser.add_argument("--learning-rate", type=float, help="2e-4; with --base tiny the demo's")
