@@ -10,6 +10,7 @@ from pathlib import Path
 import bridgeblip
 from bridgeblip import IN_REPOSITORY, InputError, __version__
 from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
+from bridgeblip.data.formats import SOURCES
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
@@ -110,7 +111,7 @@ def doctor(args):
 
 @verb(
     "aokvqa aokvqa_v1p0_train.json --images train2017 --out questions/train.csv",
-    option("source", choices=("aokvqa", "visual7w", "scienceqa", "csv"), help="whose files"),
+    option("source", choices=(*SOURCES, "csv"), help="whose files"),
     option("files", type=Path, nargs="+", metavar="FILE", help="annotation files, or question CSVs "
                                                                "with answers, to be joined"),
     option("--images", type=Path, help="folder that holds the set's pictures"),
@@ -142,7 +143,7 @@ def train(args):
     bridge = BridgeSettings.given(**values_of(BridgeSettings, args))
     result = train(
         args.train_csv, args.base or REAL_BASE, args.checkpoint_dir, settings, bridge,
-        bridge.layers, features=None if args.no_cache else "default", copy_to=args.copy_to,
+        features=None if args.no_cache else "default", copy_to=args.copy_to,
     )  # fmt: skip
     print(f"wrote {', '.join(map(str, result.weights))}")
 
@@ -203,14 +204,24 @@ def predict(args):
     from bridgeblip.bundle.format import find_bundle, load_bundle
     from bridgeblip.bundle.predict import predict
     from bridgeblip.data.questions import read_questions
-    from bridgeblip.evidence.submission import describe, find_sample, read_sample, write_submission
+    from bridgeblip.evidence.submission import (
+        check_out,
+        describe,
+        find_sample,
+        read_sample,
+        write_submission,
+    )
     from bridgeblip.machine import best_device, process_rank
+    from bridgeblip.training.weights import stale_bundle
 
     find_bundle(args.model)
     questions = read_questions(args.csv, strict=False)
     sample = args.sample or find_sample(args.csv)
     read_sample([q.id for q in questions], sample)  # other IDs are refused before the long work
+    check_out(args.out, args.csv, sample, args.model)
     bundle = load_bundle(args.model, best_device())
+    if process_rank()[0] == 0 and (stale := stale_bundle(args.model, bundle.manifest["trained"])):
+        print(stale)
     how = {"batch_size": args.batch_size} if args.batch_size else {}
     answers = predict(bundle, questions, permute_below=args.permute_below, out=args.out, **how)
     if process_rank()[0] > 0:
@@ -254,13 +265,8 @@ def blend(args):
 def evaluate(args):
     """Judge answers to a CSV that has the right ones, or two results; writes report.html."""
     from bridgeblip.data.questions import read_questions
-    from bridgeblip.evidence.report import (
-        read_probabilities,
-        read_weights,
-        with_answers,
-        write_comparison,
-        write_report,
-    )
+    from bridgeblip.evidence.answers import read_probabilities, read_weights, with_answers
+    from bridgeblip.evidence.report import write_comparison, write_report
     from bridgeblip.machine import process_rank
 
     out = args.out or Path("comparison.html" if len(args.results) == 2 else "report.html")

@@ -37,10 +37,16 @@ def write_atomically(
         partial.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """A folder of our own in ``$BRIDGEBLIP_CACHE``, or in the user's cache: a local disk, where
+    Drive would be slow."""
+    return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache").expanduser() / "bridgeblip"
+
+
 def require_writable(folder: str | Path) -> None:
     """Raise an InputError now if files can't be written into ``folder``, rather than after hours of
     work."""
-    probe = Path(folder) / ".writable"
+    probe = Path(folder) / f".writable-{os.getpid()}"  # processes may probe at once
     try:
         write_text(probe, "yes")
         probe.unlink()

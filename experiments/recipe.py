@@ -25,8 +25,8 @@ from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import read_questions, read_table
 from bridgeblip.embedded.demo import TINY_BATCH, TINY_EPOCHS, TINY_RATE
 from bridgeblip.embedded.digits import write_competition
+from bridgeblip.evidence.answers import with_answers
 from bridgeblip.evidence.metrics import measure, picture_groups
-from bridgeblip.evidence.report import with_answers
 from bridgeblip.training.settings import TrainSettings
 
 RATES = {"learning_rate": TINY_RATE, "head_learning_rate": TINY_RATE}

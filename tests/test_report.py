@@ -9,12 +9,11 @@ import pandas as pd
 import pytest
 from test_inference import make_bundle
 
-from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.data.questions import letter, letters, read_questions
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence import metrics
-from bridgeblip.evidence.answers import Answers
+from bridgeblip.evidence.answers import Answers, read_probabilities, with_answers
 from bridgeblip.evidence.figures import (
     answer_figure,
     confusion_figure,
@@ -23,14 +22,7 @@ from bridgeblip.evidence.figures import (
     training_figure,
 )
 from bridgeblip.evidence.metrics import Bin, Estimate, accuracy_of
-from bridgeblip.evidence.report import (
-    judge,
-    read_probabilities,
-    read_weights,
-    with_answers,
-    write_comparison,
-    write_report,
-)
+from bridgeblip.evidence.report import judge, write_comparison, write_report
 from bridgeblip.evidence.submission import write_submission
 
 
@@ -165,7 +157,7 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
         hashlib.md5((folder / path).read_bytes()).hexdigest() for path in table["img_path"]
     ]
     probabilities, flags = read_probabilities(folder, asked)
-    assert (probabilities == values).all()
+    assert (probabilities.to_numpy() == values).all()
     blank = np.roll(values, 1, axis=0)
     write_report(
         tmp_path / "report.html", asked, probabilities, flags=flags, blank_probabilities=blank,
@@ -374,7 +366,7 @@ def test_verdict(given, blank, pictures, other, kind, expected):
 
 def test_comparison_says_whether_a_gain_is_noise(judged, tmp_path):
     folder, asked = judged
-    probabilities, _ = read_probabilities(folder / "probabilities.csv", asked)
+    probabilities = read_probabilities(folder / "probabilities.csv", asked)[0].to_numpy()
     truth = np.array([q.answer for q in asked])
     right = probabilities.argmax(1) == truth
     mended, spoiled = probabilities.copy(), np.flatnonzero(right)[:1]
@@ -419,52 +411,6 @@ def test_comparison_says_whether_a_gain_is_noise(judged, tmp_path):
         weighted["comparison"].difference.value == -1
         and "weighted" in Page(out.read_text()).sections[""]
     )
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("ID,A,B,C\nTEST_0000,1,0,0\n", "lacks the column d: it has id, a, b, c"),
-        ("ID,A,B,C,D\nTEST_0000,1,0,0,0\n", "lacks 159 of 160 questions, the first is 'TEST_0001'"),
-        ("ID,A,B,C,D\nTEST_0000,1,0,0,0\nTEST_0000,1,0,0,0\n", "has the ID 'TEST_0000' twice"),
-        ("one", "1 rows are no probabilities, the first has ID TEST_0003"),
-        ("sum", "1 rows are no probabilities, the first has ID TEST_0003"),
-    ],
-)
-def test_unusable_probabilities_are_one_clear_error(judged, tmp_path, text, expected):
-    folder, asked = judged
-    if text in ("one", "sum"):
-        table = pd.read_csv(folder / "probabilities.csv", dtype=str)
-        table.loc[3, "A"] = {"one": "?", "sum": "2.0"}[text]
-        text = table.to_csv(index=False)
-    (tmp_path / "probabilities.csv").write_text(text)
-    with pytest.raises(InputError, match=f"probabilities.csv.*{expected}"):
-        read_probabilities(tmp_path, asked)
-
-
-def test_probabilities_of_more_questions_in_another_order_will_do(judged, tmp_path):
-    folder, asked = judged
-    expected, _ = read_probabilities(folder, asked)
-    table = pd.read_csv(folder / "probabilities.csv").iloc[::-1].drop(columns=["flags", "margin"])
-    table.columns = ["id", *"abcd"]
-    table.to_csv(tmp_path / "mine.csv", index=False)
-    found, flags = read_probabilities(tmp_path / "mine.csv", asked[5:50])
-    assert (found == expected[5:50]).all() and flags is None
-
-
-def test_answers_and_weights_are_checked(judged, tmp_path):
-    folder, asked = judged
-    assert read_weights(folder / "answered.csv", "Worth", asked).tolist() == list(range(160))
-    for column in ("Question", "answer"):
-        with pytest.raises(InputError, match="holds no weights"):
-            read_weights(folder / "answered.csv", column, asked)
-    with pytest.raises(InputError, match="lacks the column price"):
-        read_weights(folder / "answered.csv", "price", asked)
-    (tmp_path / "answers.csv").write_text(
-        (folder / "answers.csv").read_text().replace("TEST_0002,", "TEST_0002,x")
-    )
-    with pytest.raises(InputError, match="of ID TEST_0002 is not the letter of a choice"):
-        with_answers(asked, tmp_path / "answers.csv")
 
 
 def test_evaluate_a_bundle_then_its_results(judged, base, processor, tmp_path, capsys):

@@ -22,17 +22,12 @@ from tqdm.auto import tqdm
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.data.pictures import LOADERS, load_ahead
 from bridgeblip.data.questions import Question
+from bridgeblip.files import cache_folder as default_folder
 from bridgeblip.files import write_atomically
 
 DEFAULT_LIMIT = 40 * 10**9  # bytes of features on disk: some 55,000 pictures of the real model
 PICTURES_AT_ONCE = 32  # that the vision tower is given
 SPARE_DISK = 10**9  # bytes that the cache leaves free
-
-
-def default_folder() -> Path:
-    """A folder of our own in ``$BRIDGEBLIP_CACHE``, or in the user's cache: a local disk, where
-    Drive would be slow."""
-    return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache").expanduser() / "bridgeblip"
 
 
 def encoder_key(

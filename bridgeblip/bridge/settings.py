@@ -46,9 +46,6 @@ def decoder_layers(selection: str | Sequence[int]) -> list[int]:
 class BridgeSettings(Settings):
     """What stays of the decoder, and what the LoRA bridge over the gaps is made of."""
 
-    layers: str | Sequence[int] = setting(
-        "every-third", "decoder layers that stay: a name, or indices like 0,3,6"
-    )
     rank: int = setting(
         REFERENCE_RANK,
         "width of the low-rank update on a 2048-wide decoder, narrower ones get their share; 0 "
@@ -70,6 +67,9 @@ class BridgeSettings(Settings):
         "all",
         'linears that get adapters: all that do work, or "q,v", queries and values alone, as LoRA '
         "was first used",
+    )
+    layers: str | Sequence[int] = setting(
+        "every-third", "decoder layers that stay: a name, or indices like 0,3,6"
     )
 
     def __post_init__(self):

@@ -119,6 +119,11 @@ def train_model(
     """
     with in_one_line(plan.places[0]), held(plan.places, plan.process):
         resumed = newest_state(plan.places, plan.identity)
+        if resumed is None and getattr(model, "has_begun", False):
+            raise InputError(
+                "this model has been trained on, and no state of that is there: build it anew"
+            )
+        model.has_begun = True
         sliced = model.get_base_model() if isinstance(model, PeftModel) else model
         pictures = _cached_pictures(features, sliced, plan)
         grey = plan.processor.blank_pixels[None].to(plan.device)
@@ -140,7 +145,7 @@ def _trainer(
     plan: Plan, model: nn.Module, pictures: CachedPictures | None
 ) -> tuple[AheadTrainer, StateKeeper]:
     settings, collate = plan.settings, partial(plan.processor.collate, pictures=pictures)
-    _require_shared_memory(settings, collate(plan.training[:1]))
+    require_shared_memory(settings, collate(plan.training[:1]))
     trainer = AheadTrainer(
         model,
         training_arguments(plan.places[0], settings, plan.dtype),
@@ -165,7 +170,7 @@ def _trainer(
     return trainer, keeper
 
 
-def _require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor]) -> None:
+def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor]) -> None:
     """Refuse loaders whose batches don't fit where they are handed over: they would wait for
     ever."""
     size = sum(tensor.nbytes for tensor in row.values())

@@ -93,7 +93,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits of grey to 8, and 0 to 1, where ``convert`` would make it all white or black."""
+    """Scale grey of 16 bits, or from 0 to 1, where ``convert`` would make all white or black."""
     grey = np.asarray(image)
     if image.mode == "F":
         if grey.max() > 1:

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tqdm.auto import tqdm
 
-from bridgeblip import InputError
+from bridgeblip import HOME, IN_REPOSITORY, InputError
 from bridgeblip.bridge.base import TINY_BASE
 from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bridge.export import restore
@@ -22,13 +22,12 @@ from bridgeblip.bundle.format import Bundle, load_bundle
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import Question, letter, read_questions, read_table
 from bridgeblip.embedded.digits import write_competition
-from bridgeblip.evidence.answers import letters_of
+from bridgeblip.evidence.answers import letters_of, read_probabilities, with_answers
 from bridgeblip.evidence.metrics import accuracy_of
-from bridgeblip.evidence.report import read_probabilities, with_answers, write_report
+from bridgeblip.evidence.report import write_report
 from bridgeblip.files import write_text
 from bridgeblip.training.settings import TrainSettings
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = ("train.ipynb", "torchscript.ipynb", "torchscript_inference.ipynb")
 PARAMETERS_TAG = "parameters"
 
@@ -50,7 +49,7 @@ def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
     os.environ.setdefault(
         "JUPYTER_PREFER_ENV_PATH", "1"
     )  # this environment's kernel, not one in the home folder
-    notebook = nbformat.read(ROOT / name, as_version=4)
+    notebook = nbformat.read(HOME / name, as_version=4)
     tagged = [
         i
         for i, cell in enumerate(notebook.cells)
@@ -67,7 +66,7 @@ def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
         timeout=None,
         coalesce_streams=True,  # a progress bar leaves one line, not hundreds
         kernel_name="python3",
-        resources={"metadata": {"path": str(ROOT)}},
+        resources={"metadata": {"path": str(HOME)}},
         on_cell_executed=lambda **_: bar.update(),
     )
     try:
@@ -95,6 +94,10 @@ def run_demo(
     Returns:
         The table of accuracies, one row a way to answer.
     """
+    if not IN_REPOSITORY:
+        raise InputError(
+            f"the demo executes the notebooks of the repository, and {HOME} has none: run it there"
+        )
     out = Path(out).resolve()
     competition, checkpoint = out / "competition", out / "checkpoint"
     write_competition(competition, out / "answers.csv", limits)
@@ -103,6 +106,7 @@ def run_demo(
     )
     shared = {"COMPETITION_DIR": str(competition), "CHECKPOINT_DIR": str(checkpoint)}
     training = {"EPOCHS": epochs, "BATCH_SIZE": TINY_BATCH, "LEARNING_RATE": TINY_RATE}
+    training["FEW"] = "no"
     parameters = {
         "train.ipynb": shared | training | {"BASE": "tiny"},
         "torchscript.ipynb": {"CHECKPOINT_DIR": str(checkpoint)},

@@ -3,20 +3,18 @@ judges a run."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bridgeblip import InputError
-from bridgeblip.data.questions import Question, letter, letters, read_table
+from bridgeblip.data.questions import Question, letter, letters
 from bridgeblip.evidence import metrics
 from bridgeblip.evidence.figures import confusion_figure, reliability_figure
 from bridgeblip.evidence.metrics import Comparison
 from bridgeblip.evidence.page import comparison_page, points, report_page
-from bridgeblip.evidence.submission import PROBABILITIES_FILE
 from bridgeblip.files import write_text
 
 DECIMALS = 6  # of probabilities.csv
@@ -27,101 +25,6 @@ FLAG_NOTES = {
     "blank": "questions answered without looking",
     "shortened": "questions whose text was shortened",
 }  # flags of probabilities.csv that speak of the data
-
-
-def read_probabilities(
-    path: str | Path, questions: Sequence[Question]
-) -> tuple[np.ndarray, list[list[str]] | None]:
-    """Read what a prediction wrote; rows of other questions are passed over.
-
-    Args:
-        path: ``probabilities.csv``, or a folder that holds it.
-
-    Returns:
-        The probabilities (N, 4) in the order of the questions; and the flags of each, None in a
-        file without.
-
-    Raises:
-        InputError: if the file is missing, lacks a column or a question, or holds something else
-            than probabilities.
-    """
-    path = Path(path)
-    path = path / PROBABILITIES_FILE if path.is_dir() else path
-    names = [name.lower() for name in letters(max(len(q.choices) for q in questions))]
-    table = _by_id(path, ["id", *names], questions)
-    values = table[names].apply(pd.to_numeric, errors="coerce").to_numpy(float)
-    wrong = ~(np.isclose(values.sum(1), 1, atol=1e-3) & (values >= 0).all(1))
-    if wrong.any():
-        raise InputError(
-            f"{path}: {wrong.sum()} rows are no probabilities, the first has ID "
-            f"{questions[wrong.argmax()].id}; "
-            "expected four numbers that sum to 1: predict again"
-        )
-    return values, [words.split() for words in table["flags"]] if "flags" in table else None
-
-
-def with_answers(questions: Sequence[Question], path: str | Path) -> list[Question]:
-    """Return the questions with the answers of a file of their own: columns ID and answer.
-
-    Raises:
-        InputError: if the file is missing, lacks a column or a question, or an answer is no letter
-            of a choice.
-    """
-    given = _by_id(Path(path), ["id", "answer"], questions)["answer"].str.strip().str.upper()
-    answered = []
-    for question, answer in zip(questions, given, strict=True):
-        known = letters(len(question.choices))
-        if answer not in known or not question.choice_mask[known.index(answer)]:
-            raise InputError(
-                f"{path}: answer {answer!r} of ID {question.id} is not the letter of a choice: "
-                f"correct it"
-            )
-        answered.append(replace(question, answer=known.index(answer)))
-    return answered
-
-
-def read_weights(path: str | Path, column: str, questions: Sequence[Question]) -> np.ndarray:
-    """Return a column of a CSV as the weights (N,) of the questions.
-
-    Raises:
-        InputError: if the column or a question is missing, a weight is no number or negative, or
-            all are 0.
-    """
-    table = _by_id(Path(path), ["id", column.lower()], questions)
-    weights = pd.to_numeric(table[column.lower()], errors="coerce").to_numpy(float)
-    wrong = ~(np.isfinite(weights) & (weights >= 0))
-    if wrong.any() or not weights.any():
-        first = (
-            f"ID {questions[wrong.argmax()].id} has {table[column.lower()].iloc[wrong.argmax()]!r}"
-        )
-        raise InputError(
-            f"{path}: column {column} holds no weights ({first}); expected numbers from 0, not all "
-            f"0"
-        )
-    return weights
-
-
-def _by_id(path: Path, wanted: list[str], questions: Sequence[Question]) -> pd.DataFrame:
-    """Read the rows of the questions from a CSV, in their order; column names are matched in any
-    letter case."""
-    table = read_table(path)
-    table.columns = [name.strip().lower() for name in table.columns]
-    lacking = [name for name in wanted if name not in table.columns]
-    if lacking:
-        raise InputError(f"{path} lacks the column {lacking[0]}: it has {', '.join(table.columns)}")
-    if table["id"].duplicated().any():
-        raise InputError(
-            f"{path} has the ID {table['id'][table['id'].duplicated()].iloc[0]!r} twice: make it "
-            f"unique"
-        )
-    unknown = [q.id for q in questions if q.id not in set(table["id"])]
-    if unknown:
-        raise InputError(
-            f"{path} lacks {len(unknown)} of {len(questions)} questions, the first is "
-            f"{unknown[0]!r}: "
-            "take files of the same question set"
-        )
-    return table.set_index("id").loc[[q.id for q in questions]]
 
 
 def write_report(

@@ -1,7 +1,9 @@
 """What is handed in: a submission in the sample's form, with probabilities and problems beside
 it."""
 
+import re
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,14 +11,24 @@ import numpy as np
 import pandas as pd
 
 from bridgeblip import InputError
-from bridgeblip.bundle.predict import kept_folder
 from bridgeblip.data.questions import Question, letters, read_table
-from bridgeblip.evidence.answers import FLAGS, Answers, letters_of, margins
-from bridgeblip.files import write_atomically
+from bridgeblip.evidence.answers import (
+    FLAG_NOTES,
+    FLAGS,
+    PROBABILITIES_FILE,
+    Answers,
+    id_column,
+    kept_folder,
+    read_probabilities,
+    require_ids,
+    write_probabilities,
+    write_table,
+)
+from bridgeblip.files import require_writable
 
 SAMPLE_FILE = "sample_submission.csv"
-PROBABILITIES_FILE = "probabilities.csv"
 PROBLEMS_FILE = "problems.csv"
+CELL = r'("([^"]|"")*"|[^,"]*)'
 SHOWN = 20  # problems that are printed; the file has all
 
 
@@ -30,35 +42,54 @@ def find_sample(csv: str | Path) -> Path | None:
     return None
 
 
-def read_sample(
-    ids: Sequence[str], sample: str | Path | None, id_column: str = "ID"
-) -> pd.DataFrame:
-    """Return the sample submission: two columns, ID and answer; made up in the order of ``ids`` if
-    it is None.
+def read_sample(ids: Sequence[str], sample: str | Path | None, name: str = "ID") -> pd.DataFrame:
+    """Return the sample submission: two columns, ID and answer; made up in the order of ``ids``,
+    their column called ``name``, if it is None.
 
     Raises:
         InputError: if the sample has other columns, or its IDs are not exactly ``ids``.
     """
     if sample is None:
-        return pd.DataFrame({id_column: list(ids), "answer": ""})
+        return pd.DataFrame({name: list(ids), "answer": ""})
     table = read_table(sample)
     if len(table.columns) != 2:
         raise InputError(
             f"{sample} has columns {', '.join(table.columns)}; expected two: ID and answer"
         )
-    column = table[_id_column(table)]
-    if column.duplicated().any():
-        raise InputError(
-            f"{sample} has the ID {column[column.duplicated()].iloc[0]!r} twice: make them unique"
-        )
-    strangers = set(column) ^ set(ids)
-    if strangers:
-        raise InputError(
-            f"{sample} and the questions differ in {len(strangers)} IDs, one is "
-            f"{sorted(strangers)[0]!r}: "
-            "take both files from the same download"
-        )
+    require_ids(sample, pd.Index(table[id_column(table)]), ids, "the questions")
     return table
+
+
+def check_out(out: str | Path, *inputs: str | Path | None) -> None:
+    """Refuse a place for the submission, before any work, if it can't be written or if writing it
+    would cost a file that is not an earlier run's.
+
+    Args:
+        inputs: files that are read; None is none.
+
+    Raises:
+        InputError: if ``out`` is a folder, has the name of a file that goes beside it, or lies
+            where nothing can be written; if it or a file beside it is an input, or is there and
+            looks like something else.
+    """
+    out = Path(out)
+    if out.is_dir() or out.name.lower() in (PROBABILITIES_FILE, PROBLEMS_FILE):
+        example = (out if out.is_dir() else out.parent) / "submission.csv"
+        raise InputError(f"{out} can't be the submission's name: expected one such as {example}")
+    require_writable(out.parent)
+    read = [Path(path).resolve() for path in inputs if path]
+    headers = {out.name: f"{CELL},{CELL}", PROBABILITIES_FILE: ".*,margin,flags"}
+    for name, header in (headers | {PROBLEMS_FILE: "ID,line,reason"}).items():
+        path = out.with_name(name)
+        lost = path.resolve() in read
+        if path.exists() and path.stat().st_size:
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                lost |= not re.fullmatch(header, file.readline(10_000).strip())
+        if lost:
+            raise InputError(
+                f"{path} would be overwritten, but is an input or not of an earlier run: choose "
+                f"another folder or name"
+            )
 
 
 def write_submission(
@@ -67,58 +98,53 @@ def write_submission(
     """Write the answers with exactly the sample's columns, IDs and order, and what belongs to them
     beside it.
 
-    ``probabilities.csv`` has the four probabilities, the margin between the two best and the flags
-    of every row, ``problems.csv`` the rows that could not be answered as they stand, if any. The
-    letters are small if those in the sample's answers are; where it has none, if those in the
-    question file's header are.
+    ``probabilities.csv`` has the probabilities, the margin between the two best and the flags of
+    every row, ``problems.csv`` the rows that could not be answered as they stand, if any. Answers
+    are called as in the sample, see ``answer_names``; small letters without one if the question
+    file's header has them.
 
     Raises:
-        InputError: if the sample's IDs are not those of the questions.
+        InputError: if the sample's IDs are not those of the questions, or as ``check_out`` does.
     """
+    out = Path(out)
     ids = [question.id for question in questions]
     form = read_sample(ids, sample)
+    check_out(out, sample)
     problems = problem_table(questions, answers)
     if problems.empty:
-        Path(out).with_name(PROBLEMS_FILE).unlink(missing_ok=True)  # of an earlier run
+        out.with_name(PROBLEMS_FILE).unlink(missing_ok=True)  # of an earlier run
     else:
-        _write_table(Path(out).with_name(PROBLEMS_FILE), problems)
-    submission = _write_answers(
-        form, ids, answers.probabilities, answers.flags, questions[0].small_letters, Path(out)
-    )
+        write_table(out.with_name(PROBLEMS_FILE), problems)
+    table = pd.DataFrame(answers.probabilities, ids, letters(answers.probabilities.shape[1]))
+    submission = _write_answers(form, table, answers.flags, questions[0].small_letters, out)
     shutil.rmtree(kept_folder(out), ignore_errors=True)
     return submission
 
 
 def problem_table(questions: Sequence[Question], answers: Answers) -> pd.DataFrame:
     """ID, line and reason of every row that could not be answered as it stands."""
-    rows = [
-        (q.id, str(q.line), reason)
-        for q, reason in zip(questions, answers.problems, strict=True)
-        if reason
-    ]
-    return pd.DataFrame(rows, columns=["ID", "line", "reason"])
+    ids = [question.id for question in questions]
+    lines = [str(question.line) for question in questions]
+    table = pd.DataFrame({"ID": ids, "line": lines, "reason": answers.problems})
+    return table[table["reason"] != ""]
 
 
 def describe(questions: Sequence[Question], answers: Answers, out: str | Path) -> str:
-    """What was written and what should be known about it, in a few lines."""
+    """What was written and what should be known about it: a line a flag, and a line a problem."""
+    rows = len(questions)
+    lines = [f"wrote {out} and {Path(out).with_name(PROBABILITIES_FILE)}: {rows} answers"]
+    for flag, note in FLAG_NOTES.items():
+        count = sum(flag in words for words in answers.flags)
+        if count:
+            lines.append(f"{count} of {rows} rows: {note}")
     problems = problem_table(questions, answers)
-    permuted, changed = (
-        sum(flag in flags for flags in answers.flags) for flag in ("permuted", "order")
-    )
-    lines = [f"wrote {out} and {Path(out).with_name(PROBABILITIES_FILE)}: {len(questions)} answers"]
-    if permuted:
-        lines.append(
-            f"{permuted} were averaged over the orders of their choices, {changed} depend on the "
-            f"order"
-        )
     if len(problems):
         lines.append(
             f"{len(problems)} rows could not be answered as they stand, see {PROBLEMS_FILE} beside "
             f"it:"
         )
-    lines += [
-        f"line {row.line} (ID {row.ID}): {row.reason}" for row in problems.head(SHOWN).itertuples()
-    ]
+    for row in problems.head(SHOWN).itertuples():
+        lines.append(f"line {row.line} (ID {row.ID}): {row.reason}")
     if len(problems) > SHOWN:
         lines.append(f"and {len(problems) - SHOWN} more")
     return "\n".join(lines)
@@ -129,98 +155,71 @@ def blend(files: Sequence[str | Path], sample: str | Path | None, out: str | Pat
     beside it.
 
     Args:
-        sample: its columns, order and letter case are kept; an earlier submission will do. None:
+        sample: its columns, order and answers' form are kept; an earlier submission will do. None:
             the first file's order, and capital letters.
 
     Raises:
-        InputError: if a file has other IDs than the first, or would be overwritten.
+        InputError: if a file holds something else than probabilities, or has other IDs than the
+            first; or as ``check_out`` does.
     """
-    out, files = Path(out), [Path(file) for file in files]
-    if out.with_name(PROBABILITIES_FILE).resolve() in [file.resolve() for file in files]:
-        raise InputError(
-            f"{out} would get its {PROBABILITIES_FILE} where one of the inputs is: choose another "
-            f"folder"
-        )
-    tables = [_read_probabilities(file) for file in files]
+    check_out(out, *files, sample)
+    tables, flags = zip(*[read_probabilities(file) for file in files], strict=True)
     ids = tables[0].index
     for file, table in zip(files, tables, strict=True):
-        strangers = set(ids) ^ set(table.index)
-        if strangers:
-            raise InputError(
-                f"{file} and {files[0]} differ in {len(strangers)} IDs, one is "
-                f"{sorted(strangers)[0]!r}: "
-                "blend results of the same questions"
-            )
-    tables = [table.loc[ids] for table in tables]
-    probabilities = np.mean(
-        [table.drop(columns=["margin", "flags"]).to_numpy() for table in tables], axis=0
-    )
-    words = [
-        set(" ".join(row).split())
-        for row in zip(*(table["flags"] for table in tables), strict=True)
-    ]
-    flags = [[flag for flag in FLAGS if flag in row] for row in words]
-    form = read_sample(ids, sample, ids.name)
-    return _write_answers(form, list(ids), probabilities, flags, False, out)
-
-
-def _read_probabilities(path: Path) -> pd.DataFrame:
-    """Read a ``probabilities.csv`` with its IDs as the index."""
-    table = read_table(path)
-    given = letters(len(table.columns) - 3)
-    expected = [*given, "margin", "flags"]
-    try:
-        if list(table.columns[1:]) != expected:
-            raise ValueError(f"its columns are {', '.join(table.columns)}")
-        table = table.astype(dict.fromkeys(given, float)).set_index(
-            table.columns[0], verify_integrity=True
-        )
-    except ValueError as error:
-        raise InputError(
-            f"{path} is no {PROBABILITIES_FILE} ({error}): expected ID, {', '.join(expected)}"
-        ) from error
-    return table
+        require_ids(file, table.index, ids, str(files[0]))
+    # a letter that a file has not has no probability there
+    table = pd.concat(tables).fillna(0).groupby(level=0, sort=False).mean()
+    words = pd.concat([pd.Series([[]] * len(ids), ids), *flags])
+    flags = []
+    for row in words.groupby(level=0, sort=False).sum():
+        flags.append([flag for flag in FLAGS if flag in row])
+    return _write_answers(read_sample(ids, sample, ids.name), table, flags, False, Path(out))
 
 
 def _write_answers(
     form: pd.DataFrame,
-    ids: Sequence[str],
-    probabilities: np.ndarray,
+    table: pd.DataFrame,
     flags: Sequence[Sequence[str]],
     small: bool,
     out: Path,
 ) -> pd.DataFrame:
-    """Write probabilities in the order of ``ids``, then the submission in the form of a sample."""
-    id_column = _id_column(form)
-    (answer_column,) = set(form.columns) - {id_column}
-    table = pd.DataFrame(probabilities, columns=letters(probabilities.shape[1])).assign(
-        margin=margins(probabilities)
-    )
-    table = table.map("{:.6f}".format).assign(flags=[" ".join(words) for words in flags])
-    table.insert(0, id_column, list(ids))
-    _write_table(out.with_name(PROBABILITIES_FILE), table)
-    written = set(form[answer_column].str.strip())
-    capitals = letters(probabilities.shape[1])
-    if written <= set(capitals) or written <= {capital.lower() for capital in capitals}:
-        small = not written <= set(capitals)
-    given = letters_of(probabilities)
-    answers = dict(zip(ids, (name.lower() if small else name for name in given), strict=True))
-    submission = form.assign(**{answer_column: form[id_column].map(answers)})
-    _write_table(out, submission)
+    """Write probabilities, (rows, letters) by ID, then the submission in the form of a sample."""
+    name = id_column(form)
+    column = form.columns.drop(name)[0]
+    write_probabilities(out.with_name(PROBABILITIES_FILE), table.rename_axis(name), flags)
+    names = answer_names(form[column], len(table.columns), small)
+    answers = pd.Series(np.array(names)[table.to_numpy().argmax(-1)], table.index)
+    submission = form.assign(**{column: answers.loc[form[name]].to_numpy()})
+    write_table(out, submission)
     return submission
 
 
-def _id_column(table: pd.DataFrame) -> str:
-    """The column named ID in any letter case, else the first."""
-    return next((name for name in table.columns if name.strip().lower() == "id"), table.columns[0])
+def answer_names(written: Sequence[str], choices: int, small: bool = False) -> list[str]:
+    """Return what the choices are called in a submission: as in a sample's answers, where these are
+    letters or numbers of the choices, perhaps between signs as in "(A)"; numbers count from 0 or
+    from 1, whichever only one of the two can have written. Else capital letters, with a warning
+    unless all that is there are signs such as "-".
 
-
-def _write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table of texts as CSV, atomically, and only if it reads back as the same table."""
-
-    def verify(partial: Path) -> None:
-        if read_table(partial).to_dict("split") != table.to_dict("split"):
-            raise OSError(f"{path} was not stored as written: is the disk full?")
-
-    text = table.to_csv(index=False, lineterminator="\n")
-    write_atomically(path, lambda partial: partial.write_bytes(text.encode("utf-8")), verify)
+    Args:
+        written: the sample's answers.
+        small: write small letters where the sample has none.
+    """
+    capitals = letters(choices)
+    words = sorted({text.strip() for text in written if re.search(r"\w", text)})
+    if not words:
+        return [name.lower() for name in capitals] if small else capitals
+    before, core, after = re.fullmatch(r"(\W*)(.*?)(\W*)", words[0], re.DOTALL).groups()
+    numbers = [str(number) for number in range(choices + 1)]
+    plain = []
+    for form in (capitals, [name.lower() for name in capitals], numbers[:-1], numbers[1:]):
+        names = [f"{before}{name}{after}" for name in form]
+        if set(words) <= set(names):
+            plain.append(names)
+    if len(plain) == 1 and (len(words) > 1 or not core.isdigit()):  # a lone 0 may mean nothing
+        return plain[0]
+    warnings.warn(
+        f"the sample's answers, such as {words[0]!r}, are not plainly letters or numbers of "
+        f"{choices} choices: {capitals[0]} to {capitals[-1]} are written; ask the organiser",
+        stacklevel=2,
+    )
+    return capitals

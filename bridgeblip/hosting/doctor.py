@@ -20,7 +20,6 @@ from bridgeblip import HOME, InputError, __version__
 from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings, decoder_layers
 from bridgeblip.data import questions
 from bridgeblip.data.pictures import open_picture, picture_keys
-from bridgeblip.files import cache_folder
 from bridgeblip.hosting.runtime import OLD_TORCHAO, fits, installed, other_copies, requirements
 from bridgeblip.machine import best_device, choose_precision, slow_format
 from bridgeblip.training.settings import TrainSettings
@@ -28,7 +27,6 @@ from bridgeblip.training.settings import TrainSettings
 STAGES = ("train", "export", "predict")
 MEMORY_FACTOR = 1.2  # peak memory in multiples of the weights
 SHOWN = 5  # examples of one kind of fault
-SHARED_MEMORY = Path("/dev/shm")  # through which loaders hand over their batches
 
 
 @dataclass(frozen=True)
@@ -105,10 +103,14 @@ def check(
     try:
         _check_machine(found, stage)
         if stage == "train":
+            from bridgeblip.bridge.features import default_folder as cache_folder
+            from bridgeblip.training.hold import require_free
+
             csv, base = Path(csv or "competition/train.csv"), base or REAL_BASE
             model = _check_train(found, csv, base, settings, bridge, revision, dtype)
-            for place in filter(None, (folder, copy_to)):
-                _check_disk(found, Path(place), _size_of_run(model, settings, bridge))
+            for place in map(Path, filter(None, (folder, copy_to))):
+                found.attempt(require_free, place)
+                _check_disk(found, place, _size_of_run(model, settings, bridge))
             if cache:
                 _check_disk(found, cache_folder(), 0, "set $BRIDGEBLIP_CACHE, or --no-cache")
         elif stage == "export":
@@ -145,27 +147,19 @@ def print_findings(findings: Sequence[Finding]) -> bool:
 def _check_train(found, csv, base, settings, bridge, revision, dtype):
     """Return the sliced model without weights; None if it can't be had."""
     from bridgeblip.bridge.budget import count_parts, held_memory
+    from bridgeblip.bridge.train import require_shared_memory
 
     processor, model = _check_base(found, base, bridge.layers, revision)
     rows = _check_questions(found, csv, processor, need_answers=True)
     _check_pictures(found, rows, "problem", least=round(1 / settings.validation_fraction))
+    if rows and processor and settings.workers:
+        found.attempt(require_shared_memory, settings, processor.collate(rows[:1]))
     if model is None:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = str(choose_precision(device, sum(count_parts(model).values())))
     dtype = _format(found, f"{dtype}: as asked for" if dtype else chosen)
     _check_memory(found, held_memory(model.config, dtype, bridge)["total"])
-    vision = model.config.vision_config
-    features = (vision.image_size // vision.patch_size + 1) ** 2 * vision.hidden_size * 4
-    need = 2 * settings.workers * settings.batch_size * features
-    if need and SHARED_MEMORY.is_dir():
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        found.judge(
-            need > free,
-            f"{settings.workers} workers hand over up to {_size(need)} through {SHARED_MEMORY}, "
-            f"{_size(free)} free",
-            "set workers to 0, or give the container more (--shm-size)",
-        )
     return model
 
 
@@ -220,6 +214,7 @@ def _check_predict(found, csv, bundle, sample):
     transformers."""
     from bridgeblip.bundle.format import find_bundle, read_header
     from bridgeblip.evidence.submission import read_sample
+    from bridgeblip.training.weights import stale_bundle
 
     header = found.attempt(find_bundle, bundle) and found.attempt(read_header, bundle)
     rows = _check_questions(found, csv, header and header.processor, need_answers=False)
@@ -232,6 +227,8 @@ def _check_predict(found, csv, bundle, sample):
         found.add("note", f"no {sample}: {form}")
     if not header:
         return None
+    if stale := stale_bundle(bundle, header.manifest["trained"]):
+        found.add("warning", stale, "run torchscript.ipynb")
     dtype = getattr(torch, header.manifest["dtype"])
     _check_speed(found, best_device(), dtype, "export it as float32, for an older GPU as float16")
     _check_memory(found, bundle.stat().st_size)

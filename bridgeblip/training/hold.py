@@ -55,6 +55,12 @@ def _holding(folder: Path) -> Iterator[None]:
             path.unlink()
 
 
+def require_free(folder: Path) -> None:
+    """Refuse a folder that a live run holds, without holding it."""
+    for path in _holds(folder).values():
+        _refuse_if_alive(folder, path)
+
+
 def _take(folder: Path) -> Path:
     """Create this run's file; of several that try at once the file system lets one do it."""
     folder.mkdir(parents=True, exist_ok=True)
