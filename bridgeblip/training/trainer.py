@@ -198,7 +198,7 @@ def training_arguments(
         disable_tqdm=True,  # Progress has the bars
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=gpu,
-        accelerator_config={"non_blocking": True},
+        accelerator_config={"non_blocking": gpu},  # what is pinned needs no waiting for
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=[],
