@@ -10,6 +10,7 @@ from pathlib import Path
 import bridgeblip
 from bridgeblip import IN_REPOSITORY, InputError, __version__
 from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
+from bridgeblip.data.formats import SOURCES
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
@@ -110,7 +111,7 @@ def doctor(args):
 
 @verb(
     "aokvqa aokvqa_v1p0_train.json --images train2017 --out questions/train.csv",
-    option("source", choices=("aokvqa", "visual7w", "scienceqa", "csv"), help="whose files"),
+    option("source", choices=(*SOURCES, "csv"), help="whose files"),
     option("files", type=Path, nargs="+", metavar="FILE", help="annotation files, or question CSVs "
                                                                "with answers, to be joined"),
     option("--images", type=Path, help="folder that holds the set's pictures"),
@@ -211,6 +212,7 @@ def predict(args):
         write_submission,
     )
     from bridgeblip.machine import best_device, process_rank
+    from bridgeblip.training.weights import stale_bundle
 
     find_bundle(args.model)
     questions = read_questions(args.csv, strict=False)
@@ -218,6 +220,8 @@ def predict(args):
     read_sample([q.id for q in questions], sample)  # other IDs are refused before the long work
     check_out(args.out, args.csv, sample, args.model)
     bundle = load_bundle(args.model, best_device())
+    if process_rank()[0] == 0 and (stale := stale_bundle(args.model, bundle.manifest["trained"])):
+        print(stale)
     how = {"batch_size": args.batch_size} if args.batch_size else {}
     answers = predict(bundle, questions, permute_below=args.permute_below, out=args.out, **how)
     if process_rank()[0] > 0:

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# TorchScript turns torch's errors into plain ones.
+from bridgeblip import InputError
+
 OUT_OF_MEMORY = (
-    "out of memory",
+    "out of memory",  # CUDA's own, "CUDA error: out of memory" too
     "can't allocate memory",
     "not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",  # what cuDNN says where no algorithm's workspace fits
+    "unable to find an engine to execute this computation",
 )
-
 
 LARGE = 10**9  # parameters from which a CPU's memory and time matter more than the last digits
 
@@ -114,9 +119,25 @@ def best_device() -> str:
 
 def process_rank() -> tuple[int, int]:
     """Which of how many processes this is, as ``accelerate launch`` and ``torchrun`` tell; (0, 1)
-    without them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    without them.
+
+    Raises:
+        InputError: if the environment names no such process.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise InputError(
+            f"RANK={rank} of WORLD_SIZE={world} in the environment is no process: unset both, or "
+            f"start with accelerate launch"
+        )
+    return int(rank), int(world)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says, in the words of any library below, that memory did not suffice.
+
+    TorchScript turns ``torch.OutOfMemoryError`` into a plain ``RuntimeError``: only words are left.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
     return any(words in str(error) for words in OUT_OF_MEMORY)

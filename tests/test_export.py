@@ -12,13 +12,19 @@ from bridgeblip import InputError
 from bridgeblip.bridge import export
 from bridgeblip.bridge.base import SINGLE_FILE, TINY_BASE, TensorReader
 from bridgeblip.bridge.config import BridgeSettings
-from bridgeblip.bridge.export import SingleTokenSelfAttention, export_bundle, restore, trace
+from bridgeblip.bridge.export import (
+    INPUTS,
+    SingleTokenSelfAttention,
+    TraceableModel,
+    export_bundle,
+    restore,
+)
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.train import train
 from bridgeblip.bundle.format import load_bundle
-from bridgeblip.bundle.gate import SCORE_INPUTS, ParityError, ParityGate
-from bridgeblip.bundle.trace import graphs
+from bridgeblip.bundle.gate import ParityError, ParityGate
+from bridgeblip.bundle.trace import graphs, trace
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.weights import load_weights, save_best, save_weights, trained_tensors
 
@@ -57,8 +63,13 @@ def result_of_training(base, competition, tmp_path_factory):
     ).weights[0]
 
 
+def inputs_of(processor, questions):
+    batch = processor.collate(questions)
+    return {name: batch[name] for name in INPUTS}
+
+
 def call(model, inputs):
-    return model(**{name: inputs[name] for name in ("pixel_values", *SCORE_INPUTS)})
+    return model(**{name: inputs[name] for name in INPUTS})
 
 
 @torch.no_grad()
@@ -68,11 +79,11 @@ def test_trace_equals_the_trained_model_whatever_the_shape(weights, processor, q
     batches = [processor.collate(shuffled[:n]) for n in (2, 7, 16)]
     batches += [row(batches[0], 0), row(batches[0], 1)]
     expected = [model(**batch).logits.masked_fill(~batch["choice_mask"], 0) for batch in batches]
-    traced = trace(merge_bridge(model), processor.collate(shuffled[20:23]))
+    traced = trace(TraceableModel(merge_bridge(model)), inputs_of(processor, shuffled[20:23]))
     for batch, logits in zip(batches, expected, strict=True):
         torch.testing.assert_close(call(traced, batch), logits, atol=1e-4, rtol=0)
         embeds = traced.encode_image(batch["pixel_values"])
-        alone = traced.score(embeds, *(batch[name] for name in SCORE_INPUTS))
+        alone = traced.score(embeds, *(batch[name] for name in INPUTS[1:]))
         torch.testing.assert_close(alone, logits, atol=1e-4, rtol=0)
 
 
@@ -201,7 +212,9 @@ def test_another_base_is_caught_in_half_precision_too(competition, tmp_path, dty
     def compared(base) -> dict:
         restored = restore(weights[0], base, dtype=dtype)
         probe = restored.manifest["probe"]
-        gate = ParityGate(probe["inputs"], restored.model, restored.dtype)
+        gate = ParityGate(
+            {name: probe["inputs"][name] for name in INPUTS}, restored.model, restored.dtype
+        )
         gate.compare_trained(probe["logits"], restored.manifest["dtype"])
         return gate.rows[0]
 

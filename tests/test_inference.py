@@ -26,11 +26,16 @@ from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bundle import predict as inference
 from bridgeblip.bundle.format import Bundle, load_bundle
-from bridgeblip.bundle.predict import kept_folder, predict
+from bridgeblip.bundle.predict import predict
 from bridgeblip.data.orders import cyclic_orders
 from bridgeblip.data.questions import read_questions
 from bridgeblip.embedded.digits import write_competition
-from bridgeblip.evidence.answers import choose_permutation_margin, letters_of, margins
+from bridgeblip.evidence.answers import (
+    choose_permutation_margin,
+    kept_folder,
+    letters_of,
+    margins,
+)
 from bridgeblip.files import file_digest
 from bridgeblip.training.weights import save_weights, trained_tensors
 

@@ -1,12 +1,8 @@
 """From trained weights to one file: merge the bridge, trace, prove parity, pack."""
 
-import gc
 import json
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -24,13 +20,21 @@ from bridgeblip.bridge.config import (
 )
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
-from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
-from bridgeblip.bundle.format import BUNDLE_FORMAT, load_bundle
-from bridgeblip.bundle.gate import SCORE_INPUTS, ParityGate
-from bridgeblip.bundle.trace import free_devices
-from bridgeblip.files import file_digest, write_atomically, write_text
+from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bundle.export import write_bundle
+from bridgeblip.bundle.gate import ParityGate
+from bridgeblip.files import file_digest
 from bridgeblip.machine import best_device, slow_format
 from bridgeblip.training.weights import Weights, load_trained, load_weights, permutation_margin
+
+INPUTS = (
+    "pixel_values",
+    "qformer_input_ids",
+    "qformer_attention_mask",
+    "input_ids",
+    "attention_mask",
+)
+"""What the exported model takes, in this order."""
 
 
 @dataclass(frozen=True)
@@ -167,40 +171,6 @@ class TraceableModel(nn.Module):
         )
 
 
-@torch.no_grad()
-def trace(
-    model: BridgeBlipForMultipleChoice, example: dict[str, torch.Tensor]
-) -> torch.jit.ScriptModule:
-    """Return TorchScript with methods ``encode_image``, ``score`` and ``forward`` that share
-    weights.
-
-    Args:
-        example: a batch as the processor collates it; padded, or the masks would be optimised away.
-    """
-    wrapper = TraceableModel(model).eval()
-    texts = tuple(example[name] for name in SCORE_INPUTS)
-    embeds = wrapper.encode_image(example["pixel_values"])
-    inputs = {
-        "encode_image": (example["pixel_values"],),
-        "score": (embeds, *texts),
-        "forward": (example["pixel_values"], *texts),
-    }
-    with (
-        warnings.catch_warnings()
-    ):  # the parity gate is the check, over batch sizes, lengths and paddings
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        chatty = logging.getLogger("transformers.modeling_utils")
-        chatty.disabled = True  # tracing reads properties that warn
-        try:
-            traced = torch.jit.trace_module(wrapper, inputs, check_trace=False)
-        finally:
-            chatty.disabled = False
-    free_devices(traced)
-    return traced
-
-
 def export_bundle(
     weights: str | Path, out: str | Path, base: str | Path | None = None, dtype: str | None = None
 ) -> tuple[Path, pd.DataFrame]:
@@ -220,57 +190,27 @@ def export_bundle(
         ParityError: if rebuilt, merged or reloaded logits part from the trained ones; nothing is
             written then.
     """
-    out = Path(out)
+    out, weights = Path(out), Path(weights)
     restored = restore(weights, base, dtype=dtype, device=None)
     probe = restored.manifest.get("probe", {})
-    gate = ParityGate(
-        probe.get("inputs") or example_batch(restored.processor), restored.model, restored.dtype
-    )
+    inputs = probe.get("inputs") or example_batch(restored.processor)
+    gate = ParityGate({name: inputs[name] for name in INPUTS}, restored.model, restored.dtype)
     if probe:
         gate.compare_trained(probe["logits"], restored.manifest["dtype"])
-    device = next(restored.model.parameters()).device
     merged = merge_bridge(restored.model)
     gate.compare_merged(merged)
     gate.check(out)
-    manifest = _bundle_manifest(restored, merged, Path(weights))
-    extra = restored.processor.files | {"manifest.json": json.dumps(manifest, indent=2)}
-    held = [trace(merged, gate.probe)]
-    del restored, merged
-
-    def write(partial: Path):
-        torch.jit.save(held[0], str(partial), _extra_files=extra)
-        held.clear()  # the file is read back without a second copy of the weights in memory
-        gc.collect()
-
-    def verify(partial: Path) -> str:
-        gate.compare_reloaded(load_bundle(partial, device).model)
-        gate.check(out)
-        return file_digest(partial)
-
-    digests = out.with_name(f"{out.name}.sha256")
-    digests.unlink(missing_ok=True)  # of a file that is about to go
-    digest = write_atomically(out, write, verify)
-    write_text(digests, f"{digest}  {out.name}\n")
-    return out, gate.table
-
-
-def _bundle_manifest(
-    restored: Restored, merged: BridgeBlipForMultipleChoice, weights: Path
-) -> dict:
-    trained = {
-        key: value for key, value in restored.manifest.items() if key not in ("probe", "config")
-    }
-    return {
-        "format": BUNDLE_FORMAT,
-        "prompt": PROMPT_TEMPLATE,
-        "letters": list(restored.processor.letters),
-        "letter_ids": restored.processor.letter_ids,
-        "processor": restored.processor.fingerprint,
-        "dtype": str(restored.dtype).removeprefix("torch."),
+    trained = {k: v for k, v in restored.manifest.items() if k not in ("probe", "config")}
+    made_from = {"file": weights.name, "sha256": file_digest(weights)}
+    about = {
+        "kind": "instructblip",
         "config": merged.config.to_dict(),
-        "trained": trained | {"file": weights.name, "permute_below": permutation_margin(weights)},
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "trained": trained | made_from | {"permute_below": permutation_margin(weights)},
     }
+    processor, models = restored.processor, [TraceableModel(merged)]
+    del restored, merged
+    write_bundle(out, models, gate, processor, about)
+    return out, gate.table
 
 
 def example_batch(processor: QuestionProcessor) -> dict[str, torch.Tensor]:

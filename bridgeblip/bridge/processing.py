@@ -7,9 +7,12 @@ being there.
 
 import hashlib
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +27,8 @@ from bridgeblip.data.questions import Question, letters
 NUM_CHOICES = 4
 """Letters that the head answers with: A, B, C, D."""
 PROMPT_TEMPLATE = "Question: {question} Options: {options} Short answer:"
-
-
+PLAIN = {"'": "‘’‚‛′", '"': "“”„‟″«»", "-": "‐‑‒–—―−", "...": "…", "x": "×"}
+"""Typographic characters that a vocabulary may lack, by what a typewriter has for them."""
 PROCESSOR_FILES = ("processor.json", "tokenizer.json", "qformer_tokenizer.json")
 IMAGE_TOKEN = "<image>"
 
@@ -50,6 +53,18 @@ class QuestionProcessor:
         self.qformer_tokenizer = _tokenizer(
             files["qformer_tokenizer.json"], settings["qformer_pad_token"]
         )
+        self.unknown = self.tokenizer.token_to_id("<unk>")
+        # Typographic characters that the vocabulary lacks, as ``str.translate`` takes them.
+        self.plain = {
+            ord(written): plain
+            for plain, forms in PLAIN.items()
+            for written in forms
+            if self.unread(written) and not self.unread(plain)
+        }
+        special = self.tokenizer.get_added_tokens_decoder() | (
+            self.qformer_tokenizer.get_added_tokens_decoder()
+        )
+        self.special = re.compile("|".join(re.escape(token.content) for token in special.values()))
         # A pixel has 256 values a channel: rescaling and normalising is a table look-up, (3, 256)
         # in fp32.
         levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)
@@ -68,38 +83,44 @@ class QuestionProcessor:
                 can't.
         """
         folder = Path(folder)
-        config = json.loads(_read(folder / "config.json"))
-        settings = json.loads(_read(folder / "processor_config.json"))
-        image = settings.get("image_processor") or json.loads(
-            _read(folder / "preprocessor_config.json")
-        )
-        if not (image["do_resize"] and image["do_rescale"] and image["do_normalize"]) or image.get(
-            "do_center_crop"
-        ):
+        config = _read_json(folder / "config.json")
+        settings_file = folder / "processor_config.json"
+        settings = _read_json(settings_file) if settings_file.is_file() else {}
+        image = settings.get("image_processor") or _read_json(folder / "preprocessor_config.json")
+        steps = [image.get(f"do_{step}", True) for step in ("resize", "rescale", "normalize")]
+        if not all(steps) or image.get("do_center_crop"):
             raise InputError(
                 f"the image processor in {folder} does not just resize, rescale and normalise: "
                 f"{image}"
             )
-        queries = config.get("num_query_tokens", 32)
+        try:
+            processor_settings = {
+                "image_size": [image["size"]["height"], image["size"]["width"]],
+                "resample": image.get("resample", Image.Resampling.BICUBIC),
+                "rescale_factor": image.get("rescale_factor", 1 / 255),
+                "image_mean": image["image_mean"],
+                "image_std": image["image_std"],
+                "num_query_tokens": config.get("num_query_tokens", 32),
+                "image_token_id": config["image_token_index"],
+                "prompt_limit": config["qformer_config"].get("max_position_embeddings", 512),
+                "pad_token": "<pad>",
+                "qformer_pad_token": "[PAD]",
+            }
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"the settings in {folder} lack {error}: copy the whole folder of the base model"
+            ) from error
         files = {
             "tokenizer.json": _read(folder / "tokenizer.json"),
             "qformer_tokenizer.json": _read(folder / "qformer_tokenizer" / "tokenizer.json"),
-            "processor.json": json.dumps(
-                {
-                    "image_size": [image["size"]["height"], image["size"]["width"]],
-                    "resample": image.get("resample", Image.Resampling.BICUBIC),
-                    "rescale_factor": image.get("rescale_factor", 1 / 255),
-                    "image_mean": image["image_mean"],
-                    "image_std": image["image_std"],
-                    "num_query_tokens": queries,
-                    "image_token_id": config["image_token_index"],
-                    "prompt_limit": config["qformer_config"].get("max_position_embeddings", 512),
-                    "pad_token": "<pad>",
-                    "qformer_pad_token": "[PAD]",
-                }
-            ),
+            "processor.json": json.dumps(processor_settings),
         }
-        processor = cls(files)
+        try:
+            processor = cls(files)
+        except Exception as error:  # tokenizers raises nothing more particular
+            raise InputError(
+                f"a tokenizer in {folder} can't be read ({error}): copy the folder again"
+            ) from error
         known = processor.tokenizer.token_to_id(IMAGE_TOKEN)
         if known is not None and known != processor.image_token_id:
             raise InputError(
@@ -120,13 +141,45 @@ class QuestionProcessor:
         """What the model can answer."""
         return letters(NUM_CHOICES)
 
+    @property
+    def template(self) -> str:
+        """The prompt, before question and options are filled in."""
+        return PROMPT_TEMPLATE
+
     def prompt(self, question: Question) -> str:
-        """Return the text that the model reads for a question."""
-        return render_prompt(question.question, question.choices)
+        """Return the text that the model reads for a question.
+
+        Only we write special tokens: one in a question, such as ``<image>``, is taken apart. Where
+        the vocabulary lacks a typographic character, its plain form stands.
+        """
+        text = render_prompt(question.question, question.choices).translate(self.plain)
+        return self.special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+    def unread(self, prompt: str) -> str:
+        """Return the characters of a prompt that the language model's vocabulary lacks."""
+        encoding = self.tokenizer.encode(prompt)
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        return "".join(prompt[start:end] for id, (start, end) in pairs if id == self.unknown)
+
+    def check_choices(self, questions: Sequence[Question], csv: str | Path = "questions") -> None:
+        """Refuse questions with more choices than the model has letters.
+
+        Raises:
+            InputError: naming the first of them.
+        """
+        for question in questions:
+            if any(question.choices[NUM_CHOICES:]):
+                raise InputError(
+                    f"{csv}, line {question.line} (ID {question.id}): {len(question.choices)} "
+                    f"choices, but the model answers only with {', '.join(self.letters)}: leave "
+                    f"such questions out, or the choices that are surely wrong"
+                )
 
     def choice_mask(self, question: Question) -> list[bool]:
-        """Which of the model's letters can be the answer."""
-        return question.choice_mask + [False] * (NUM_CHOICES - len(question.choices))
+        """Which of the model's letters can be the answer; all where no choice is filled in."""
+        filled = [bool(choice) for choice in question.choices[:NUM_CHOICES]]
+        filled += [False] * (NUM_CHOICES - len(filled))
+        return filled if any(filled) else [True] * NUM_CHOICES
 
     @property
     def letter_ids(self) -> list[int]:
@@ -138,8 +191,7 @@ class QuestionProcessor:
         ids = [
             self.tokenizer.encode(letter, add_special_tokens=False).ids for letter in self.letters
         ]
-        unknown = self.tokenizer.token_to_id("<unk>")
-        if any(len(letter) != 1 or letter[0] == unknown for letter in ids):
+        if any(len(letter) != 1 or letter[0] == self.unknown for letter in ids):
             raise InputError(
                 f"the letters {self.letters} are not one token each in this vocabulary: {ids}"
             )
@@ -181,34 +233,35 @@ class QuestionProcessor:
         square of the length.
 
         The choices stay whole, unless they alone are too long: then the question goes, and all are
-        cut alike.
+        cut alike, at a place that leaves the difference between them, if there is one.
         """
-        longest = max(map(len, question.choices))
-
-        def cut(question_length: int, choice_length: int) -> Question:
-            choices = tuple(_last(choice, choice_length) for choice in question.choices)
-            return replace(
-                question, question=_last(question.question, question_length), choices=choices
-            )
-
-        def tokens(shortened: Question) -> int:
-            return max(
-                len(reader.encode(self.prompt(shortened)))
-                for reader in (self.tokenizer, self.qformer_tokenizer)
-            )
-
-        def most(shorten: Callable[[int], Question], length: int) -> int:
-            """The most characters, below ``length``, that fit; -1 if not even none do."""
-            return (
-                bisect_right(range(length), self.prompt_limit, key=lambda n: tokens(shorten(n))) - 1
-            )
-
-        if tokens(question) <= self.prompt_limit:
+        if self._length(question) <= self.prompt_limit:
             return question
-        kept = most(lambda n: cut(n, longest), len(question.question))
-        if kept >= 0:
-            return cut(kept, longest)
-        return cut(0, max(0, most(lambda n: cut(0, n), longest)))
+
+        def shortened(length: int) -> Question:
+            return replace(question, question=_last(question.question, length))
+
+        length = self._most(shortened, len(question.question))
+        if length >= 0:
+            return shortened(length)
+        longest = max(map(len, question.choices), default=0)
+        for shorten in (_last, _first, _both_ends, _from_difference(question.choices)):
+            cut = partial(_cut_choices, question, shorten)
+            fitted = cut(max(0, self._most(cut, longest)))
+            if still_differ(fitted, question):
+                break
+        return fitted
+
+    def _length(self, question: Question) -> int:
+        """Tokens of the prompt, for the reader who makes more of it."""
+        prompt = self.prompt(question)
+        readers = (self.tokenizer, self.qformer_tokenizer)
+        return max(len(reader.encode(prompt)) for reader in readers)
+
+    def _most(self, shorten: Callable[[int], Question], length: int) -> int:
+        """The most characters, below ``length``, that fit; -1 if not even none do."""
+        lengths = range(length)
+        return bisect_right(lengths, self.prompt_limit, key=lambda n: self._length(shorten(n))) - 1
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return the four text inputs of ``score``, (B, L) int64, padded on the right to the
@@ -261,11 +314,24 @@ class QuestionProcessor:
 
 
 def _read(path: Path) -> str:
+    remedy = "copy the whole folder of the base model, processor included"
     if not path.is_file():
+        raise InputError(f"{path} is missing: {remedy}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read ({error}): {remedy}") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(_read(path))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
-            f"{path} is missing: copy the whole folder of the base model, processor included"
-        )
-    return path.read_text(encoding="utf-8")
+            f"{path} is no JSON ({error}): it is cut off, or a pointer to a file; copy it again"
+        ) from error
 
 
 def _tokenizer(text: str, pad_token: str) -> Tokenizer:
@@ -278,6 +344,34 @@ def _tokenizer(text: str, pad_token: str) -> Tokenizer:
 def _last(text: str, length: int) -> str:
     """The end of a text, with dots where its beginning is cut off."""
     return text if len(text) <= length else "..." + text[len(text) - length :]
+
+
+def _first(text: str, length: int) -> str:
+    """The beginning of a text, with dots where its end is cut off."""
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def _both_ends(text: str, length: int) -> str:
+    """Beginning and end of a text, with dots in place of its middle."""
+    half = length // 2
+    return text if len(text) <= length else text[:half] + _last(text, length - half)
+
+
+def _from_difference(choices: Sequence[str]) -> Callable[[str, int], str]:
+    """Return what cuts a text where all choices begin to differ."""
+    columns = zip(*filter(None, choices), strict=False)
+    same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return lambda text, length: _first(_last(text, len(text) - same), length)
+
+
+def _cut_choices(question: Question, shorten: Callable[[str, int], str], length: int) -> Question:
+    choices = tuple(shorten(choice, length) for choice in question.choices)
+    return replace(question, question="...", choices=choices)
+
+
+def still_differ(fitted: Question, question: Question) -> bool:
+    """Whether choices that differ in a question do so after it was cut."""
+    return len(set(fitted.choices)) == len(set(question.choices))
 
 
 def _stack(encodings) -> tuple[torch.Tensor, torch.Tensor]:

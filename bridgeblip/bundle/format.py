@@ -2,18 +2,54 @@
 
 import hashlib
 import json
+import pkgutil
 import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bridgeblip import InputError
-from bridgeblip.bridge.processing import PROCESSOR_FILES, PROMPT_TEMPLATE, QuestionProcessor
-from bridgeblip.files import file_digest
-from bridgeblip.machine import _is_out_of_memory
+from bridgeblip.bundle.whole import checked
+from bridgeblip.machine import is_out_of_memory
 
 BUNDLE_FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+# Who turns questions into a model's inputs, by the manifest's ``kind``. Paths and not classes:
+# a reader of one kind imports nothing of the others.
+PROCESSORS = {"instructblip": "bridgeblip.bridge.processing:QuestionProcessor"}
+
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+MANIFEST = {
+    "format": _is(int),
+    "kind": _is(str),
+    "processor": _is(str),
+    "letters": _is(list),
+    "letter_ids": _is(list),
+    "prompt": _is(str),
+    "dtype": lambda name: isinstance(getattr(torch, str(name), None), torch.dtype),
+    "config": _is(dict),
+    "trained": lambda it: isinstance(it, dict) and _is(float | int)(it.get("permute_below") or 0),
+}
+"""What a manifest holds, and which values can be right."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """All of a bundle but the model."""
+
+    manifest: dict
+    processor: Any
+    """Turns pictures and questions into the model's inputs, of the class that the kind names."""
+    fingerprint: str
+    """Tells the content of one file from another's."""
 
 
 @dataclass(frozen=True)
@@ -21,114 +57,142 @@ class Bundle:
     """A model and the processor it was trained with: they can't disagree."""
 
     model: torch.jit.ScriptModule
-    """Methods ``encode_image(pixel_values)`` and ``score(image_embeds, <four text inputs>) ->
-    logits (B, 4)``."""
-    processor: QuestionProcessor
+    """Methods ``encode_image(pixel_values)`` and ``score(image_embeds, <the text inputs>) ->
+    logits (B, letters)``."""
+    processor: Any
     manifest: dict
     device: torch.device
     fingerprint: str = ""
     """Tells the content of one file from another's."""
 
 
+@contextmanager
+def as_traced():
+    """How a bundle is run by whoever runs it: no gradients, and the graph as it was traced.
+
+    The optimising executor would give the first calls, after an interruption too, another graph,
+    and on a GPU compile a kernel for each shape that comes.
+    """
+    with torch.inference_mode(), torch.jit.optimized_execution(False):
+        yield
+
+
 def find_bundle(path: str | Path) -> Path:
     """Return the path; raise InputError, naming the notebook that comes first, if no file is
     there."""
     path = Path(path)
-    if not path.is_file():
-        hint = (
-            "run torchscript.ipynb first"
-            if list(path.parent.glob("weights-*.pt"))
-            else "run train.ipynb first"
-        )
-        raise InputError(f"{path} not found: {hint}, or put a ready torchscript.pt there")
-    return path
+    if path.is_file():
+        return path
+    trained = list(path.parent.glob("weights-*.pt"))
+    first = "torchscript.ipynb" if trained else "train.ipynb"
+    raise InputError(f"{path} not found: run {first} first, or put a ready torchscript.pt there")
 
 
 def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     """Load ``torchscript.pt`` and check that it is whole, and of a format that this version reads.
 
     The file is held against ``torchscript.pt.sha256`` where that lies beside it, else against the
-    checksums inside. Trust a bundle like a program: TorchScript can hold arbitrary operations.
+    checksums inside, while it is loaded. Trust a bundle like a program: TorchScript can hold
+    arbitrary operations.
 
     Raises:
         InputError: if the file is missing, damaged, foreign, of a newer format, or made for another
             prompt.
     """
     path = find_bundle(path)
-    fingerprint = _check_whole(path)
-    files = dict.fromkeys([*PROCESSOR_FILES, "manifest.json"], "")
+    with checked(path):
+        header = read_header(path)
+        model = _load_model(path, device)
+    return Bundle(
+        model, header.processor, header.manifest, torch.device(device), header.fingerprint
+    )
+
+
+def _load_model(path: Path, device: str | torch.device) -> torch.jit.ScriptModule:
     try:
-        model = torch.jit.load(str(path), map_location=device, _extra_files=files)
+        return torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is one
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             size = path.stat().st_size / 1e9
             raise InputError(
                 f"no memory on {device} for {path}, {size:.1f} GB: restart this and other "
-                f"notebooks, or take a larger "
-                "machine"
+                f"notebooks, or take a larger machine"
             ) from error
         raise InputError(
             f"{path} is no TorchScript file ({str(error)[:200]}): export or copy it again"
         ) from error
-    lacking = [name for name, text in files.items() if not text]
-    if lacking:
+
+
+def read_header(path: str | Path) -> Header:
+    """Read what a bundle says of itself, and its processor; the model is left alone.
+
+    Raises:
+        InputError: if the file is missing, torn, foreign, of a newer format or kind, or was
+            exported with another processor or prompt.
+    """
+    path = find_bundle(path)
+    files = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            for part in parts:
+                if "/extra/" in part.filename:
+                    name = part.filename.partition("/extra/")[2]
+                    files[name] = archive.read(part).decode("utf-8")
+    except Exception as error:  # zip, its decompressors and the file system each raise their own
         raise InputError(
-            f"{path} is TorchScript but no bridgeblip bundle, it lacks {', '.join(lacking)}: "
-            f"export it"
+            f"{path} is no whole TorchScript file ({error}): export or copy it again"
+        ) from error
+    if MANIFEST_FILE not in files:
+        raise InputError(
+            f"{path} is TorchScript but no bridgeblip bundle, it lacks {MANIFEST_FILE}: export it"
+        )
+    manifest = _read_manifest(path, files.pop(MANIFEST_FILE))
+    processor = _make_processor(path, manifest, files)
+    checksums = [(part.filename, part.file_size, part.CRC) for part in parts]
+    return Header(manifest, processor, hashlib.sha256(json.dumps(checksums).encode()).hexdigest())
+
+
+def _read_manifest(path: Path, text: str) -> dict:
+    """Return the manifest, of whose values at least the types are right."""
+    remedy = "export or copy it again"
+    try:
+        manifest = {"kind": "instructblip"} | json.loads(text)  # before there were kinds
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} has no readable manifest ({error!r}): {remedy}") from error
+    number = manifest.get("format")
+    if isinstance(number, int) and number > BUNDLE_FORMAT:
+        raise InputError(
+            f"{path} has format {number}, this version reads {BUNDLE_FORMAT}: update bridgeblip"
+        )
+    for key, fits in MANIFEST.items():
+        value = manifest.get(key)
+        if not fits(value):
+            raise InputError(f"{path} has no readable manifest ({key} is {value!r:.80}): {remedy}")
+    return manifest
+
+
+def _make_processor(path: Path, manifest: dict, files: dict[str, str]):
+    """Return the processor that the manifest names, if it is the one of the export."""
+    if manifest["kind"] not in PROCESSORS:
+        raise InputError(
+            f"{path} is of the kind {manifest['kind']!r}, this version reads "
+            f"{', '.join(PROCESSORS)}: update bridgeblip"
         )
     try:
-        files = {
-            name: text if isinstance(text, str) else text.decode("utf-8")
-            for name, text in files.items()
-        }
-        manifest = json.loads(files.pop("manifest.json"))
-        made_for = {
-            key: manifest[key] for key in ("format", "processor", "letters", "letter_ids", "prompt")
-        }
-    except (ValueError, KeyError, TypeError) as error:
+        processor = pkgutil.resolve_name(PROCESSORS[manifest["kind"]])(files)
+    except Exception as error:  # a file that is missing or malformed fails in its own parser
         raise InputError(
-            f"{path} has no readable manifest ({error!r}): export or copy it again"
+            f"{path}: the processor inside can't be read ({error!r}): export it again"
         ) from error
-    if made_for["format"] > BUNDLE_FORMAT:
-        raise InputError(
-            f"{path} has format {made_for['format']}, this version reads {BUNDLE_FORMAT}: update "
-            f"bridgeblip"
-        )
-    processor = QuestionProcessor(files)
-    here = {
-        "processor": processor.fingerprint,
-        "letters": list(processor.letters),
-        "letter_ids": processor.letter_ids,
-    }
-    if any(made_for[key] != value for key, value in here.items()):
+    inside = (processor.fingerprint, list(processor.letters), processor.letter_ids)
+    if inside != tuple(manifest[key] for key in ("processor", "letters", "letter_ids")):
         raise InputError(
             f"{path}: the processor inside is not the one that it was exported with: export it "
             f"again"
         )
-    if made_for["prompt"] != PROMPT_TEMPLATE:
+    if manifest["prompt"] != processor.template:
         raise InputError(
-            f"{path} was trained with the prompt {made_for['prompt']!r}, this version has another"
+            f"{path} was trained with the prompt {manifest['prompt']!r}, this version has another"
         )
-    return Bundle(model.eval(), processor, manifest, torch.device(device), fingerprint)
-
-
-def _check_whole(path: Path) -> str:
-    """Refuse a file that is not as it was written; return a fingerprint of its content."""
-    digests = path.with_name(f"{path.name}.sha256")
-    if digests.is_file() and digests.read_bytes().split()[:1] != [file_digest(path).encode()]:
-        raise InputError(
-            f"{path} has not the SHA-256 that {digests} names: copy both again, or export again"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = [(part.filename, part.file_size, part.CRC) for part in archive.infolist()]
-            torn = None if digests.is_file() else archive.testzip()
-    except Exception as error:  # zip and its decompressors each raise their own
-        raise InputError(
-            f"{path} is no whole TorchScript file ({error}): export or copy it again"
-        ) from error
-    if torn:
-        raise InputError(
-            f"{path} is no whole TorchScript file ({torn} is damaged): export or copy it again"
-        )
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return processor

@@ -6,21 +6,17 @@ import pandas as pd
 import torch
 from torch import nn
 
-SCORE_INPUTS = ("qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
+from bridgeblip.bundle.format import as_traced
 
-PARITY_BOUND = 1e-4  # largest difference of a logit allowed between two forms of the model, in fp32
+# The largest difference of a logit allowed between two forms of the model, in fp32.
+PARITY_BOUND = 1e-4
 
-MERGING_SHARE = (
-    0.02  # the same in bfloat16 and float16, as a share of the spread of the logits: merging rounds
-)
-
-TRAINED_SHARE = (
-    0.2  # the same between two machines or number formats: another base parts by all of the spread
-)
-
-RELOADING_SHARE = (
-    0.01  # tracing, saving and loading round nothing; this is room for another order of sums
-)
+# The same in bfloat16 and float16, as a share of the spread of the logits: merging rounds.
+MERGING_SHARE = 0.02
+# The same between two machines or number formats: another base parts by all of the spread.
+TRAINED_SHARE = 0.2
+# Tracing, saving and loading round nothing; this is room for another order of sums.
+RELOADING_SHARE = 0.01
 
 
 class ParityError(RuntimeError):
@@ -37,7 +33,8 @@ class ParityGate:
     nothing: the file is held against the merged model, closely, in any precision.
 
     Args:
-        probe: a padded batch, as the processor collates it.
+        probe: the model's inputs by name, a padded batch; texts come as ``...input_ids`` and
+            ``...attention_mask``, padded on the right.
         model: the trained model, adapters apart: what all others must answer like.
     """
 
@@ -117,20 +114,20 @@ class ParityGate:
             )
 
 
-@torch.no_grad()
+@as_traced()  # on a GPU the optimising executor would compile, and round otherwise
 def _logits_by_case(model: nn.Module, probe: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Logits of the probe: all rows at once; the shortest row alone, with its padding and
     without."""
-    padded = {name: probe[name] for name in ("pixel_values", *SCORE_INPUTS)}
     shortest = int(probe["attention_mask"].sum(1).argmin())
-    alone = {name: tensor[shortest : shortest + 1] for name, tensor in padded.items()}
+    alone = {name: tensor[shortest : shortest + 1] for name, tensor in probe.items()}
     cut = dict(alone)
-    for kind in ("qformer_", ""):
-        length = int(alone[f"{kind}attention_mask"].sum())
-        for name in (f"{kind}input_ids", f"{kind}attention_mask"):
-            cut[name] = alone[name][:, :length]
+    for mask in probe:
+        if mask.endswith("attention_mask"):
+            length = int(alone[mask].sum())
+            for name in (mask, mask.replace("attention_mask", "input_ids")):
+                cut[name] = alone[name][:, :length]
     cases = {
-        f"batch {len(probe['input_ids'])}, padded": padded,
+        f"batch {len(probe['input_ids'])}, padded": probe,
         "batch 1, padded": alone,
         "batch 1, unpadded": cut,
     }

@@ -17,22 +17,21 @@ import torch
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
-from bridgeblip.bridge.processing import QuestionProcessor
-from bridgeblip.bundle.format import Bundle
+from bridgeblip.bundle.format import Bundle, as_traced
 from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.pictures import load_ahead, picture_key
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
 from bridgeblip.files import write_text
-from bridgeblip.machine import _is_out_of_memory, process_rank
+from bridgeblip.machine import is_out_of_memory, process_rank
 
-PICTURES_A_WINDOW = (
-    32  # encoded pictures held at a time: bounds the memory whatever the number of rows
-)
-TOKENS_A_BATCH = (
-    8192  # of the language model, padding included: long prompts come in smaller batches
-)
+# Encoded pictures held at a time: bounds the memory whatever the number of rows.
+PICTURES_A_WINDOW = 32
+# Of the language model, padding included: long prompts come in smaller batches.
+TOKENS_A_BATCH = 8192
 BLANK = "blank"  # key of the picture that stands for a missing one
+PATIENCE = timedelta(minutes=10)  # for the other processes to appear
+WORK = timedelta(days=1)  # for the slowest of them to finish
 
 
 def predict(
@@ -60,52 +59,88 @@ def predict(
             written it.
 
     Raises:
-        InputError: if the model gives no finite number for a row.
+        InputError: if a question has more choices than the model has letters, the model gives no
+            finite number for a row, or other processes that the environment names do not come.
     """
+    bundle.processor.check_choices(questions)
     if permute_below is None:
         permute_below = bundle.manifest.get("trained", {}).get("permute_below") or 0
     if blank_images:
         questions = [replace(question, image=None) for question in questions]
     rank, world = process_rank()
+    processes = _join_processes() if world > 1 else None
     keys = _picture_keys(questions, quiet=rank > 0)
-    rows_of: dict[str, list[int]] = {}
-    for row, key in enumerate(keys):
-        rows_of.setdefault(key, []).append(row)
-    pictures = list(rows_of.values())  # the rows of each
-    windows = [
-        pictures[i : i + PICTURES_A_WINDOW] for i in range(0, len(pictures), PICTURES_A_WINDOW)
-    ]
+    windows = _windows(keys)
 
-    settings = [bundle.fingerprint, batch_size, permute_below, PICTURES_A_WINDOW, TOKENS_A_BATCH]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for key, question in zip(keys, questions, strict=True):
-        digest.update(json.dumps([key, question.question, question.choices]).encode())
-    fingerprint = digest.hexdigest()
+    # What an interrupted run has left is taken only if the same would be done again.
+    fingerprint = _fingerprint(bundle, questions, keys, [batch_size, permute_below])
     mine = range(rank, len(windows), world)
     done = _read_kept(kept_folder(out), fingerprint, mine) if out else {}
     to_do = [index for index in mine if index not in done]
-    asked = [[[questions[row] for row in rows] for rows in windows[index]] for index in to_do]
-    paths = [[group[0].image for group in groups] for groups in asked]
-    loaded = load_ahead(partial(_pixels_or_blank, bundle.processor), paths)
-    rows_to_do = sum(len(group) for groups in asked for group in groups)
+
+    pictures = [[questions[rows[0]].image for rows in windows[index]] for index in to_do]
+    loaded = load_ahead(partial(_pixels_or_blank, bundle.processor), pictures)
+    rows_to_do = sum(len(rows) for index in to_do for rows in windows[index])
     with tqdm(total=rows_to_do, desc="answering", unit="row", disable=rank > 0) as bar:
-        for index, groups, pictures in zip(to_do, asked, loaded, strict=True):
-            done[index] = _answer_window(bundle, groups, pictures, batch_size, permute_below, bar)
+        for index, pixels in zip(to_do, loaded, strict=True):
+            asked = [[questions[row] for row in rows] for rows in windows[index]]
+            done[index] = _answer_window(bundle, asked, pixels, batch_size, permute_below, bar)
             if out:
                 content = {"fingerprint": fingerprint, "answers": done[index]}
                 write_text(kept_folder(out) / f"{index}.json", json.dumps(content))
 
-    found = {}
-    for index, answers in _gather(done, world).items():
-        found |= zip([row for rows in windows[index] for row in rows], answers, strict=True)
-    probabilities, flags, problems = zip(
-        *(found[row] for row in range(len(questions))), strict=True
-    )
-    problems = [
-        "; ".join(filter(None, pair))
-        for pair in zip([q.problem for q in questions], problems, strict=True)
-    ]
-    return Answers(np.array(probabilities, dtype=np.float32), list(flags), problems)
+    parts = [done]
+    if world > 1:
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, done, processes)
+    return _put_together(questions, windows, parts)
+
+
+def _join_processes():
+    """Return the group of all processes, which may be slow, once each of them has appeared."""
+    distributed = torch.distributed
+    try:
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo", timeout=PATIENCE)
+        return distributed.new_group(backend="gloo", timeout=WORK)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the environment names other processes (WORLD_SIZE), which do not come "
+            f"({str(error).splitlines()[0][:200]}): start all with accelerate launch, or unset "
+            f"WORLD_SIZE and RANK"
+        ) from error
+
+
+def _windows(keys: Sequence[str]) -> list[list[list[int]]]:
+    """Return the rows of each picture, so many pictures a window."""
+    rows_of: dict[str, list[int]] = {}
+    for row, key in enumerate(keys):
+        rows_of.setdefault(key, []).append(row)
+    groups = list(rows_of.values())
+    return [groups[i : i + PICTURES_A_WINDOW] for i in range(0, len(groups), PICTURES_A_WINDOW)]
+
+
+def _fingerprint(bundle: Bundle, questions: Sequence[Question], keys, settings: list) -> str:
+    """Tell one run from another that would answer otherwise."""
+    settings = [bundle.fingerprint, *settings, PICTURES_A_WINDOW, TOKENS_A_BATCH]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for key, question in zip(keys, questions, strict=True):
+        digest.update(json.dumps([key, question.question, question.choices]).encode())
+    return digest.hexdigest()
+
+
+def _put_together(questions: Sequence[Question], windows, parts: Sequence[dict]) -> Answers:
+    """Return the answers in the order of the questions, from the windows that each process did."""
+    probabilities = [[]] * len(questions)
+    flags = [[]] * len(questions)
+    problems = [question.problem for question in questions]
+    for part in parts:
+        for index, answers in part.items():
+            rows = [row for rows in windows[index] for row in rows]
+            for row, (given, words, problem) in zip(rows, answers, strict=True):
+                probabilities[row], flags[row] = given, words
+                problems[row] = "; ".join(filter(None, [problems[row], problem]))
+    return Answers(np.array(probabilities, dtype=np.float32), flags, problems)
 
 
 def _picture_keys(questions: Sequence[Question], quiet: bool) -> list[str]:
@@ -123,16 +158,18 @@ def _picture_keys(questions: Sequence[Question], quiet: bool) -> list[str]:
 def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[int, list]:
     """Return the answers to windows that an interrupted run has finished."""
     kept, strangers = {}, 0
-    for index, path in [(index, folder / f"{index}.json") for index in indices]:
-        if path.is_file():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                content = {}  # torn
-            if content.get("fingerprint") == fingerprint:
-                kept[index] = content["answers"]
-            else:
-                strangers += 1
+    for index in indices:
+        path = folder / f"{index}.json"
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            content = {}  # torn
+        if content.get("fingerprint") == fingerprint:
+            kept[index] = content["answers"]
+        else:
+            strangers += 1
     if strangers:
         print(
             f"passing over {strangers} windows in {folder}: torn, or of another bundle, question "
@@ -143,33 +180,16 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
     return kept
 
 
-def _gather(done: dict[int, list], world: int) -> dict[int, list]:
-    """Return the windows that all processes have answered."""
-    if world == 1:
-        return done
-    if (
-        not torch.distributed.is_initialized()
-    ):  # kept for a second call: rebuilt, the processes could miss each other
-        torch.distributed.init_process_group(
-            "gloo", timeout=timedelta(days=1)
-        )  # the others may be slower
-    parts: list = [None] * world
-    torch.distributed.all_gather_object(parts, done)
-    return {index: answers for part in parts for index, answers in part.items()}
-
-
-def _pixels_or_blank(processor: QuestionProcessor, path: Path | None) -> tuple[torch.Tensor, str]:
+def _pixels_or_blank(processor, path: Path | None) -> tuple[torch.Tensor, str]:
     """A picture's pixels, and what is wrong with it: then they are blank."""
     try:
         return processor.load_pixels(path) if path else processor.blank_pixels, ""
     except InputError as error:
-        return processor.blank_pixels, f"{type(error.__cause__).__name__}: {error.__cause__}"
+        cause = error.__cause__
+        return processor.blank_pixels, f"{type(cause).__name__}: {cause}"
 
 
-@torch.inference_mode()
-@torch.jit.optimized_execution(
-    False
-)  # else the first calls, after an interruption too, would run another graph
+@as_traced()
 def _answer_window(
     bundle: Bundle,
     groups: list[list[Question]],
@@ -179,38 +199,38 @@ def _answer_window(
     bar: tqdm,
 ) -> list[tuple[list[float], list[str], str]]:
     """Answer questions grouped by picture: probabilities, flags and problem of each, in order."""
+    processor = bundle.processor
     pixels, faults = zip(*pictures, strict=True)
     embeds = _encode_pictures(bundle, pixels, batch_size)
     asked = [question for group in groups for question in group]
     places = [place for place, group in enumerate(groups) for _ in group]  # in embeds
-    fitted = [bundle.processor.fit(question) for question in asked]
+    fitted = [processor.fit(question) for question in asked]
     single = _score(bundle, embeds, places, fitted, batch_size, bar)
     unsure = np.flatnonzero(margins(single) < permute_below)
 
     def ask(rows: Sequence[int], shown: Sequence[Question]) -> np.ndarray:
-        shown = [bundle.processor.fit(question) for question in shown]
+        shown = [processor.fit(question) for question in shown]
         return _score(bundle, embeds, [places[row] for row in rows], shown, batch_size)
 
     views = ask_in_orders(asked, single, unsure, ask)
     answers = []
-    for question, fit, place, seen in zip(asked, fitted, places, views, strict=True):
-        changed = len({int(view.argmax()) for view in seen}) > 1
-        true = {
-            "blank": bool(faults[place]) or not question.image,
-            "shortened": fit is not question,
-            "permuted": len(seen) > 1,
-            "order": changed,
-        }
-        flags = [flag for flag in FLAGS if true.get(flag)]
-        problems = (
-            [f"picture {question.image} can't be read ({faults[place]})"] if faults[place] else []
-        )
-        if fit is not question:
-            what = "question" if fit.choices == question.choices else "question and the choices"
-            limit = bundle.processor.prompt_limit
+    for question, shown, place, seen in zip(asked, fitted, places, views, strict=True):
+        fault, problems = faults[place], []
+        if fault:
+            problems.append(f"picture {question.image} can't be read ({fault})")
+        if len(set(shown.choices)) < len(set(question.choices)):
             problems.append(
-                f"the prompt is longer than the {limit} tokens that the model reads: cut the {what}"
+                f"its choices differ only in what goes beyond the {processor.prompt_limit} tokens "
+                f"that this model reads"
             )
+        true = {
+            "blank": bool(fault) or not question.image,
+            "unread": bool(processor.unread(processor.prompt(question))),
+            "shortened": shown is not question,
+            "permuted": len(seen) > 1,
+            "order": len({int(view.argmax()) for view in seen}) > 1,
+        }
+        flags = [flag for flag in FLAGS if true[flag]]
         answers.append((np.mean(seen, axis=0).tolist(), flags, "; ".join(problems)))
     return answers
 
@@ -280,7 +300,7 @@ def _in_halves(run: Callable[[Sequence[int]], torch.Tensor], rows: Sequence[int]
     try:
         return run(rows)
     except RuntimeError as error:
-        if len(rows) == 1 or not _is_out_of_memory(error):
+        if len(rows) == 1 or not is_out_of_memory(error):
             raise
     warnings.warn(
         f"no memory for {len(rows)} rows at a time, halving; set a smaller batch size", stacklevel=2

@@ -20,7 +20,6 @@ from bridgeblip import HOME, InputError, __version__
 from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings, decoder_layers
 from bridgeblip.data import questions
 from bridgeblip.data.pictures import open_picture, picture_keys
-from bridgeblip.files import cache_folder
 from bridgeblip.hosting.runtime import OLD_TORCHAO, fits, installed, other_copies, requirements
 from bridgeblip.machine import best_device, choose_precision, slow_format
 from bridgeblip.training.settings import TrainSettings
@@ -104,6 +103,7 @@ def check(
     try:
         _check_machine(found, stage)
         if stage == "train":
+            from bridgeblip.bridge.features import default_folder as cache_folder
             from bridgeblip.training.hold import require_free
 
             csv, base = Path(csv or "competition/train.csv"), base or REAL_BASE
@@ -214,6 +214,7 @@ def _check_predict(found, csv, bundle, sample):
     transformers."""
     from bridgeblip.bundle.format import find_bundle, read_header
     from bridgeblip.evidence.submission import read_sample
+    from bridgeblip.training.weights import stale_bundle
 
     header = found.attempt(find_bundle, bundle) and found.attempt(read_header, bundle)
     rows = _check_questions(found, csv, header and header.processor, need_answers=False)
@@ -226,6 +227,8 @@ def _check_predict(found, csv, bundle, sample):
         found.add("note", f"no {sample}: {form}")
     if not header:
         return None
+    if stale := stale_bundle(bundle, header.manifest["trained"]):
+        found.add("warning", stale, "run torchscript.ipynb")
     dtype = getattr(torch, header.manifest["dtype"])
     _check_speed(found, best_device(), dtype, "export it as float32, for an older GPU as float16")
     _check_memory(found, bundle.stat().st_size)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bridgeblip import InputError
-from bridgeblip.files import write_atomically, write_text
+from bridgeblip.files import file_digest, write_atomically, write_text
 
 WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
@@ -191,6 +191,26 @@ def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
     raise InputError(
         f"{len(found)} weights files in {folder} and no {BEST_FILE} that names one of them: keep "
         f"one"
+    )
+
+
+def stale_bundle(bundle: str | Path, trained: dict[str, Any]) -> str:
+    """Say that a bundle was not made from the best weights beside it; empty if it was, or if none
+    are there.
+
+    Args:
+        trained: what its manifest has under this name: file and SHA-256 of its weights.
+    """
+    try:
+        best, why = choose_weights(Path(bundle).parent)
+    except InputError:
+        return ""
+    named = trained.get("sha256", trained.get("file"))  # files made before have the name only
+    if named in (None, best.name) or named == file_digest(best):
+        return ""
+    return (
+        f"{bundle} was not made from {best}, {why}: export again, unless you want what was trained "
+        f"before"
     )
 
 
