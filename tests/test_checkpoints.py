@@ -215,9 +215,12 @@ def test_other_versions_are_named(tmp_path, capsys):
 def test_a_copy_reads_its_source_once(tmp_path, monkeypatch):
     source, reads = tmp_path / "source", []
     source.write_bytes(bytes(3_000_000))
-    monkeypatch.setattr(
-        "builtins.open", lambda path, *how: reads.append(path) or open(path, *how)
-    )
+
+    def counted(path, *how):
+        reads.append(path)
+        return io.open(path, *how)  # noqa: SIM115, UP020
+
+    monkeypatch.setattr("builtins.open", counted)
     copy_verified(source, tmp_path / "copy")
     assert reads.count(source) == 1
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
