@@ -216,9 +216,11 @@ def test_a_copy_reads_its_source_once(tmp_path, monkeypatch):
     source, reads = tmp_path / "source", []
     source.write_bytes(bytes(3_000_000))
 
+    actual = open
+
     def counted(path, *how):
         reads.append(path)
-        return io.open(path, *how)  # noqa: SIM115, UP020
+        return actual(path, *how)
 
     monkeypatch.setattr("builtins.open", counted)
     copy_verified(source, tmp_path / "copy")
