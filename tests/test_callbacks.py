@@ -51,10 +51,11 @@ def test_self_check_passes_what_learns(model, batch):
 
 
 def test_self_check_names_what_does_not_learn(model, batch):
+    """B that stays at zero keeps the gradient from its A, too."""
     check = SelfCheck(model)
     adapter = next(p for name, p in model.named_parameters() if "lora_B" in name)
     with pytest.raises(
-        TrainingError, match=r"1 tensors that should learn had no gradient in 4 steps.*lora_B"
+        TrainingError, match=r"2 tensors that should learn had no gradient in 4 steps.*lora_A"
     ):
         steps(model, batch, check, 4, before=lambda: adapter.grad.zero_())
 
