@@ -169,6 +169,22 @@ def check_kills() -> list[tuple[str, str, str, bool]]:
     return rows
 
 
+def check_properties() -> list[tuple[str, str, str, bool]]:
+    """Reading tables and opening pictures, on many more examples than ``make test`` tries."""
+    rows = []
+    for what in ("reading", "pictures"):
+        test = "tests/test_reading_properties.py" if what == "reading" else "tests/test_pictures.py"
+        environment = os.environ | {"BRIDGEBLIP_EXAMPLES": "2000"}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", test], cwd=ROOT, env=environment
+        )
+        held = done.returncode == 0
+        rows.append(
+            (f"properties of {what}, 2,000 examples", "hold", "hold" if held else "not", held)
+        )
+    return rows
+
+
 def check_ablation() -> list[tuple[str, str, str, bool]]:
     """The layer-selection experiment from nothing, in one command."""
     work = Path(tempfile.mkdtemp())
@@ -257,6 +273,7 @@ CHECKS = {
     "tiny_base": check_tiny_base,
     "demo": check_demo,
     "kills": check_kills,
+    "properties": check_properties,
     "ablation": check_ablation,
     "full_size": check_full_size,
     "speed": check_speed,
