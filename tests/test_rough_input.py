@@ -143,9 +143,8 @@ ODD_ROWS = [  # question, choices, what must be said about the row
     ("", CHOICES, None),
     ("One choice?", ("", "", "only", ""), "fewer than two choices"),
     ("No choice?", ("", "", "", ""), "fewer than two choices"),
-    ("Is it so? " * 200 + "Which?", CHOICES, "128 tokens.*cut the question$"),
-    ("Which?", ("many words " * 150 + "!", *CHOICES[1:]), "128 tokens.*cut the question and the "
-                                                          "choices"),
+    ("Is it so? " * 200 + "Which?", CHOICES, None),
+    ("Which?", ("many words " * 150 + "!", *CHOICES[1:]), None),
 ]  # fmt: skip
 
 
