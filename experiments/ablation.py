@@ -1,10 +1,13 @@
 """The layer-selection experiment: which decoder layers to keep, everything else equal.
 
+    python experiments/ablation.py [--base BASE] [--train-csv FILE] [--also ARM ...] [--seeds N]
+
 Whatever is cut of the decoder, the vision tower, the Q-Former and the encoder stay the same and
 frozen. So their states are computed once for each question, and every arm and seed trains its
 decoder on them.
 """
 
+import argparse
 import gc
 import hashlib
 import json
@@ -12,6 +15,7 @@ import os
 import platform
 import shlex
 import shutil
+import sys
 import textwrap
 import time
 from collections.abc import Sequence
@@ -32,8 +36,10 @@ from tqdm.auto import tqdm
 from transformers import InstructBlipConfig, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from bridgeblip import InputError
-from bridgeblip.bridge.base import resolve_base
+from bridgeblip.bridge.base import REAL_BASE, resolve_base
 from bridgeblip.bridge.budget import count_parts
 from bridgeblip.bridge.config import BridgeSettings, decoder_layers, slice_config
 from bridgeblip.bridge.features import (
@@ -54,9 +60,10 @@ from bridgeblip.bridge.model import (
 from bridgeblip.bridge.processing import QuestionProcessor, render_prompt
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
+from bridgeblip.embedded.demo import TINY_RATE
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.figures import NEUTRAL, smoothed
-from bridgeblip.evidence.metrics import clustered_mean, picture_groups
+from bridgeblip.evidence.metrics import clustered_mean, guessing, picture_groups
 from bridgeblip.evidence.page import points
 from bridgeblip.files import require_writable, write_text
 from bridgeblip.machine import NonFiniteError, choose_precision
@@ -69,6 +76,7 @@ from bridgeblip.training.trainer import (
     optimizer,
     training_arguments,
 )
+from experiments.tables import markdown
 
 CLAIMED = "0,3,...,21"
 FROZEN = ("vision_model.", "query_tokens", "qformer.", "language_projection.", "language_model.shared",
@@ -309,7 +317,7 @@ def ablate(
         runs.append({"arm": arm.name, "seed": seed, **run})
     runs = pd.DataFrame(runs)
     summary = summarise(runs, picture_groups(validation))
-    words = ["python", "-m", "bridgeblip", "ablate", "--base", base, "--seeds", seeds]
+    words = ["python", "experiments/ablation.py", "--base", base, "--seeds", seeds]
     words += ["--train-csv", train_csv] * bool(train_csv) + ["--also", *also] * bool(also)
     words += ["--batch-size", settings.batch_size, "--learning-rate", settings.learning_rate]
     facts = {
@@ -319,9 +327,9 @@ def ablate(
         "questions": f"{len(training)} trained on, {len(validation)} about other pictures to "
         f"measure",
     }
-    verdict = judge_claim(runs, summary)
+    verdict = judge_claim(runs, summary, guessing(validation))
     ablation_figure(runs, arms, verdict).savefig(out / "ablation.png", dpi=150)
-    write_text(out / "ablation.md", _markdown(summary, verdict, facts))
+    write_text(out / "ablation.md", _page(summary, verdict, facts))
     print(verdict)
     return summary
 
@@ -433,14 +441,21 @@ COLUMNS = (
 )
 
 
-def judge_claim(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
+def judge_claim(runs: pd.DataFrame, summary: pd.DataFrame, guessing: float) -> str:
     """Say in words whether the claimed selection falls fastest and stays steadiest among the four,
     seed by seed.
 
     Args:
         runs: as ``summarise`` takes them.
         summary: what it gives.
+        guessing: accuracy of whoever has learned nothing. Where no arm is better, beyond noise,
+            there is nothing to compare.
     """
+    if all(found.low <= guessing for found in summary["accuracy"]):
+        return (
+            f"This can't tell: after the epoch no arm answers better than guessing "
+            f"({guessing:.2f}), beyond noise. It takes more questions or a higher learning rate."
+        )
     runs = runs.assign(**_curve_measures(runs))
     four = runs[runs["arm"].isin([arm.name for arm in SELECTIONS])].set_index("arm").groupby("seed")
     winners = {
@@ -448,10 +463,8 @@ def judge_claim(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
         "mean": four["mean"].idxmin(),
         "spread": four["spread"].idxmin(),
     }
-    seeds, wins = (
-        runs["seed"].nunique(),
-        {key: int((won == CLAIMED).sum()) for key, won in winners.items()},
-    )
+    seeds = runs["seed"].nunique()
+    wins = {key: int((won == CLAIMED).sum()) for key, won in winners.items()}
     if wins["drop"] == wins["spread"] == seeds:
         finding = "The claim holds here."
     elif wins["drop"] + wins["spread"] == 0:
@@ -472,12 +485,10 @@ def judge_claim(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
     ]
     return (
         f"{finding} Of the four selections, by seeds ({seeds}): largest fall in the first quarter, "
-        f"{named['drop']}; "
-        f"lowest mean loss, {named['mean']}; steadiest curve, {named['spread']}. Of all arms, "
-        f"below {CLAIMED} in mean "
-        f"loss in every seed: {'; '.join(below) or 'none'}. More accurate than it after the epoch, "
-        f"beyond noise: "
-        f"{'; '.join(better) or 'none'}; less: {'; '.join(worse) or 'none'}."
+        f"{named['drop']}; lowest mean loss, {named['mean']}; steadiest curve, {named['spread']}. "
+        f"Of all arms, below {CLAIMED} in mean loss in every seed: {'; '.join(below) or 'none'}. "
+        f"More accurate than it after the epoch, beyond noise: {'; '.join(better) or 'none'}; "
+        f"less: {'; '.join(worse) or 'none'}."
     )
 
 
@@ -516,32 +527,58 @@ def _draw_curves(axes: Axes, runs: pd.DataFrame, arms: Sequence[Arm], title: str
     axes.legend(frameon=False)
 
 
-def _markdown(summary: pd.DataFrame, verdict: str, facts: dict[str, str]) -> str:
-    shown = pd.DataFrame({
-        "arm": summary.index,
-        "accuracy before": [f"{value:.3f}" for value in summary["before"]],
-        "first loss": [f"{value:.3f}" for value in summary["start"]],
-        "drop": [f"{value:.3f}" for value in summary["drop"]],
-        "mean loss": [f"{value:.3f}" for value in summary["mean"]],
-        "spread": [f"{value:.3f}" for value in summary["spread"]],
-        "accuracy after": [f"{a.value:.3f} ({a.low:.3f} "
-                           f"to {a.high:.3f})" for a in summary["accuracy"]],
-        f"points from {CLAIMED}": [
-            "" if name == CLAIMED else f"{points(d.value)} ({points(d.low)} to {points(d.high)})"
-            for name, d in summary["against"].items()
-        ],
-        "trained parameters": [f"{value:,.0f}" for value in summary["trained"]],
-        "seconds": [f"{value:.0f}" for value in summary["seconds"]],
-    })  # fmt: skip
-    header = f"| {' | '.join(shown.columns)} |\n|{'---|' * len(shown.columns)}\n"
-    table = header + "\n".join(f"| {' | '.join(row)} |" for row in shown.itertuples(index=False))
+def _page(summary: pd.DataFrame, verdict: str, facts: dict[str, str]) -> str:
+    rows = []
+    for name, arm in summary.iterrows():
+        after, apart = arm["accuracy"], arm["against"]
+        apart = f"{points(apart.value)} ({points(apart.low)} to {points(apart.high)})"
+        row = {
+            "arm": name,
+            "accuracy before": f"{arm['before']:.3f}",
+            "first loss": f"{arm['start']:.3f}",
+            "drop": f"{arm['drop']:.3f}",
+            "mean loss": f"{arm['mean']:.3f}",
+            "spread": f"{arm['spread']:.3f}",
+            "accuracy after": f"{after.value:.3f} ({after.low:.3f} to {after.high:.3f})",
+            f"points from {CLAIMED}": "" if name == CLAIMED else apart,
+            "trained parameters": f"{arm['trained']:,.0f}",
+            "seconds": f"{arm['seconds']:.0f}",
+        }
+        rows.append(row)
+    title, figure = "# Which decoder layers to keep", "![Smoothed loss by step](ablation.png)"
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    parts = (
-        "# Which decoder layers to keep",
-        verdict,
-        "![Smoothed loss by step](ablation.png)",
-        table,
-        COLUMNS,
-        listed,
+    return "\n\n".join([title, verdict, figure, markdown(rows), COLUMNS, listed]) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the experiment; 2 with one line on stderr for unusable input."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    return "\n\n".join(parts) + "\n"
+    parser.add_argument("--base", default=REAL_BASE, help="hub id, folder, or tiny")
+    parser.add_argument("--train-csv", type=Path, help="questions with answers; by default "
+                        "competition/train.csv or, with --base tiny, the embedded ones")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("results/ablation"), help="goes on there")
+    parser.add_argument(
+        "--also", nargs="+", default=[], choices=FURTHER, help="arms beside the four"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
+    parser.add_argument("--batch-size", type=int, default=16, help="questions a step (16)")
+    parser.add_argument("--learning-rate", type=float, help="2e-4; with --base tiny the demo's")
+    args = parser.parse_args(arguments)
+    tiny = args.base == "tiny"
+    rate = args.learning_rate or (TINY_RATE if tiny else TrainSettings.learning_rate)
+    rates = {"learning_rate": rate, "head_learning_rate": rate}
+    settings = TrainSettings(batch_size=args.batch_size, **rates)
+    csv = args.train_csv or (None if tiny else Path("competition/train.csv"))
+    try:
+        ablate(csv, args.base, args.out, args.also, args.seeds, settings)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"wrote {args.out / 'ablation.md'} and {args.out / 'ablation.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,50 +1,509 @@
 """Speed and memory against Hugging Face's own InstructBLIP: same weights, same questions, same
 machine, one run.
 
-Every measurement is a process of its own, which ``contenders`` is; the contenders take turns, in
-changing order, for several rounds. What a round has measured lies in ``rounds/`` and is not
-measured again.
+    python experiments/bench.py [--base FOLDER] [--out FOLDER]
+
+Every measurement is a process of its own; the contenders take turns, in changing order, for several
+rounds. What a round has measured lies in ``rounds/`` and is not measured again. On a GPU there are
+more questions, in larger batches, and each contender does its work once before it is timed.
 """
 
+import argparse
 import json
+import math
 import os
 import platform
+import random
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from safetensors import safe_open
+from sklearn.datasets import load_sample_images
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import InstructBlipConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers.initialization import no_init_weights
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
-from experiments.contenders import (
-    EACH,
-    ROOT,
-    TRAINING_BATCH,
-    TRAINING_EPOCHS,
-    TRAINING_PICTURES,
-    Plan,
-    kept,
-    prepared,
-    result_path,
-    stored_parameters,
+from bridgeblip.bridge.base import resolve_base
+from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings, slice_config
+from bridgeblip.bridge.export import TraceableModel, export_bundle
+from bridgeblip.bridge.features import CachedPictures, FeatureCache, encoder_key, fill
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, empty_model, load_sliced
+from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bundle.format import load_bundle
+from bridgeblip.bundle.gate import PARITY_BOUND, RELOADING_SHARE
+from bridgeblip.bundle.predict import predict
+from bridgeblip.data.pictures import load_ahead, picture_keys
+from bridgeblip.evidence.answers import margins
+from bridgeblip.files import write_text
+from bridgeblip.machine import best_device, choose_precision
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.trainer import (
+    BridgeTrainer,
+    TrainingQuestions,
+    accuracy,
+    optimizer,
+    training_arguments,
 )
+from bridgeblip.training.weights import save_weights, trained_tensors
+from experiments.contenders import Generating, PeakMemory, clock, plan_of, prompt_of, questions_of
+from experiments.tables import markdown
 
-PARTS = ("inference", "profile", "training", "preprocessing", "startup", "scaling")
-ANSWERING = {
-    "generate": "generate, 24 layers",
-    "generate sliced": "generate, sliced",
-    "bundle": "bundle",
-    "bundle, orders": "bundle, four orders where unsure",
+ROOT = Path(__file__).resolve().parent.parent
+EACH = 4  # questions a picture, as in the official file
+# So short that the stand-in's vocabulary needs about the tokens that the real one needs for words.
+WORDS = (
+    "a an the in on of to is it at by up or no one two six red big old dog cat man boy car bus box "
+    "cup bag hat sky sun sea tree road sign left near blue"
+).split()
+UNSURE = 0.2  # share of the rows that "bundle, orders" asks again in every order
+EPOCHS = 5
+PARTS = {
+    "inference": ["rate", "generate", "generate, sliced", "bundle", "bundle, orders"],
+    "training": ["bridge, cached features", "PEFT, generative"],
+    "preprocessing": ["preprocessing"],
+    "start": ["start"],
 }
-TRAINING = {"bridge": "bridge, cached features", "peft": "PEFT, generative"}
-SCALING = (100, 10_000)  # rows between which nothing may grow
-FULL_SIZE_DISK = 16 * 10**9  # bytes: the stand-in and its bundle
-FULL_SIZE_MEMORY = 20 * 10**9
+# By device: a GPU that gets as little as a CPU would be measured while it warms up.
+SIZES = {
+    "cpu": {"pictures": 5, "batch_size": 8, "training_pictures": 2, "training_batch": 4},
+    "cuda": {"pictures": 213, "batch_size": 32, "training_pictures": 64, "training_batch": 16},
+}
+FULL_SIZE = {"disk": 16, "memory": 20}  # GB: the stand-in and its bundle
+
+
+# ---------------------------------------------------------------- questions
+
+
+def write_photo_questions(
+    folder: str | Path, pictures: int = 20, each: int = 1, share: float = 0.25
+) -> Path:
+    """Write four-way questions about crops of scikit-learn's two sample photos; the answers are
+    arbitrary.
+
+    JPEG photos, 1000 to 2000 pixels wide, each stored under ``each`` names. With a ``share`` of 1
+    the texts are as long as the official ones: question and choices a median of 42 words together,
+    69 at most; a choice up to 17.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(partial(_write_photo, folder, each), range(pictures)))
+    rng, rows = random.Random(0), []
+
+    def words(count: float) -> str:
+        return " ".join(rng.choices(WORDS, k=max(1, round(count * share))))
+
+    for row in range(pictures * each):
+        lengths = [min(13, rng.triangular(1, 17, 3)) for _ in range(4)]
+        lengths[row % 4] = min(17, 1.5 * lengths[row % 4])
+        question = f"{words(rng.randint(8, 16))}?"
+        name, right = f"{row:03d}.jpg", rng.choice("ABCD")
+        rows.append([f"TEST_{row:03d}", name, question, *map(words, lengths), right])
+    table = pd.DataFrame(rows, columns=["ID", "img_path", "Question", *"ABCD", "answer"])
+    table.to_csv(folder / "train.csv", index=False)
+    table.drop(columns="answer").to_csv(folder / "test.csv", index=False)
+    table[["ID"]].assign(answer="-").to_csv(folder / "sample_submission.csv", index=False)
+    return folder
+
+
+def _write_photo(folder: Path, each: int, number: int) -> None:
+    """One picture, under ``each`` names."""
+    rng = np.random.default_rng(number)
+    photo = Image.fromarray(load_sample_images().images[number % 2])
+    left, top = rng.integers(photo.width // 4), rng.integers(photo.height // 4)
+    size = (int(rng.integers(1000, 2001)), int(rng.integers(1000, 1501)))
+    box = (left, top, left + photo.width // 2, top + 300)
+    crop = np.asarray(photo.resize(size, Image.Resampling.BICUBIC, box))
+    noisy = crop + rng.normal(0, 4, (*size[::-1], 1))  # a camera's: else the file is too small
+    first = folder / f"{number * each:03d}.jpg"
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(first, quality=90)
+    for other in range(1, each):
+        shutil.copyfile(first, folder / f"{number * each + other:03d}.jpg")
+
+
+# ---------------------------------------------------------------- preparing
+
+
+class Watched:
+    """A model whose pictures, tokens and padding are counted."""
+
+    def __init__(self, model):
+        self._model = model
+        self.pictures, self.tokens, self.padded = 0, 0, 0
+
+    def __getattr__(self, name):
+        method = getattr(self._model, name)
+
+        def call(*args, **kwargs):
+            if name == "encode_image":
+                self.pictures += len(args[0])
+            mask = kwargs.get("attention_mask")
+            if mask is not None:
+                self.tokens += int(mask.sum())
+                self.padded += mask.numel()
+            return method(*args, **kwargs)
+
+        return call
+
+
+def count_operations(run: Callable[[], None]) -> int:
+    """Operations, two a multiplication and addition, of all matrix products, convolutions and
+    attentions of ``run``."""
+
+    def attention(query, key, value, *args, **kwargs):
+        return sdpa_flop_count(query, key, value)
+
+    # not among those that the counter knows
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={on_cpu: attention}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def prepare(plan: SimpleNamespace, out: Path) -> dict:
+    """Write questions and bundles; hold the contenders against each other, and count what each
+    does and what the distinct work takes at least.
+
+    Raises:
+        InputError: if letter logits differ by more than in an export, or the peer is not whole:
+            then nothing is to be timed.
+    """
+    work, processor = out / "work", QuestionProcessor.from_base(plan.base)
+    share, questions = 1.0, []
+    while not questions or any(processor.fit(q) is not q for q in questions):
+        write_photo_questions(work / "questions", plan.pictures, EACH, share)
+        questions, share = questions_of(out), share / 2
+    write_bundle(plan.base, work, plan.dtype)
+    write_bundle("tiny", work / "tiny", torch.float32)
+    config = InstructBlipConfig.from_pretrained(plan.base)
+    lengths = processor.count_tokens([prompt_of(question) for question in questions])
+    found = {"median tokens": round(statistics.median(lengths)), "counts": {}}
+    batch = processor.collate(questions[:EACH])
+    batch.pop("choice_mask")
+    batch = {name: tensor.to(plan.device) for name, tensor in batch.items()}
+    with torch.inference_mode():
+        for name, sliced in (("generate", False), ("generate, sliced", True)):
+            peer = Generating(plan.base, plan.device, plan.dtype, plan.batch_size, sliced)
+            expected = peer.logits(questions[:EACH], processor.letter_ids)
+            peer.model = Watched(peer.model)
+            operations = count_operations(lambda peer=peer: peer.answer(questions))
+            found["counts"][name] = _counts(peer.model, operations)
+            held = peer.parameters
+            del peer
+            if sliced:
+                ours = load_bundle(work / "torchscript.pt", plan.device).model(**batch)
+            else:
+                found["parameters"] = held
+                layers = range(config.text_config.num_decoder_layers)
+                kept = {"dtype": plan.dtype, "device": plan.device}
+                model = load_sliced(plan.base, processor.letter_ids, layers, **kept)
+                ours = model(**batch).logits
+                del model
+            agree(name, ours.float(), expected, plan.dtype)
+    if found["parameters"] != stored_parameters(plan.base):
+        raise InputError(
+            f"the peer holds {found['parameters']:,} parameters, its files "
+            f"{stored_parameters(plan.base):,}: nothing was timed"
+        )
+    bundle, found["margin"] = load_bundle(work / "torchscript.pt", plan.device), 0.0
+    for name in ("bundle", "bundle, orders"):
+        answers, watched = [], Watched(bundle.model)
+        counted = replace(bundle, model=watched)
+        settings = {"batch_size": plan.batch_size, "permute_below": found["margin"]}
+        operations = count_operations(
+            lambda: answers.append(predict(counted, questions, **settings))  # noqa: B023
+        )
+        again = sum("permuted" in flags for flags in answers[0].flags) / len(questions)
+        found["counts"][name] = _counts(watched, operations) | {"asked again": again}
+        # the margin that the least sure fifth of the rows lies below
+        unsure = sorted(margins(answers[0].probabilities))
+        count = round(UNSURE * len(unsure))
+        found["margin"] = found["margin"] or float(unsure[count - 1] + unsure[count]) / 2
+    sliced = slice_config(config, DEFAULT_DECODER_LAYERS)
+    products = matrix_products(sliced, plan, plan.batch_size * found["median tokens"])
+    return found | {"floor": count_floor(sliced, processor, questions), "products": products}
+
+
+def _counts(watched: Watched, operations: int) -> dict:
+    padding = 1 - watched.tokens / watched.padded
+    return {"operations": operations, "padding": padding, "pictures": watched.pictures}
+
+
+def agree(peer: str, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
+    """Refuse letter logits (B, 4) of ours that part from the peer's by more than in an export."""
+    spread = (theirs.max() - theirs.min()).item()
+    bound = PARITY_BOUND if dtype == torch.float32 else RELOADING_SHARE * spread
+    difference = (ours - theirs).abs().max().item()
+    print(f"letter logits, ours and those of {peer}: {difference:.1e} apart, {bound:.1e} allowed")
+    if not difference <= bound:
+        raise InputError(
+            f"ours are {difference:.1e} from the letter logits of {peer}, at most {bound:.1e} is "
+            f"allowed: nothing was timed. The contenders must hold the same weights: run again "
+            f"with another --out"
+        )
+
+
+def stored_parameters(base: str) -> int:
+    """Count the numbers in the weights files of a base: what a whole model, LM head of its own
+    included, must hold."""
+    count = 0
+    for path in Path(base).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                count += math.prod(shard.get_slice(name).get_shape())
+    return count
+
+
+def write_bundle(base: str, folder: Path, dtype) -> None:
+    """Export the sliced base as it is, unbridged, its head the letters' rows of the LM head."""
+    bridge, letter_ids = BridgeSettings(rank=0), QuestionProcessor.from_base(resolve_base(base))
+    if (folder / "torchscript.pt").is_file():
+        return
+    letter_ids = QuestionProcessor.from_base(resolve_base(base)).letter_ids
+    tensors = trained_tensors(attach_bridge(load_sliced(base, letter_ids, dtype=dtype), bridge))
+    manifest = {
+        "base": str(base),
+        "revision": None,
+        "layers": list(DEFAULT_DECODER_LAYERS),
+        "bridge": asdict(bridge),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    save_weights(folder / "weights-0.pt", tensors, manifest)
+    export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
+
+
+def count_floor(config, processor, questions: list) -> int:
+    """Count, without weights, the operations of the distinct work: each picture once, texts without
+    padding."""
+    pictures = set(picture_keys(question.image for question in questions).values())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), no_init_weights():
+        model = TraceableModel(BridgeBlipForMultipleChoice(config)).eval()
+        picture = torch.empty(1, 3, *processor.image_size)
+        embeds = model.encode_image(picture)
+        total = count_operations(lambda: model.encode_image(picture)) * len(pictures)
+        for question in questions:
+            text = processor.encode_prompts([prompt_of(question)])
+            total += count_operations(partial(model.score, embeds, **text))
+    return total
+
+
+def matrix_products(config, plan: SimpleNamespace, tokens: int) -> list[tuple]:
+    """The (rows, inputs, outputs, operations) of the linears of vision tower and encoder, nine
+    tenths of the work."""
+    model, products = empty_model(config), {}
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+    pictures = min(plan.batch_size, plan.pictures) * patches
+    for part, rows in ((model.vision_model, pictures), (model.language_model.encoder, tokens)):
+        for linear in part.modules():
+            if isinstance(linear, nn.Linear):
+                shape = (rows, linear.in_features, linear.out_features)
+                products[shape] = products.get(shape, 0) + 2 * math.prod(shape)
+    return [(*shape, total) for shape, total in products.items()]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def warmed(plan: SimpleNamespace, run: Callable):
+    """What ``run`` returns; on a GPU the second time, when its kernels are loaded and chosen."""
+    if plan.device != "cpu":
+        run()
+    return run()
+
+
+def measure_rate(plan: SimpleNamespace, out: Path) -> dict:
+    """Operations a second of this machine in the model's own matrix products, in their own shares
+    and number format."""
+    seconds, operations = 0.0, 0
+    for rows, width, outputs, total in plan.products:
+        inputs = torch.randn(rows, width).to(plan.device, plan.dtype)
+        # a layer's own weights are rarely at hand
+        weights = [torch.randn(outputs, width).to(inputs) for _ in range(4)]
+        names = {"linear": nn.functional.linear, "inputs": inputs, "weights": weights}
+        run = "for w in weights: linear(inputs, w)"
+        with torch.inference_mode():
+            timer = Timer(run, globals=names, num_threads=torch.get_num_threads())
+            took = timer.blocked_autorange(min_run_time=0.3).median
+        operations += total
+        seconds += total / (2 * rows * width * outputs * len(weights) / took)
+    return {"operations a second": operations / seconds}
+
+
+class EpochTimer(TrainerCallback):
+    """Seconds of each epoch, from its beginning to the end of its last step."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.began)
+
+
+def timed_epochs(trainer: Trainer) -> list[float]:
+    timer = EpochTimer()
+    trainer.add_callback(timer)
+    trainer.train()
+    return timer.seconds
+
+
+def bridge_epochs(
+    base, questions: list, settings, dtype, work: Path, cached: bool, device="cpu"
+) -> list[float]:
+    """Train the bridge as ``train`` sets it up, measuring and writing nothing; return seconds an
+    epoch.
+
+    The first one includes filling the cache of image features, which begins empty.
+    """
+    processor, pictures, filled = QuestionProcessor.from_base(base), None, 0.0
+    sliced = load_sliced(base, processor.letter_ids, dtype=dtype, device=device)
+    if cached:
+        shutil.rmtree(work / "features", ignore_errors=True)
+        start, keys = time.perf_counter(), picture_keys(q.image for q in questions)
+        cache = FeatureCache(work / "features", encoder_key(sliced, processor))
+        paths = {key: path for path, key in keys.items()}
+        fill(cache, sliced, processor, paths, settings.batch_size)
+        pictures, filled = CachedPictures(cache, keys), time.perf_counter() - start
+    model = attach_bridge(sliced, BridgeSettings())
+    arguments = training_arguments(work, settings, dtype)
+    arguments.eval_strategy = "no"
+    trainer = BridgeTrainer(
+        model,
+        arguments,
+        train_dataset=TrainingQuestions(questions, settings.seed, settings.shuffle_choices),
+        eval_dataset=questions[:1],
+        data_collator=partial(processor.collate, pictures=pictures),
+        compute_metrics=accuracy,
+        optimizers=(optimizer(model, settings), None),
+        average=settings.average,
+    )
+    first, *others = timed_epochs(trainer)
+    return [first + filled, *others]
+
+
+def train_bridge(plan: SimpleNamespace, out: Path) -> list[float]:
+    questions = questions_of(out, "train.csv")[: plan.training_pictures * EACH]
+    settings = TrainSettings(epochs=EPOCHS, batch_size=plan.training_batch)
+    work = out / "work" / "training"
+    return bridge_epochs(plan.base, questions, settings, plan.dtype, work, True, plan.device)
+
+
+def train_peft(plan: SimpleNamespace, out: Path) -> list[float]:
+    """The usual recipe: LoRA on q and v of the whole language model, the letter as the text to
+    generate."""
+    peer = Generating(plan.base, plan.device, plan.dtype, plan.batch_size)
+
+    def collate(rows):
+        letters = ["ABCD"[row.answer] for row in rows]
+        labels = peer.processor.tokenizer(letters, return_tensors="pt").input_ids
+        return {**peer.inputs(rows), "labels": labels}
+
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=["q", "v"])
+    gpu = plan.device != "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(out / "work" / "training"),
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=plan.training_batch,
+        learning_rate=2e-4,
+        bf16=gpu and plan.dtype == torch.bfloat16,
+        use_cpu=not gpu,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,  # collate puts the batch on the device itself
+    )
+    questions = questions_of(out, "train.csv")[: plan.training_pictures * EACH]
+    settings = {"train_dataset": questions, "data_collator": collate}
+    return timed_epochs(Trainer(get_peft_model(peer.model, lora), arguments, **settings))
+
+
+def train_epochs(way: Callable, plan: SimpleNamespace, out: Path) -> dict:
+    with PeakMemory() as peak:
+        first, *later = warmed(plan, partial(way, plan, out))
+    return {
+        "first epoch, s": first,
+        "later epochs, s": statistics.median(later),
+        f"{EPOCHS} epochs, s": first + sum(later),
+        "own memory, GB": peak.bytes / 1e9,
+    }
+
+
+def preprocess(plan: SimpleNamespace, out: Path) -> dict:
+    """Pictures a second and core: ours, and Pillow's bare decoding and resizing; and a second with
+    ours in threads, as ``load_ahead`` feeds the model."""
+    processor = QuestionProcessor.from_base(plan.base)
+
+    def bare(path):
+        with Image.open(path) as image:
+            image.resize(processor.image_size[::-1], Image.Resampling.BICUBIC)
+
+    paths = [question.image for question in questions_of(out)[::EACH]] * 3
+    ours, pillow = 0.0, 0.0
+    for path in paths:  # in turns
+        ours += clock(partial(processor.load_pixels, path))
+        pillow += clock(partial(bare, path))
+    threaded = clock(lambda: list(load_ahead(processor.load_pixels, [paths])))
+    return {
+        "pictures a second and core": len(paths) / ours,
+        "over Pillow's bare decoding and resizing": pillow / ours,
+        "pictures a second in threads": len(paths) / threaded,
+    }
+
+
+def start_up(plan: SimpleNamespace, out: Path) -> dict:
+    """Seconds of cold processes: ``--help``, and the first answer of the tiny bundle."""
+    one = write_photo_questions(out / "work" / "one", 1)
+    files = ["--model", out / "work" / "tiny" / "torchscript.pt", "--csv", one / "test.csv"]
+    commands = {"--help": ["--help"], "first answer of the tiny bundle": ["predict", *files]}
+    commands["first answer of the tiny bundle"] += ["--out", one / "submission.csv"]
+    found = {}
+    for name, words in commands.items():
+        command = [sys.executable, "-m", "bridgeblip", *map(str, words)]
+        run = partial(subprocess.run, command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        found[f"{name}, s"] = clock(run)
+    return found
+
+
+WORKERS = {
+    "prepare": prepare,
+    "rate": measure_rate,
+    "bridge, cached features": partial(train_epochs, train_bridge),
+    "PEFT, generative": partial(train_epochs, train_peft),
+    "preprocessing": preprocess,
+    "start": start_up,
+}
+
+
+# ---------------------------------------------------------------- rounds
 
 
 def run_bench(
@@ -52,11 +511,9 @@ def run_bench(
     out: str | Path = "bench",
     rounds: int = 5,
     training_rounds: int | None = None,
-    pictures: int = 5,
-    batch_size: int = 8,
     only: str | None = None,
-    scaling: Sequence[int] = SCALING,
-    command: str = "python -m bridgeblip bench",
+    command: str = "python experiments/bench.py",
+    **sizes: int | None,
 ) -> dict:
     """Measure, round by round, and write ``bench.json`` and ``bench.md`` into ``out``; return what
     the JSON holds.
@@ -67,149 +524,98 @@ def run_bench(
         base: a folder or "tiny"; by default the stand-in of the real model's size, if there is room
             for it.
         only: one of ``PARTS``; by default all.
+        sizes: what is to differ from ``SIZES``.
 
     Raises:
-        InputError: if ``out`` holds another bench, or the contenders do not give the same letter
-            logits: then nothing is timed.
+        InputError: if ``out`` holds another benchmark.
+        RuntimeError: if a measurement fails, with the end of what it printed.
     """
     out = Path(out).resolve()
     (out / "rounds").mkdir(parents=True, exist_ok=True)
-    plan = _plan(_base_folder(base, out), pictures, batch_size, scaling)
-    _agree(plan, out)
-    parts = [only] if only else list(PARTS)
-    rounds_of = dict.fromkeys(parts, rounds) | (
-        {"training": training_rounds} if training_rounds else {}
-    )
-    _measure(out, "prepare")
-    if "inference" in parts:
-        check_logits(plan, out)
-    for part in parts:
-        _run_rounds(out, part, CONTENDERS[part], rounds_of[part])
-    results = summarize(plan, out, command)
-    _write(out / "bench.json", json.dumps(results, indent=2) + "\n")
-    _write(out / "bench.md", markdown(results))
+    plan = keep_plan(_base_folder(base, out), out, sizes)
+    prepared = measure(out, "prepare", 0)
+    write_text(out / "plan.json", json.dumps(plan | prepared, indent=2))
+    for part in [only] if only else PARTS:
+        count = training_rounds if part == "training" and training_rounds else rounds
+        for turn in range(count):
+            for name in order_of(PARTS[part], turn):
+                measure(out, name, turn)
+    results = plan | {
+        "command": command,
+        "date": date.today().isoformat(),
+        "system": platform.platform(),
+        "prepared": prepared,
+        "measured": summarize(plan, prepared, out),
+    }
+    write_text(out / "bench.json", json.dumps(results, indent=2) + "\n")
+    write_text(out / "bench.md", page(results))
     return results
-
-
-CONTENDERS = {
-    "inference": ["rate", *ANSWERING],
-    "profile": ["profile"],
-    "training": list(TRAINING),
-    "preprocessing": ["preprocessing"],
-    "startup": ["startup"],
-    "scaling": ["few rows", "many rows"],
-}
 
 
 def _base_folder(base: str | Path | None, out: Path) -> Path:
     """The folder of the base; by default the stand-in, written if there is room for it, else the
     tiny base."""
-    from bridgeblip.bridge.base import resolve_base
-
     if base:
         return resolve_base(base).resolve()
     standin = out / "work" / "base"
     if not (standin / "model.safetensors.index.json").is_file():
-        disk = shutil.disk_usage(out).free
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if disk < FULL_SIZE_DISK or memory < FULL_SIZE_MEMORY:
-            needed, there = (
-                (FULL_SIZE_DISK / 1e9, FULL_SIZE_MEMORY / 1e9),
-                (disk / 1e9, memory / 1e9),
-            )
-            print(
-                "the real size takes {:.0f} GB of disk and {:.0f} GB of memory; ".format(*needed),
-                end="",
-            )
-            print("here are {:.0f} and {:.0f}: measuring the tiny base".format(*there))
+        here = {"disk": shutil.disk_usage(out).free // 10**9, "memory": memory // 10**9}
+        if any(here[what] < needed for what, needed in FULL_SIZE.items()):
+            print(f"the real size takes {FULL_SIZE} GB, here are {here}: measuring the tiny base")
             return resolve_base("tiny").resolve()
-        tool = [
-            sys.executable,
-            str(ROOT / "tools" / "make_full_size_base.py"),
-            "--out",
-            str(standin),
-        ]
-        subprocess.run(tool, check=True)
+        tool = str(ROOT / "tools" / "make_full_size_base.py")
+        subprocess.run([sys.executable, tool, "--out", str(standin)], check=True)
     print(f"measuring the stand-in of the real size in {standin}")
     return standin
 
 
-def _plan(base: Path, pictures: int, batch_size: int, scaling: Sequence[int]) -> Plan:
-    import torch
-
-    from bridgeblip.machine import best_device, choose_precision
-
+def keep_plan(base: Path, out: Path, sizes: dict[str, int | None]) -> dict:
+    """What all processes have in common, kept in the folder; refuse a folder that has another."""
     device, files = best_device(), sorted(base.glob("*.safetensors"))
-    precision = choose_precision(device, stored_parameters(str(base)))
-    return Plan(
-        base=str(base),
-        base_files=[[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-        pictures=pictures,
-        batch_size=batch_size,
-        device=device,
-        dtype=str(precision.dtype).removeprefix("torch."),
-        cores=torch.get_num_threads(),
-        scaling=list(scaling),
-        training_pictures=TRAINING_PICTURES,
-        versions={name: version(name) for name in ("torch", "transformers", "peft", "pillow")},
-    )
-
-
-def _agree(plan: Plan, out: Path) -> None:
-    """Keep the plan in the folder, or refuse a folder that has another."""
+    dtype = choose_precision(device, stored_parameters(str(base))).dtype
+    plan = {
+        "base": str(base),
+        "base_files": [[path.name, path.stat().st_mtime_ns] for path in files],
+        "device": device,
+        "machine": platform.machine() if device == "cpu" else torch.cuda.get_device_name(device),
+        "cores": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "pillow")},
+    }
+    given = {name: size for name, size in sizes.items() if size is not None}
+    plan |= SIZES[device.split(":")[0]] | given
     path = out / "plan.json"
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        other = [key for key, value in asdict(plan).items() if kept.get(key) != value]
-        if other:
-            raise InputError(
-                f"{out} holds another bench (other {', '.join(other)}): give another --out, or "
-                f"remove it"
-            )
-    else:
-        _write(path, json.dumps(asdict(plan), indent=2))
+    if not path.is_file():
+        write_text(path, json.dumps(plan, indent=2))
+    there = json.loads(path.read_text(encoding="utf-8"))
+    other = [key for key, value in plan.items() if there.get(key) != value]
+    if other:
+        raise InputError(
+            f"{out} holds another bench (other {', '.join(other)}): give another --out, or "
+            f"remove it"
+        )
+    return plan
 
 
-def _write(path: Path, text: str) -> None:
-    from bridgeblip.files import write_text
-
-    write_text(path, text)
-
-
-def _measure(out: Path, name: str, turn: int | None = None) -> dict:
-    """Have a process of its own do one measurement, unless its result is there; return the result.
-
-    Raises:
-        RuntimeError: if the process fails, with the end of what it printed.
-    """
-    path = result_path(out, name, turn)
+def measure(out: Path, name: str, turn: int) -> dict:
+    """Have a process of its own do one measurement, unless its result is there; return the result."""
+    path = out / "rounds" / f"{name} {turn}.json"
     if not path.is_file():
         print(f"{time.strftime('%H:%M:%S')} {path.stem}", flush=True)
-        log = path.with_suffix(".log")
-        command = [
-            sys.executable,
-            "-m",
-            "experiments.contenders",
-            name,
-            str(out),
-            str(path),
-            repr(time.time()),
-        ]
+        log, script = path.with_suffix(".log"), "bench" if name in WORKERS else "contenders"
+        command = [sys.executable, str(Path(__file__).with_name(f"{script}.py"))]
+        command += ["--measure"] * (script == "bench") + [name, str(out)]
         with open(log, "w") as file:
-            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        if done.returncode or not path.is_file():
+            command.append(repr(time.time()))
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True)
+        if done.returncode:
             raise RuntimeError(
                 f"{path.stem} failed with exit code {done.returncode}:\n{log.read_text()[-3000:]}"
             )
+        write_text(path, done.stdout.splitlines()[-1])
         log.unlink()
-    return kept(out, name, turn)
-
-
-def _run_rounds(out: Path, part: str, contenders: list[str], rounds: int) -> None:
-    """Every contender once a round; the order turns round from one round to the next."""
-    for turn in range(rounds):
-        for name in order_of(contenders, turn):
-            _measure(out, name, turn)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def order_of(contenders: list[str], turn: int) -> list[str]:
@@ -218,315 +624,104 @@ def order_of(contenders: list[str], turn: int) -> list[str]:
     return contenders if turn % 2 == 0 else contenders[::-1]
 
 
-def check_logits(plan: Plan, out: Path) -> None:
-    """Refuse to time contenders that do not compute the same, or a peer that is not whole.
-
-    The first picture's questions, one padded batch: the bundle against the sliced peer, our model
-    with all layers against the whole peer.
-
-    Raises:
-        InputError: if a letter logit differs by more than in an export, or parameters are missing.
-    """
-    import torch
-
-    from bridgeblip.bundle.gate import PARITY_BOUND, RELOADING_SHARE
-
-    stored = prepared(out)["stored_parameters"]
-    pairs = {"check generate": "check unsliced", "check generate sliced": "check bundle"}
-    for peer, ours in pairs.items():
-        expected, found = (torch.tensor(_measure(out, name)["logits"]) for name in (peer, ours))
-        spread = (expected.max() - expected.min()).item()
-        bound = PARITY_BOUND if plan.dtype == "float32" else RELOADING_SHARE * spread
-        difference = (found - expected).abs().max().item()
-        print(
-            f"letter logits, {ours} and {peer}: {difference:.1e} apart, {bound:.1e} allowed, "
-            f"spread {spread:.2f}"
-        )
-        if not difference <= bound:
-            raise InputError(
-                f"{ours} gives letter logits {difference:.1e} from those of {peer}, at most "
-                f"{bound:.1e} is allowed: "
-                f"nothing was timed. The contenders must hold the same weights: remove {out} and "
-                f"run again"
-            )
-    held = kept(out, "check generate")["parameters"]
-    if held != stored:
-        raise InputError(
-            f"the peer holds {held:,} parameters, its files {stored:,}: nothing was timed"
-        )
-    _measure(out, "check bundle, orders")
-
-
 # ---------------------------------------------------------------- the tables
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+def summarize(plan: dict, prepared: dict, out: Path) -> dict:
+    """What lies in ``rounds/``, by part, contender and measure: median, least and most."""
+    rows, found = plan["pictures"] * EACH, {}
+    for part, names in PARTS.items():
+        turns = {}
+        for name in names:
+            count = range(len(list((out / "rounds").glob(f"{name} [0-9]*.json"))))
+            turns[name] = pd.DataFrame([measure(out, name, turn) for turn in count])
+        if turns[names[-1]].empty:
+            continue
+        if part == "inference":
+            rate, peer = turns.pop("rate")["operations a second"], turns["generate"].copy()
+            for name, own in turns.items():
+                counts, seconds = prepared["counts"][name], own.pop("seconds")
+                own["rows a second"] = rows / seconds
+                own["over generate"] = peer["seconds"] / seconds
+                first = own["first answer, s"] / peer["first answer, s"]
+                own["first answer over generate's"] = first
+                own["share of the floor"] = prepared["floor"] / rate / seconds
+                own["GFLOP a row"] = counts["operations"] / rows / 1e9
+                own["padding, %"] = 100 * counts["padding"]
+        if part == "training":
+            peer = turns["PEFT, generative"][f"{EPOCHS} epochs, s"].copy()
+            for own in turns.values():
+                own["times as fast as PEFT"] = peer / own[f"{EPOCHS} epochs, s"]
+        found[part] = {}
+        for name, own in turns.items():
+            found[part][name] = own.agg(["median", "min", "max"]).to_dict()
+    return found
 
 
-def summarize(plan: Plan, out: Path, command: str) -> dict:
-    """Put together what lies in ``rounds/``."""
-    found: dict[str, list[dict]] = {}
-    for name in [name for names in CONTENDERS.values() for name in names]:
-        turns = range(len(list((out / "rounds").glob(f"{name} [0-9]*.json"))))
-        found[name] = [kept(out, name, turn) for turn in turns]
-    results = {
-        "command": command,
-        "date": date.today().isoformat(),
-        "machine": {"processor": _processor_name(), "system": platform.platform()},
-        "plan": asdict(plan) | {"base": Path(plan.base).name},
-        "prepared": {key: value for key, value in prepared(out).items() if key != "products"},
-        "rounds": {name: rounds for name, rounds in found.items() if rounds},
-    }
-    if found["bundle"]:
-        results["inference"] = _summarize_inference(out, found)
-    if found["bridge"]:
-        results["training"] = _summarize_training(found)
-    return results
-
-
-def _summarize_inference(out: Path, found: dict[str, list[dict]]) -> dict:
-    floor, rates = (
-        prepared(out)["floor_operations"],
-        [turn["operations_per_second"] for turn in found["rate"]],
-    )
-    table = {}
-    for name in ANSWERING:
-        turns, checked = found[name], kept(out, f"check {name}")
-        table[name] = {
-            "rows_per_second": spread([turn["rows"] / turn["seconds"] for turn in turns]),
-            "over_generate": spread(
-                [
-                    peer["seconds"] / turn["seconds"]
-                    for peer, turn in zip(found["generate"], turns, strict=True)
-                ]
-            ),
-            "share_of_floor": spread(
-                [floor / rate / turn["seconds"] for rate, turn in zip(rates, turns, strict=True)]
-            ),
-            "operations_per_row": checked["operations"] / turns[0]["rows"],
-            **{
-                key: spread([turn[key] for turn in turns])
-                for key in ("first_answer_seconds", "anonymous", "resident")
-            },
-            **{key: spread([turn[key] for turn in turns]) for key in ("padding", "outside_model")},
-        }
-        if "gpu" in turns[0]:
-            table[name]["gpu"] = spread([turn["gpu"] for turn in turns])
-    return {
-        "operations_per_second": spread(rates),
-        "floor_operations_per_row": floor / found["bundle"][0]["rows"],
-        "asked_again": found["bundle, orders"][0]["asked_again"],
-        "encoded_pictures": kept(out, "check bundle")["encoded"],
-        "contenders": table,
-    }
-
-
-def _summarize_training(found: dict[str, list[dict]]) -> dict:
-    table = {}
-    for name in TRAINING:
-        turns = found[name]
-        table[name] = {
-            "first_epoch": spread([turn["epochs"][0] for turn in turns]),
-            "later_epochs": spread([statistics.median(turn["epochs"][1:]) for turn in turns]),
-            "all_epochs": spread([sum(turn["epochs"]) for turn in turns]),
-            "anonymous": spread([turn["anonymous"] for turn in turns]),
-        }
-    ratios = [
-        sum(p["epochs"]) / sum(b["epochs"])
-        for p, b in zip(found["peft"], found["bridge"], strict=True)
-    ]
-    return {"contenders": table, "peft_over_bridge": spread(ratios)}
-
-
-def _processor_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-
-
-def _cell(value: dict[str, float], digits: int = 2, unit: float = 1.0) -> str:
-    median, least, most = (f"{value[key] / unit:.{digits}f}" for key in ("median", "least", "most"))
-    return f"{median} ({least} to {most})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["", *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)), ""]
-
-
-def markdown(results: dict) -> str:
+def page(results: dict) -> str:
     """The tables as a page: medians, least and most of the rounds in brackets."""
-    plan, prepared, rounds = results["plan"], results["prepared"], results["rounds"]
-    lines = ["# Speed and memory", "", f"    {results['command']}", ""]
-    lines += [
-        f"{results['date']}, {results['machine']['processor']}, {plan['cores']} cores, device "
-        f"{plan['device']}, "
-        f"{plan['dtype']}; "
-        + ", ".join(f"{name} {number}" for name, number in plan["versions"].items())
-        + ". "
-        f"The base holds {prepared['stored_parameters']:,} parameters. {plan['pictures'] * EACH} "
-        f"questions on "
-        f"{plan['pictures']} pictures, a median of {prepared['median_tokens']:.0f} tokens, in "
-        f"batches of "
-        f"{plan['batch_size']}. Each measurement is a process of its own; medians of the rounds, "
-        f"least and most in "
-        "brackets; ratios are taken within a round."
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    prepared, questions = results["prepared"], results["pictures"] * EACH
+    training = min(results["training_pictures"], results["pictures"]) * EACH
+    parts = [
+        "# Speed and memory",
+        f"    {results['command']}",
+        f"{results['date']}, {results['machine']}, {results['cores']} cores, device "
+        f"{results['device']}, {results['dtype']}; {versions}. The base holds "
+        f"{prepared['parameters']:,} parameters. {questions} questions on {results['pictures']} "
+        f"pictures, a median of {prepared['median tokens']} tokens, in batches of "
+        f"{results['batch_size']}; to train on, {training} in batches of "
+        f"{results['training_batch']}. Each measurement is a process of its own; medians of the "
+        f"rounds, least and most in brackets; ratios are taken within a round.",
+        f"Before anything was timed, the bundle's letter logits were held against those of the "
+        f"sliced peer, and those of our unsliced model against the whole peer's. The floor is "
+        f"{prepared['floor'] / questions / 1e9:.4g} GFLOP a row (each picture once, no padding, "
+        f"the kept decoder layers) at the rate that the machine reached in the matrix products of "
+        f"vision tower and encoder, in the same run. With four orders the bundle asked "
+        f"{prepared['counts']['bundle, orders']['asked again']:.0%} of the rows again. The first "
+        f"epoch of the bridge includes encoding the pictures.",
     ]
-    for part, write in (
-        ("inference", _inference_lines),
-        ("profile", _profile_lines),
-        ("training", _training_lines),
-        ("preprocessing", _preprocessing_lines),
-        ("startup", _startup_lines),
-        ("many rows", _scaling_lines),
-    ):
-        if part in results or part in rounds:
-            lines += write(results)
-    return "\n".join(lines).rstrip() + "\n"
+    for part, contenders in results["measured"].items():
+        rows = []
+        for name, measures in contenders.items():
+            cells = {measure: cell(spread) for measure, spread in measures.items()}
+            rows.append({part: name} | cells)
+        parts += [f"## {part.capitalize()}", markdown(rows)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _inference_lines(results: dict) -> list[str]:
-    found = results["inference"]
-    rows = [
-        [
-            ANSWERING[name],
-            _cell(row["rows_per_second"], 3),
-            _cell(row["over_generate"]),
-            f"{row['operations_per_row'] / 1e9:.4g}",
-            _cell(row["share_of_floor"]),
-            _cell(row["first_answer_seconds"], 1),
-            _cell(row["anonymous"], 2, 1e9),
-            _cell(row["resident"], 2, 1e9),
-            *([_cell(row["gpu"], 2, 1e9)] if "gpu" in row else []),
-            f"{row['padding']['median']:.1%}",
-            f"{row['outside_model']['median']:.1%}",
-        ]
-        for name, row in found["contenders"].items()
-    ]
-    gpu = ["GPU memory, GB"] if "gpu" in found["contenders"]["bundle"] else []
-    header = ["answers by", "rows a second", "over generate", "GFLOP a row", "share of the floor", "first answer, s",
-              "own memory, GB", "with mapped "
-                                "files, GB", *gpu, "padding", "outside the model"]  # fmt: skip
-    again = found["asked_again"]
-    return [
-        "",
-        "## Inference",
-        *_table(header, rows),
-        f"{len(results['rounds']['bundle'])} rounds. Before anything was timed, the bundle's "
-        f"letter logits were held "
-        "against those of the sliced peer, and those of our unsliced model against the whole "
-        "peer's. "
-        f"The floor is {found['floor_operations_per_row'] / 1e9:.4g} GFLOP a row (each picture "
-        f"once, no padding, eight "
-        f"decoder layers) at the {found['operations_per_second']['median'] / 1e9:.4g} GFLOP/s that "
-        f"the machine reached "
-        f"in the matrix products of vision tower and encoder, in the same run. The bundle encoded "
-        f'{found["encoded_pictures"]} pictures; with four orders it asked {again:.0%} of the rows again. "Outside the '
-        'model" is the share of the time for decoding pictures, tokenizing and the rest.',
-    ]
+def cell(spread: dict[str, float]) -> str:
+    median, least, most = (f"{spread[key]:.3g}" for key in ("median", "min", "max"))
+    return median if least == most else f"{median} ({least} to {most})"
 
 
-def _profile_lines(results: dict) -> list[str]:
-    turns, rows = results["rounds"]["profile"], []
-    for stage, first in turns[0]["stages"].items():
-        seconds = _cell(spread([turn["stages"][stage]["seconds"] for turn in turns]))
-        for name in first["shares"]:
-            shares = [turn["stages"][stage]["shares"].get(name, 0.0) for turn in turns]
-            rows.append([stage, seconds, f"`{name}`", f"{statistics.median(shares):.1%}"])
-    rates = {
-        dtype: _cell(spread([turn["operations_per_second"][dtype] for turn in turns]), 0, 1e9)
-        for dtype in turns[0]["operations_per_second"]
-    }
-    return [
-        "",
-        "## Where the bundle's time goes",
-        *_table(["stage, one batch", "s", "operation", "share of its time"], rows),
-        f"{len(turns)} rounds. Matrix products of these shapes, GFLOP/s by number format: "
-        + ", ".join(f"{dtype} {rate}" for dtype, rate in rates.items())
-        + ".",
-    ]
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; 2 with one line on stderr for unusable input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--measure"]:  # a process that ``measure`` has started
+        out = Path(arguments[2])
+        print(json.dumps(WORKERS[arguments[1]](plan_of(out), out)))
+        return 0
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", help="folder, or tiny; by default a stand-in of the real size")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="gets tables and rounds")
+    parser.add_argument("--rounds", type=int, default=5, help="run again to go on or add some (5)")
+    parser.add_argument("--training-rounds", type=int, help="by default as many")
+    parser.add_argument("--pictures", type=int, help="four questions each (5; on a GPU 213)")
+    parser.add_argument("--batch-size", type=int, help="for every contender (8; on a GPU 32)")
+    parser.add_argument("--only", choices=PARTS, help="measure one part")
+    args = parser.parse_args(arguments)
+    command = shlex.join(["python", "experiments/bench.py", *arguments])
+    try:
+        results = run_bench(**vars(args), command=command)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{page(results)}\nwrote {args.out / 'bench.md'} and bench.json")
+    return 0
 
 
-def _training_lines(results: dict) -> list[str]:
-    found = results["training"]
-    keys = ("first_epoch", "later_epochs", "all_epochs")
-    rows = [
-        [TRAINING[name], *(_cell(row[key], 1) for key in keys), _cell(row["anonymous"], 2, 1e9)]
-        for name, row in found["contenders"].items()
-    ]
-    header = [
-        "training by",
-        "first epoch, s",
-        "later epochs, s",
-        f"{TRAINING_EPOCHS} epochs, s",
-        "own memory, GB",
-    ]
-    questions = min(TRAINING_PICTURES, results["plan"]["pictures"]) * EACH
-    return [
-        "",
-        "## Training",
-        *_table(header, rows),
-        f"{questions} questions in batches of {TRAINING_BATCH}, {len(results['rounds']['bridge'])} "
-        f"rounds; the first "
-        f"epoch of the bridge includes encoding the pictures. {TRAINING_EPOCHS} epochs of the "
-        f"bridge are "
-        f"{_cell(found['peft_over_bridge'])} times as fast.",
-    ]
-
-
-def _preprocessing_lines(results: dict) -> list[str]:
-    turns = results["rounds"]["preprocessing"]
-    names = {
-        "ours": "ours",
-        "pillow": "Pillow, bare decoding and resizing",
-        "draft": "ours after a draft decoding",
-    }
-    rows = []
-    for name, label in names.items():
-        speeds = [turn["per_second"][name] for turn in turns]
-        ratios = [turn["per_second"][name] / turn["per_second"]["pillow"] for turn in turns]
-        rows.append([label, _cell(spread(speeds), 1), _cell(spread(ratios))])
-    levels, threads, cores = turns[0]["draft_levels"], turns[0]["threads"], results["plan"]["cores"]
-    return [
-        "",
-        "## Preprocessing",
-        *_table(["pictures by", "a second and core", "over Pillow"], rows),
-        f"{len(turns)} rounds, JPEG, 1000 to 2000 pixels wide. A draft decoding would change "
-        f"pixels by "
-        f"{levels['mean']:.1f} grey levels in the mean and {levels['largest']:.0f} at most. In "
-        f"{threads} threads on "
-        f"{cores} cores, as the model is fed, ours reach "
-        f"{_cell(spread([turn['threaded_per_second'] for turn in turns]), 1)} a second.",
-    ]
-
-
-def _startup_lines(results: dict) -> list[str]:
-    turns = results["rounds"]["startup"]
-    rows = [[name, _cell(spread([turn[name] for turn in turns]))] for name in turns[0]]
-    return ["", "## Start", *_table(["a cold process", "s"], rows), f"{len(turns)} rounds."]
-
-
-def _scaling_lines(results: dict) -> list[str]:
-    rows = []
-    for name in CONTENDERS["scaling"]:
-        turns = results["rounds"][name]
-        rows.append(
-            [
-                f"{turns[0]['rows']:,}",
-                f"{turns[0]['operations_per_row'] / 1e6:.4f}",
-                f"{turns[0]['encoded_per_picture']:.3f}",
-                _cell(spread([turn["anonymous"] for turn in turns]), 1, 2**20),
-                _cell(spread([turn["resident"] for turn in turns]), 1, 2**20),
-            ]
-        )
-    header = [
-        "rows",
-        "MFLOP a row",
-        "encoder calls a picture",
-        "memory of its own, MiB",
-        "memory in all, MiB",
-    ]
-    return ["", "## Many rows, tiny bundle", *_table(header, rows)]
+if __name__ == "__main__":
+    sys.exit(main())
