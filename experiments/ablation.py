@@ -79,8 +79,14 @@ from bridgeblip.training.trainer import (
 from experiments.tables import markdown
 
 CLAIMED = "0,3,...,21"
-FROZEN = ("vision_model.", "query_tokens", "qformer.", "language_projection.", "language_model.shared",
-          "language_model.encoder.")  # fmt: skip
+FROZEN = (
+    "vision_model.",
+    "query_tokens",
+    "qformer.",
+    "language_projection.",
+    "language_model.shared",
+    "language_model.encoder.",
+)
 VALIDATION_FRACTION = (
     0.25  # of the pictures: an experiment measures more than a training for the contest
 )
@@ -556,10 +562,12 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", default=REAL_BASE, help="hub id, folder, or tiny")
-    parser.add_argument("--train-csv", type=Path, help="questions with answers; by default "
-                        "competition/train.csv or, with --base tiny, the embedded ones")  # fmt: skip
+    parser.add_argument("--train-csv", type=Path, help="by default competition/train.csv or, with "
+                        "--base tiny, the embedded ones")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("results/ablation"), help="goes on there")
-    parser.add_argument("--also", nargs="+", default=[], choices=FURTHER, help="arms beside the four")
+    parser.add_argument(
+        "--also", nargs="+", default=[], choices=FURTHER, help="arms beside the four"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
     parser.add_argument("--batch-size", type=int, default=16, help="questions a step (16)")
     parser.add_argument("--learning-rate", type=float, help="2e-4; with --base tiny the demo's")

@@ -32,7 +32,8 @@ from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import read_questions
 from bridgeblip.evidence.submission import write_submission
 from bridgeblip.training.settings import TrainSettings
-from experiments.contenders import PeakMemory, bridge_epochs, write_photo_questions
+from experiments.bench import bridge_epochs, write_photo_questions
+from experiments.contenders import PeakMemory
 
 INPUTS = (
     "pixel_values",
