@@ -10,6 +10,7 @@ from pathlib import Path
 import bridgeblip
 from bridgeblip import IN_REPOSITORY, InputError, __version__
 from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
+from bridgeblip.data.formats import SOURCES
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
@@ -110,7 +111,7 @@ def doctor(args):
 
 @verb(
     "aokvqa aokvqa_v1p0_train.json --images train2017 --out questions/train.csv",
-    option("source", choices=("aokvqa", "visual7w", "scienceqa", "csv"), help="whose files"),
+    option("source", choices=(*SOURCES, "csv"), help="whose files"),
     option("files", type=Path, nargs="+", metavar="FILE", help="annotation files, or question CSVs "
                                                                "with answers, to be joined"),
     option("--images", type=Path, help="folder that holds the set's pictures"),

@@ -2,6 +2,7 @@
 CSVs."""
 
 import copy
+import importlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.bridge.base import TINY_BASE
 from bridgeblip.bridge.processing import QuestionProcessor, render_prompt
+from bridgeblip.data.formats import SOURCES
 from bridgeblip.data.prepare import join, prepare, read_annotations, write_questions
 from bridgeblip.data.questions import read_questions
 from bridgeblip.embedded.digits import digit_pictures
@@ -329,6 +331,117 @@ def test_scienceqa(downloads, tmp_path, capsys):
     assert three.answer == 2 and three.image.samefile(folder / "images/val/5/image.png")
 
 
+SEEDBENCH = {
+    "questions": [
+        {
+            "answer": "D",
+            "choice_a": "One",
+            "choice_b": "Two",
+            "choice_c": "Three",
+            "choice_d": "Four",
+            "data_id": "1454426_2591111986",
+            "data_type": "image",
+            "question": "How many towels are in the image?",
+            "question_id": "101669",
+            "question_type_id": 5,
+        },
+    ],
+    "question_type": {"Instances Counting": 5},
+}
+VIDEO = SEEDBENCH["questions"][0] | {"data_type": "video", "question_id": "v1"}
+AI2D = {
+    "imageName": "0.png",
+    "questions": {
+        "Which stage comes first?": {
+            "abcLabel": False,
+            "answerTexts": ["egg", "pupa", "larva", "moth"],
+            "correctAnswer": 0,
+            "questionId": "0.png-0",
+        },
+        "What is A?": {
+            "abcLabel": True,
+            "answerTexts": ["ears", "nose", "mouth", "face"],
+            "correctAnswer": 3,
+            "questionId": "0.png-1",
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "source, content, picture, question",
+    [
+        (
+            "seedbench",
+            {"questions": [*SEEDBENCH["questions"], VIDEO]},
+            "1454426_2591111986",
+            ("seedbench-101669", "How many towels are in the image?", "Four"),
+        ),
+        ("ai2d", AI2D, "0.png", ("ai2d-0.png-0", "Which stage comes first?", "egg")),
+    ],
+)
+def test_sets_in_one_piece(tmp_path, pictures, source, content, picture, question):
+    pictures[0].save(tmp_path / picture, format="PNG")
+    summary = prepare(
+        source, [write_json(tmp_path / "q.json", content)], tmp_path, tmp_path / "q.csv"
+    )
+    assert {reason: len(out) for reason, out in summary.left_out.items()} == {"no picture": 1}
+    (only,) = read_questions(summary.out, need_answers=True)
+    assert (only.id, only.question, only.choices[only.answer]) == question
+
+
+def test_every_set_says_what_to_download_and_what_its_files_are():
+    assert SOURCES == ("ai2d", "aokvqa", "scienceqa", "seedbench", "visual7w")
+    for source in SOURCES:
+        published = importlib.import_module(f"bridgeblip.data.formats.{source}")
+        assert "https://" in published.__doc__ and " pictures " in published.__doc__.replace(
+            "\n", " "
+        )
+
+
+def test_forms_of_aokvqa_that_are_met(downloads):
+    hub = changed(AOKVQA[:1], lambda rows: rows[0].update(image={"bytes": None, "path": "x.jpg"}))
+    del hub[0]["split"], hub[0]["image_id"]
+    images = downloads / "coco"
+    (images / "train2017" / "000000299207.jpg").rename(images / "x.jpg")
+    assert prepare_aokvqa(downloads, hub).questions == 1
+    texts = changed(AOKVQA[1:], lambda rows: rows[0].update(image_id="17", correct_choice_idx="1"))
+    path = downloads / "texts.json"
+    path.write_text(json.dumps(texts), encoding="utf-8-sig")
+    lines = downloads / "lines.jsonl"
+    lines.write_text(json.dumps(texts[0]) + "\n" + json.dumps(texts[0]) + "\n")
+    assert prepare("aokvqa", [path], images, downloads / "q.csv").questions == 1
+    summary = prepare("aokvqa", [lines], images, downloads / "q.csv")
+    assert (summary.questions, summary.renamed) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [
+        ('{"annotations": [{"multiple_choice_answer": "food"}]}', "VQA v2's annotations"),
+        ('{"task_type": "Open-Ended", "questions": []}', "VQA's questions"),
+        (json.dumps(SEEDBENCH), "SEED-Bench's: prepare seedbench"),
+        (json.dumps(AI2D), "AI2D's: prepare ai2d"),
+        ("index\tquestion\tA\tB\tanswer\tcategory\timage\tsplit\n", "MMBench's table"),
+    ],
+)
+def test_a_set_of_another_kind_is_named(tmp_path, content, name):
+    (tmp_path / "x.json").write_text(content)
+    for source in ("aokvqa", "visual7w", "scienceqa"):
+        with pytest.raises(InputError, match=rf"another form.*expected .*; it seems to be {name}"):
+            read_annotations(source, tmp_path / "x.json", tmp_path)
+
+
+def test_a_long_hint_is_shortened_and_counted(downloads):
+    hint = "word " * 400
+    path = write_json(downloads / "p.json", {"1": SCIENCEQA["1"] | {"hint": hint}})
+    summary = prepare("scienceqa", [path], downloads / "scienceqa/images", downloads / "q.csv")
+    assert "shortened 1 questions to their last 1000 characters" in str(summary)
+    (only,) = read_questions(summary.out)
+    assert only.question.startswith("...") and len(only.question) == 1003
+    assert only.question.endswith("word \nWhich of these states is farthest north?")
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -484,7 +597,7 @@ def test_csvs_that_cannot_be_joined(csvs, tmp_path, capsys):
         )
         == 2
     )
-    assert "test.csv lacks answer: it has the columns id," in capsys.readouterr().err
+    assert "test.csv lacks the column answer: it has id," in capsys.readouterr().err
     assert not (tmp_path / "q.csv").exists()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bridgeblip import InputError
+from bridgeblip.embedded import demo as demo_module
 from bridgeblip.embedded.demo import NOTEBOOKS, run_demo, run_notebook
 
 
@@ -67,6 +68,12 @@ def test_weights_hold_no_base_tensor(demo):
     out, _ = demo
     tensors = torch.load(out / "checkpoint" / "weights-0.pt", weights_only=True)["tensors"]
     assert all("lora_" in name or ".head." in name for name in tensors)
+
+
+def test_the_demo_is_of_the_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_module, "IN_REPOSITORY", False)
+    with pytest.raises(InputError, match="the demo executes the notebooks of the repository"):
+        run_demo(tmp_path)
 
 
 def test_notebooks_out_of_order_name_the_one_to_run_first(tmp_path):

@@ -1,68 +1,260 @@
+"""The command line: its parser, its exit codes, and that nothing ends in a traceback."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import LAYERS, ROOT
 
-from bridgeblip.__main__ import build_parser, main
+import bridgeblip
+from bridgeblip.__main__ import VERBS, build_parser, main
+from bridgeblip.bridge.export import export_bundle
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.settings import BridgeSettings
+from bridgeblip.training.settings import FEW, TrainSettings
+from bridgeblip.training.weights import save_weights, trained_tensors
 
-VERBS = ("demo", "doctor", "prepare", "train", "features", "export", "share", "predict", "blend", "evaluate", "ablate",
-         "bench")  # fmt: skip
+NAMES = ("demo", "doctor", "prepare", "train", "export", "share", "predict", "blend", "evaluate")
 
 
-def test_help_names_every_verb_and_loads_nothing_heavy():
-    script = "import sys; from bridgeblip.__main__ import build_parser; print(build_parser().format_help()); " \
-             "print([m for m in ('torch', 'pandas', 'transformers', 'PIL') if m in sys.modules])"  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+def test_help_names_every_verb_loads_nothing_heavy_and_is_quick():
+    script = (
+        "import sys; from bridgeblip.__main__ import build_parser; "
+        "print(build_parser().format_help()); "
+        "print([m for m in ('torch', 'pandas', 'transformers', 'PIL') if m in sys.modules])"
     )
-    assert all(verb in done.stdout for verb in VERBS)
-    assert done.stdout.rstrip().endswith("[]")
+    command = [sys.executable, "-c", script]
+    quickest = 9.0
+    for _ in range(3):  # a busy machine may be slow once
+        began = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        quickest = min(quickest, time.perf_counter() - began)
+    assert tuple(VERBS) == NAMES and all(f"  {verb} " in done.stdout for verb in NAMES)
+    assert done.stdout.rstrip().endswith("[]") and quickest < 0.5
+    assert "130 interrupted" in done.stdout and "3 answers to rows" in done.stdout
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb, capsys):
+@pytest.mark.parametrize("verb", NAMES)
+def test_every_verb_has_help_with_an_example_that_parses(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         build_parser().parse_args([verb, "--help"])
-    assert caught.value.code == 0 and "--" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    function, example, options, _ = VERBS[verb]
+    assert caught.value.code == 0 and "--" in printed
+    assert function.__doc__ in printed and f"{verb} {example}" in printed
+    args = build_parser().parse_args([verb, *example.split()])
+    assert args.verb == verb and all(settings["help"] for _, settings in options)
+
+
+def test_the_parser_has_an_option_for_every_setting_and_no_default_of_its_own(capsys):
+    args = build_parser().parse_args(["train"])
+    for kind in (TrainSettings, BridgeSettings):
+        for item in dataclasses.fields(kind):
+            assert getattr(args, item.name) is None, item.name
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["train", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"({TrainSettings.epochs}; for few {FEW['epochs']})" in printed
+    args = build_parser().parse_args(
+        ["train", "--deterministic", "--no-shuffle-choices", "--learning-rate", "1e-3", "--rank", "8",
+         "--layers", "0,3", "--few", "yes"]
+    )  # fmt: skip
+    assert args.deterministic and args.shuffle_choices is False and args.layers == "0,3"
+    assert (args.learning_rate, args.rank, args.few) == (1e-3, 8, "yes")
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"bridgeblip {bridgeblip.__version__}\n"
 
 
 @pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        (
-            ["train", "--train-csv", "nowhere/train.csv"],
-            "nowhere/train.csv not found: put the organiser's file there",
-        ),
-        (["export", "--weights", "nowhere/weights-0.pt"], "run train.ipynb first"),
-        (["predict", "--model", "nowhere/torchscript.pt"], "nowhere/torchscript.pt not found"),
-    ],
+    "arguments", [["tarin"], ["predict", "--nope"], ["train", "--epochs", "x"], []]
 )
-def test_missing_input_is_one_line_and_exit_code_2(arguments, expected, capsys):
-    assert main(arguments) == 2
+def test_wrong_arguments_are_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: ") and expected in error
+    assert caught.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    assert "--help shows what there is" in error
 
 
-def test_train_export_predict(base, competition, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def checkpoint(base, processor, tmp_path_factory) -> Path:
+    """Weights as trained for no step, and their bundle."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings())
+    manifest = {"base": str(base), "revision": None, "layers": list(LAYERS)}
+    manifest |= {"bridge": vars(BridgeSettings()), "processor": processor.fingerprint}
+    save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
+    export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
+    return folder
+
+
+def test_train_export_predict(competition, tmp_path, capsys):
     """The three verbs in order, as the notebooks run."""
     weights, bundle = tmp_path / "weights-0.pt", tmp_path / "torchscript.pt"
-    assert main(["train", "--train-csv", str(competition / "train.csv"), "--base", "tiny", "--checkpoint-dir",
-                 str(tmp_path), "--rank", "0"]) == 0  # fmt: skip
+    csv = str(competition / "train.csv")
+    train = ["train", "--train-csv", csv, "--base", "tiny", "--checkpoint-dir", str(tmp_path)]
+    assert main([*train, "--rank", "0", "--few", "no"]) == 0
     assert main(["export", "--weights", str(weights), "--out", str(bundle)]) == 0
     out = tmp_path / "submission.csv"
-    assert (
-        main(
-            [
-                "predict",
-                "--model",
-                str(bundle),
-                "--csv",
-                str(competition / "test.csv"),
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    csv = str(competition / "test.csv")
+    assert main(["predict", "--model", str(bundle), "--csv", csv, "--out", str(out)]) == 0
     assert out.is_file() and "20 answers" in capsys.readouterr().out
+    assert json.loads((tmp_path / "best.json").read_text())["best"] == "weights-0.pt"
+
+
+# Broken inputs, each through a process of its own: what a user sees.
+
+
+def verb(home: Path, name: str) -> list[str]:
+    """The arguments of a verb in a healthy folder."""
+    csv, checkpoint = home / "competition", home / "checkpoint"
+    arguments = {
+        "train": ["--train-csv", csv / "train.csv", "--base", home / "base", "--layers", "0,2,5",
+                  "--checkpoint-dir", checkpoint],
+        "export": ["--out", checkpoint / "torchscript.pt"],
+        "share": ["--out", checkpoint / "adapter"],
+        "predict": ["--model", checkpoint / "torchscript.pt", "--csv", csv / "test.csv"],
+        "evaluate": ["--model", checkpoint / "torchscript.pt", "--csv", csv / "train.csv"],
+        "blend": [home / "probabilities.csv", home / "probabilities.csv", "--out", home / "b.csv"],
+        "doctor": ["--checkpoint-dir", checkpoint, "--csv", csv / "train.csv"],
+    }  # fmt: skip
+    return [name, *map(str, arguments[name])]
+
+
+def put(file: str, content: bytes):
+    def act(home: Path):
+        (home / file).parent.mkdir(exist_ok=True)
+        (home / file).write_bytes(content)
+
+    return act
+
+
+def cut(file: str):
+    def act(home: Path):
+        content = (home / file).read_bytes()
+        (home / file).write_bytes(content[: len(content) // 2])
+
+    return act
+
+
+def no_folder(file: str):
+    """A file lies where a folder is to be."""
+
+    def act(home: Path):
+        shutil.rmtree(home / file, ignore_errors=True)
+        (home / file).write_text("a file")
+
+    return act
+
+
+def given(*arguments: str, **env: str):
+    return lambda home: ([a.format(home=home) for a in arguments], env)
+
+
+def pictures(content: bytes):
+    def act(home: Path):
+        for path in (home / "competition").rglob("*.png"):
+            path.write_bytes(content)
+
+    return act
+
+
+BROKEN = {  # name -> verb, what breaks it, exit codes that may be
+    "no such folder": ("train", given("--train-csv", "nowhere/train.csv"), {2}),
+    "binary questions": ("train", put("competition/train.csv", b"\xff\xfe\0\1\xff"), {2}),
+    "null bytes": ("predict", put("competition/test.csv", b"\0" * 99), {2}),
+    "no pictures": ("train", pictures(b"hello"), {2}),
+    "no pictures to answer": ("predict", pictures(b"hello"), {3}),
+    "pictures of nothing": ("doctor", pictures(b""), {1}),
+    "a folder as questions": ("predict", given("--csv", "{home}/competition"), {2}),
+    "checkpoint is a file": ("train", no_folder("checkpoint"), {2}),
+    "no epochs": ("train", given("--epochs", "0"), {2}),
+    "a rate of nan": ("train", given("--learning-rate", "nan"), {2}),
+    "unknown layers": ("train", given("--layers", "first-9"), {2}),
+    "layers beyond": ("train", given("--layers", "0,99"), {2}),
+    "no base": ("train", given("--base", "nowhere"), {2}),
+    "no hub": ("train", given("--base", "nobody/nothing", HF_HUB_OFFLINE="1"), {2}),
+    "cut shard": ("train", cut("base/model-00002-of-00003.safetensors"), {2}),
+    "cut config": ("train", cut("base/config.json"), {2}),
+    "cut tokenizer": ("train", cut("base/tokenizer.json"), {2}),
+    "pointer for weights": ("export", put("checkpoint/weights-0.pt", b"version https://git"), {2}),
+    "cut weights": ("export", cut("checkpoint/weights-0.pt"), {2}),
+    "damaged record": ("export", put("checkpoint/best.json", b"{"), {2}),
+    "weights to share": ("share", cut("checkpoint/weights-0.pt"), {2}),
+    "cut bundle": ("predict", cut("checkpoint/torchscript.pt"), {2}),
+    "foreign bundle": ("predict", put("checkpoint/torchscript.pt", b"hello"), {2}),
+    "cut bundle, doctor": ("doctor", cut("checkpoint/torchscript.pt"), {1}),
+    "answers into a folder": ("predict", given("--out", "{home}/competition"), {2}),
+    "answers into no folder": ("predict", given("--out", "{home}/base/config.json/s.csv"), {2}),
+    "answers over the questions": ("predict", given("--out", "{home}/competition/test.csv"), {2}),
+    "no cache": ("train", given(BRIDGEBLIP_CACHE="/dev/null"), {2}),
+    "no cache, doctor": ("doctor", given(BRIDGEBLIP_CACHE="/dev/null"), {1}),
+    "processes that are none": ("predict", given(RANK="3", WORLD_SIZE="2"), {2}),
+    "blend of nothing": ("blend", put("probabilities.csv", b"ID,A,B\n1,5,nan\n"), {2}),
+    "nothing to blend": ("blend", given(), {2}),
+    "a report in text": ("evaluate", given("--out", "report.txt"), {2}),
+    "no answers": ("evaluate", given("--csv", "{home}/competition/test.csv"), {2}),
+}
+
+
+@pytest.fixture
+def home(tmp_path, base, competition, checkpoint) -> Path:
+    for folder in (base, competition, checkpoint):
+        shutil.copytree(folder, tmp_path / folder.name.rstrip("0123456789"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_no_broken_input_ends_in_a_traceback(home, name):
+    which, harm, codes = BROKEN[name]
+    arguments, env = harm(home) or ([], {})
+    stage = ["--stage", "predict"] if "bundle, doctor" in name else []
+    command = [sys.executable, "-m", "bridgeblip", *verb(home, which), *stage, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+    printed = done.stdout + done.stderr
+    assert done.returncode in codes and "Traceback" not in printed, printed
+    if done.returncode == 2:
+        assert [line[:7] for line in done.stderr.splitlines()].count("error: ") == 1, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+    if "cache" in name:
+        assert "BRIDGEBLIP_CACHE" in printed
+
+
+@pytest.mark.parametrize("which", ["train", "export", "predict"])
+@pytest.mark.parametrize("seconds", [0.3, 2.0, 4.0])
+def test_ctrl_c_at_any_moment_is_one_line_and_130(home, which, seconds):
+    command = [sys.executable, "-m", "bridgeblip", *verb(home, which)]
+    command += ["--epochs", "200"] if which == "train" else []
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert "Traceback" not in errors, errors
+    assert process.returncode in (130, 0)  # unless it was quicker
+    if process.returncode:
+        assert errors.splitlines()[-1].startswith("error: ")
+
+
+def test_a_full_disk_says_so(monkeypatch, capsys):
+    def full(args):
+        raise OSError(28, "No space left on device", "somewhere/file")
+
+    monkeypatch.setitem(VERBS, "blend", (full, *VERBS["blend"][1:]))
+    assert main(["blend", "one", "--out", "two"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "somewhere/file" in error and "free some space" in error

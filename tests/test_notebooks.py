@@ -1,21 +1,21 @@
 """The notebooks, read and not run: order, choice and looking live there, logic does not."""
 
 import ast
-import dataclasses
 import importlib
 import inspect
 import re
 import typing
+from dataclasses import fields
 
 import nbformat
 import pytest
 from conftest import ROOT
 
-from bridgeblip.bridge.config import decoder_layers
+from bridgeblip.bridge.settings import BridgeSettings, decoder_layers
 from bridgeblip.bridge.train import REPORT_FILE
 from bridgeblip.embedded.demo import NOTEBOOKS, PARAMETERS_TAG
 from bridgeblip.evidence.submission import PROBABILITIES_FILE, PROBLEMS_FILE, SAMPLE_FILE
-from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.settings import FEW_CHOICES, TrainSettings
 from bridgeblip.training.state import STATE_FOLDER
 from bridgeblip.training.weights import BEST_FILE, weights_path
 
@@ -31,9 +31,9 @@ WRITTEN_BY_NOTEBOOKS = {"checkpoint/", "checkpoint/torchscript.pt", "torchscript
                         "submission.csv", PROBABILITIES_FILE, PROBLEMS_FILE}  # fmt: skip
 SHOWN_IN_TEXT = {
     "bridgeblip",
-    "ablate",
     "MyDrive/bridgeblip",
     "tiny",
+    "auto",
     "True",
     "None",
     "BASE = None",
@@ -89,7 +89,7 @@ def test_format_and_size(notebook):
     nbformat.validate(notebook)
     assert notebook.nbformat == 4 and notebook.metadata.kernelspec.language == "python"
     assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.gpuType == "A100"
-    assert len(notebook.cells) <= 25
+    assert len(notebook.cells) <= 27
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert len(cell.source.splitlines()) <= 15, cell.source
@@ -126,25 +126,25 @@ def test_first_cell_says_what_goes_in_and_out_and_opens_colab(notebook):
 def test_one_cell_of_plain_settings_as_a_form(notebook):
     (cell,) = [cell for cell in notebook.cells if PARAMETERS_TAG in cell.metadata.get("tags", [])]
     values = settings_of(notebook)
-    assert all(name.isupper() for name in values) and len(values) <= 11
+    assert all(name.isupper() for name in values) and len(values) <= 12
     for line in cell.source.splitlines():
-        field = r'\{type:"(string|integer|number|boolean|raw)"\}|\[.*\] \{(allow-input: true|type:"raw")\}'
+        field = r'\{type:"(string|integer|number|boolean|raw)"\}|\[.*\]( \{(type:"raw", )?allow-input: true\}| \{type:"raw"\})?'
         assert re.search(rf"# @param ({field})$", line), line
     assert values.keys() <= {n.id for n in nodes(notebook, ast.Name) if isinstance(n.ctx, ast.Load)}
 
 
-def test_defaults_and_offers_of_the_form_are_the_projects_own():
+def test_the_form_leaves_every_default_to_the_project():
     train = nbformat.read(ROOT / NOTEBOOKS[0], as_version=4)
-    values, usual = settings_of(train), TrainSettings()
-    shared = {field.name: getattr(usual, field.name) for field in dataclasses.fields(usual)}
-    compared = {name: values[name.upper()] for name in shared if name.upper() in values}
-    assert len(compared) == 6 and compared == {name: shared[name] for name in compared} | {
-        "epochs": None, "batch_size": None,  # the profile's own
-    }  # fmt: skip
+    values = settings_of(train)
+    names = [field.name for kind in (TrainSettings, BridgeSettings) for field in fields(kind)]
+    shared = {name: values[name.upper()] for name in names if name.upper() in values}
+    assert len(shared) == 8 and set(shared.values()) == {None, False}
+    assert values["FEW"] == FEW_CHOICES[0]
     source = "\n".join(cell.source for cell in train.cells)
     (offered,) = re.findall(r"(?m)^LAYERS = .*# @param (\[.*\])", source)
-    assert values["LAYERS"] in ast.literal_eval(offered)
-    assert all(decoder_layers(name) for name in ast.literal_eval(offered))
+    for text in ast.literal_eval(offered):
+        layers = ast.literal_eval(text)
+        assert layers is None or decoder_layers(layers)
 
 
 def test_set_up_is_the_same_in_all():

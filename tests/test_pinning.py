@@ -57,10 +57,8 @@ def test_every_batch_can_be_pinned(features, base, competition, tmp_path, pinned
     counts = []
     for _ in range(2):
         pinned.clear()
-        bridge = BridgeSettings(rank=192)
-        result = train(
-            competition / "train.csv", base, tmp_path, SETTINGS, bridge, LAYERS, features=cache
-        )
+        bridge = BridgeSettings(rank=192, layers=LAYERS)
+        result = train(competition / "train.csv", base, tmp_path, SETTINGS, bridge, features=cache)
         counts.append(len(pinned))
         dimensions = {len(shape) for shape in pinned}
         assert 3 in dimensions  # image features, of blank pictures at least

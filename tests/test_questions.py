@@ -1,5 +1,7 @@
 import re
 import shutil
+import unicodedata
+import warnings
 
 import pandas as pd
 import pytest
@@ -8,7 +10,12 @@ from bridgeblip import InputError
 from bridgeblip.bridge.processing import render_prompt
 from bridgeblip.data.orders import cyclic_orders
 from bridgeblip.data.pictures import picture_key, picture_keys
-from bridgeblip.data.questions import Question, read_questions, split_by_picture
+from bridgeblip.data.questions import (
+    Question,
+    read_questions,
+    repeated_answers,
+    split_by_picture,
+)
 
 
 def rewrite(competition, tmp_path, change=lambda table: table, **to_csv):
@@ -117,15 +124,129 @@ def test_letters_are_those_of_the_header(competition, tmp_path):
     assert lower[0].small_letters
 
 
-def test_a_comma_without_quotes_is_no_shifted_column(tmp_path):
-    (tmp_path / "x.csv").write_text(
-        "ID,img_path,Question,A,B,C,D\n1,a.png,Well, what is it?,a,b,c,d\n"
+HEADER = "ID,img_path,Question,A,B,C,D\n"
+
+
+def read(tmp_path, text: str | bytes, **how):
+    """Read what stands in a file; its pictures need not be there."""
+    content = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "x.csv").write_bytes(content)
+    return read_questions(tmp_path / "x.csv", strict=False, **how)
+
+
+ROW = "1,a.png,What is it?,a,b,c,d\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("2,a.png,Well, what is it?,a,b,c,d\n", "line 3 has 8 cells, the header 7"),
+        ('2,a.png,"Two inches,a,b,c,d\n', "begins in line 3 don't pair up"),
+        ('2,a.png,"Two" inches,a,b,c,d\n', "begins in line 3 don't pair up"),
+        ('2,a.png,"An inch,a,b,c,d\n3,a.png,One",a,b,c,d\n', "line 3 make one row of several"),
+        (
+            '2,a.png,"An inch,a,b,c,d\n\n3,a.png,"A, B",a,b,c,d\n4,a.png,One",a,b,c,d\n',
+            "begins in line 3 don't pair up",
+        ),
+        ('2,a.png,"Short,a,b\n3,a.png,One",a,b,c,d\n', "line 3: a text in quotes holds a row"),
+        ("2,a.png,What\0 is it?,a,b,c,d\n", "line 3 holds a NUL character"),
+    ],
+)
+def test_no_row_is_swallowed_or_shifted_without_a_word(tmp_path, text, message):
+    with pytest.raises(InputError, match=rf"x\.csv.*{message}") as caught:
+        read(tmp_path, HEADER + ROW + text)
+    assert "\n" not in str(caught.value)
+
+
+def test_texts_of_several_lines_in_quotes_are_welcome(tmp_path):
+    text = 'Look, see, and tell.\nIs it red, green, or blue? "So, or so", then?\n'
+    quoted = text.replace('"', '""')
+    rows = read(tmp_path, f'{HEADER}1,a.png,"{quoted}","a\nb","c, d",e,"""f"""\n{ROW}'.replace(
+        f"\n{ROW}", "\n2,a.png,What?,a,b,c,d\n"))  # fmt: skip
+    assert [q.id for q in rows] == ["1", "2"] and rows[0].question == text.strip()
+    assert rows[0].choices == ("a\nb", "c, d", "e", '"f"')
+
+
+def test_a_comma_hidden_by_a_missing_choice_is_named(tmp_path):
+    with pytest.warns(UserWarning, match=r"in 1 rows a choice begins .* line 3 \(ID 2\)"):
+        read(tmp_path, HEADER + ROW + "2,a.png,Well, what is it?,a,b,c\n")
+    with warnings.catch_warnings(record=True) as caught:  # a style, or meant so
+        read(tmp_path, HEADER + "1,a.png,What?, a, b, c, d\n2,a.png,What?, a, b, c, d\n")
+        read(tmp_path, HEADER + ROW + '2,a.png,What?," a",b,c,d\n')
+    assert not [w for w in caught if "begins with a space" in str(w.message)]
+
+
+def test_short_rows_lack_their_last_choices(tmp_path):
+    (short,) = read(tmp_path, HEADER + "1,a.png,What?,a,b\n")
+    assert short.choices == ("a", "b", "", "") and "ends within" not in short.problem
+    _, cut = read(tmp_path, HEADER + ROW + "2,a.png,What?,apple,ban")
+    assert cut.problem.startswith("the file ends within this row")
+    with pytest.raises(InputError, match="ends in the middle of a character"):
+        read(tmp_path, (HEADER + "1,a.png,What?,a,가").encode()[:-1])
+
+
+def test_what_spreadsheets_add_is_passed_over(tmp_path):
+    with pytest.warns(UserWarning, match="passed over 2 rows of commas only"):
+        rows = read(tmp_path, f"\n{HEADER}\n{ROW},,,,,,\n   \n2,a.png,Q,a,b,c,d,,\n,,,,,,,\n")
+    assert [(q.id, q.line) for q in rows] == [("1", 4), ("2", 7)]
+    (spaced,) = read(
+        tmp_path, 'ID, img_path, Question, A, B, C, D\n1, a.png, "Q, or R?", "a", b, c, d\n'
     )
-    with pytest.raises(InputError, match=r"x\.csv is no CSV table .*length of data"):
-        read_questions(tmp_path / "x.csv", strict=False)
-    (tmp_path / "x.csv").write_text("ID,img_path,Question,A,B,C,D\n1,a.png,What?,a,b\n")
-    (short,) = read_questions(tmp_path / "x.csv", strict=False)
-    assert short.choices == ("a", "b", "", "")
+    assert (spaced.question, spaced.choices) == ("Q, or R?", ("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ((HEADER + ROW).replace(",", ";"), "separated by semicolons"),
+        ((HEADER + ROW).replace(",", "\t"), "separated by tabs"),
+        ((HEADER + ROW).encode("utf-16-le"), "UTF-16 text, not UTF-8: save it as UTF-8"),
+        ((HEADER + ROW).encode("utf-16"), "UTF-16 text, not UTF-8"),
+        (HEADER.replace("Question", "Question\u200b") + ROW, "ZERO WIDTH SPACE"),
+        (HEADER.replace("B,", "\u202aB\u202c,") + ROW, "LEFT-TO-RIGHT EMBEDDING, POP DIR"),
+        (HEADER.replace("C,", "") + ROW.replace("c,", ""), "lacks the column c"),
+    ],
+)
+def test_other_forms_are_refused_by_name(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, content)
+
+
+def test_any_number_of_choices_is_read(tmp_path):
+    (five,) = read(
+        tmp_path, "ID,img_path,Question,A,B,C,D,E,F1,x,answer\n1,a.png,?,a,b,c,d,e,,9,e\n"
+    )
+    assert five.choices == tuple("abcde") and five.answer == 4
+    (two,) = read(tmp_path, "ID,img_path,Question,A,B\n1,a.png,?,yes,no\n")
+    assert two.choices == ("yes", "no")
+
+
+def test_a_right_choice_under_several_letters_is_found(tmp_path):
+    header = HEADER.replace("D", "D,answer", 2).replace("ID,answer", "ID")
+    rows = read(tmp_path, f"{header}1,a.png,?,a,b,c,c,A\n2,a.png,?,a,b,a,d,C\n3,a.png,?,x,y,,,\n")
+    assert re.search(r"in 1 rows .* line 3 \(ID 2\)", repeated_answers(rows, tmp_path / "x.csv"))
+    assert repeated_answers(rows[:1], tmp_path / "x.csv") == ""
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_pictures_are_found_under_names_that_look_the_same(tmp_path, stored):
+    folder = tmp_path / unicodedata.normalize(stored, "사진 é")
+    folder.mkdir()
+    (folder / unicodedata.normalize("NFC", "고양이.png")).touch()
+    (folder / "plain.png").touch()
+    other = unicodedata.normalize("NFC" if stored == "NFD" else "NFD", "사진 é")
+    written = [f"{folder.name}/plain.png", f"{other}/plain.png", f" {other}/plain.png ",
+               f".\\{other}\\plain.png", f"{other}/{unicodedata.normalize('NFD', '고양이')}.png"]  # fmt: skip
+    rows = "".join(f"{i},{name},?,a,b,c,d\n" for i, name in enumerate(written))
+    assert all(q.image and not q.problem for q in read(tmp_path, HEADER + rows))
+    (tmp_path / "a\\b.png").touch()
+    (asis,) = read(tmp_path, HEADER + "1,a\\b.png,?,a,b,c,d\n")
+    assert asis.image.name == "a\\b.png"  # there, as written
+
+
+def test_it_is_said_at_the_start_that_no_picture_is_there(tmp_path):
+    with pytest.warns(UserWarning, match=r"x\.csv: none of its pictures .*a\.png not found"):
+        read(tmp_path, HEADER + ROW)
 
 
 def test_a_prediction_survives_bad_rows(competition, tmp_path):

@@ -3,16 +3,19 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import unicodedata
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import packaging
 import pytest
 from conftest import ROOT
 
 from bridgeblip import InputError
+from bridgeblip.data.questions import read_questions
 from bridgeblip.embedded.digits import write_competition
-from bridgeblip.hosting import doctor, runtime
+from bridgeblip.hosting import runtime
 from bridgeblip.hosting.runtime import local_copy
 
 
@@ -124,7 +127,9 @@ def test_a_place_that_can_not_be_read_is_explained(drive):
     csv = local_copy(drive / "train.csv")
     shutil.rmtree(csv.parent / "train_input_images")
     (csv.parent / "train_input_images").write_text("a file where a folder should be")
-    with pytest.raises(InputError, match=r"copying .* stopped .* run this again: it goes on"):
+    with pytest.raises(
+        InputError, match=r"copying .* stopped .*: remove that folder, then run this again"
+    ):
         local_copy(drive / "train.csv")
 
 
@@ -142,20 +147,28 @@ def zipped(folder: Path, names: dict[str, bytes] | None = None) -> Path:
 
 
 @pytest.mark.parametrize("place", ["Drive", "elsewhere"])
-def test_the_organisers_zip_is_unpacked_once(drive, tmp_path, monkeypatch, place):
+def test_of_the_organisers_zip_what_a_question_file_names_is_unpacked_once(
+    drive, tmp_path, monkeypatch, place
+):
     if place == "elsewhere":
         monkeypatch.setattr(runtime, "DRIVE", tmp_path / "no such place")
-    (drive / ".DS_Store").write_bytes(b"clutter")
+    (drive / "notes.txt").write_bytes(b"belongs to no question")
     expected = contents(drive)
-    del expected[".DS_Store"]
+    del expected["notes.txt"]
     zipped(drive)
     csv = local_copy(drive / "test.csv")
     data = tmp_path / "local" / "bridgeblip" / "data"
     assert csv.parent.parent.parent == data and csv.parent.parent.name.startswith("download-")
+    assert contents(csv.parent).keys() == {n for n in expected if not n.startswith("train_")}
+    assert local_copy(drive / "train.csv") == csv.with_name("train.csv")
     assert contents(csv.parent) == expected
     before = times(csv.parent)
-    assert local_copy(drive / "train.csv") == csv.with_name("train.csv")
-    assert times(csv.parent) == before
+    torn = next((csv.parent / "test_input_images").iterdir())
+    torn.write_bytes(b"what a killed machine leaves")
+    assert local_copy(drive / "test.csv") == csv and contents(csv.parent) == expected
+    assert {path for path, when in times(csv.parent).items() if before[path] != when} == {torn}
+    zipped(drive, {"test.csv": b"ID\nanother zip of that name"})
+    assert local_copy(drive / "test.csv").read_bytes() == b"ID\nanother zip of that name"
 
 
 def test_a_zip_that_can_not_be_used(drive, tmp_path):
@@ -172,8 +185,79 @@ def test_a_zip_that_can_not_be_used(drive, tmp_path):
     archive.write_bytes(content[:1000])
     with pytest.raises(InputError, match=r"can't be unpacked \(File is not a zip file\)"):
         local_copy(drive / "train.csv")
-    zipped(drive, {"train.csv": b"", "../../../up.txt": b""})
-    assert local_copy(drive / "train.csv").is_file() and not list(tmp_path.rglob("up.txt"))
+    rows = b"ID,img_path,Question,A,B,C,D\nT0,../../../up.txt,What is it?,a,b,c,d\n"
+    zipped(drive, {"train.csv": rows, "../../../up.txt": b""})
+    assert local_copy(drive / "train.csv").is_file()
+    assert not [path for path in tmp_path.parent.rglob("up.txt") if "local" not in path.parts]
+
+
+def zip_with(folder: Path, csv: str, name: bytes, utf8: bool) -> None:
+    """Write a zip with one picture, whose name is stored in these bytes."""
+    table = f"ID,img_path,Question,A,B,C,D\nT0,{csv},What is it?,a,b,c,d\n"
+    kept = "".join(chr(65 + i) for i in range(len(name)))  # of the same length, then replaced
+    with zipfile.ZipFile(folder / "open.zip", "w") as archive:
+        archive.writestr("test.csv", table)
+        archive.writestr(zipfile.ZipInfo(kept), b"a picture")
+        archive.writestr("huge.bin", b"nobody asks for it")
+    content = (folder / "open.zip").read_bytes().replace(kept.encode(), name)
+    if utf8:
+        for mark in (b"PK\3\4", b"PK\1\2"):  # bit 11 of the flags
+            at = content.rindex(
+                mark, 0, content.rindex(name) if mark[2] == 1 else content.index(name)
+            )
+            flags = at + (6 if mark[2] == 3 else 8)
+            content = content[: flags + 1] + b"\x08" + content[flags + 2 :]
+    (folder / "open.zip").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "written, stored, utf8",
+    [
+        ("이미지/사진.png", "이미지/사진.png".encode("cp949"), False),
+        ("이미지/사진.png", "이미지/사진.png".encode(), False),
+        ("이미지/사진.png", unicodedata.normalize("NFD", "이미지/사진.png").encode(), True),
+        (unicodedata.normalize("NFD", "이미지/사진.png"), "이미지/사진.png".encode(), True),
+        ("img/0.png", b"img\\0.png", False),
+        ("img\\0.png", b"img/0.png", False),
+        ("./img//0.png", b"img/0.png", False),
+    ],
+    ids=[
+        "cp949",
+        "unmarked UTF-8",
+        "NFD",
+        "NFD in the CSV",
+        "backslash",
+        "backslash in the CSV",
+        "dots",
+    ],
+)
+def test_names_that_look_the_same_are_the_same(tmp_path, monkeypatch, written, stored, utf8):
+    monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path / "local"))
+    zip_with(tmp_path, written, stored, utf8)
+    csv = local_copy(tmp_path / "test.csv")
+    (row,) = read_questions(csv, strict=False)
+    assert not row.problem and row.image.read_bytes() == b"a picture"
+    assert len(contents(csv.parent)) == 2
+
+
+def test_a_zip_is_bounded_by_what_the_question_file_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path / "local"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9 + 500))
+    zip_with(tmp_path, "0.png", b"0.png", False)
+    with zipfile.ZipFile(tmp_path / "open.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("of-another-set.bin", bytes(10**6))
+    assert local_copy(tmp_path / "test.csv").is_file()
+    with zipfile.ZipFile(tmp_path / "open.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", bytes(10**6))
+    with pytest.raises(InputError, match=r"open\.zip needs 0\.0 GB in .* free some space"):
+        local_copy(tmp_path / "test.csv")
+
+
+def test_a_cache_that_can_not_be_written_names_the_variable(drive, tmp_path, monkeypatch):
+    monkeypatch.setenv("BRIDGEBLIP_CACHE", str(drive / "train.csv"))
+    with pytest.raises(InputError, match=r"copying .* stopped .*BRIDGEBLIP_CACHE") as caught:
+        local_copy(drive / "train.csv")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_repositorys_own_data_are_found_from_elsewhere(tmp_path, monkeypatch):
@@ -191,10 +275,6 @@ def test_the_repositorys_own_data_are_found_from_elsewhere(tmp_path, monkeypatch
 def test_finish_elsewhere_than_in_colab_does_nothing(capsys):
     runtime.finish()
     assert not capsys.readouterr().out
-
-
-def test_the_bound_on_torchao_is_the_check_ups():
-    assert runtime.TORCHAO_MINIMUM == doctor.TORCHAO_MINIMUM
 
 
 # Installing, for real: in a virtual environment that sees the packages here, from wheels in a
@@ -253,33 +333,33 @@ def run(machine: Path, code: str, *options: str, colab: bool = False, **env: str
     return done.stdout + done.stderr
 
 
-def set_up_with(machine: Path, *wanted: str) -> str:
-    """Code that sets up with these requirements."""
-    (machine / "wanted.txt").write_text("# as in requirements.txt\n" + "\n".join(wanted))
-    path = str(machine / "wanted.txt")
-    return f"from pathlib import Path; from bridgeblip.hosting.runtime import set_up; set_up(Path({path!r}))"
+def install(*wanted: str) -> str:
+    """Code that installs what is missing of these requirements."""
+    code = (
+        "from packaging.requirements import Requirement; from bridgeblip.hosting import runtime; "
+    )
+    return f"{code}runtime.install_missing(list(map(Requirement, {wanted})))"
 
 
 def test_set_up_installs_what_is_missing_and_a_second_time_nothing(machine):
-    code = set_up_with(machine, "torch>=2.6", "tqdm>=4.66", "needed==1.0")
+    code = install("torch>=2.6", "tqdm>=4.66", "needed==1.0")
     printed = run(machine, code + "; import needed; print(needed.number)")
-    assert "Jupyter, Python 3." in printed and f"working in {ROOT}" in printed
     assert "installing needed==1.0 (now missing)\n1.0\n" in printed
-    assert (
-        run(machine, code, PIP_FIND_LINKS="", PATH="").splitlines()[-1]
-        == "all requirements are there"
-    )
+    code += "; runtime.set_up()"
+    first, second, third = run(machine, code, PIP_FIND_LINKS="", PATH="").splitlines()
+    assert first == third == "all requirements are there"
+    assert second.startswith("Jupyter, Python 3.") and second.endswith(f"working in {ROOT}")
 
 
 def test_a_changed_package_asks_for_a_restart_only_if_it_was_imported(machine):
     def downgrade():
-        run(machine, set_up_with(machine, "needed==1.0"))
-        return set_up_with(machine, "needed>=2")
+        run(machine, install("needed==1.0"))
+        return install("needed>=2")
 
     asked = run(machine, "import needed; " + downgrade())
     assert "installing needed>=2 (now 1.0)" in asked
     assert "InputError: needed had to be changed after being imported: restart the session" in asked
-    again = run(machine, "import needed; " + set_up_with(machine, "needed>=2"))
+    again = run(machine, "import needed; " + install("needed>=2"))
     assert again.splitlines()[-1] == "all requirements are there"
     assert (
         run(machine, downgrade() + "; import needed; print(needed.number)").splitlines()[-1]
@@ -288,19 +368,16 @@ def test_a_changed_package_asks_for_a_restart_only_if_it_was_imported(machine):
 
 
 def test_torch_is_never_installed(machine):
-    assert (
-        run(machine, set_up_with(machine, "torch>=99")).splitlines()[-1]
-        == "all requirements are there"
-    )
+    assert run(machine, install("torch>=99")).splitlines()[-1] == "all requirements are there"
     (machine / "bare").mkdir()
     (machine / "bare" / "packaging").symlink_to(Path(packaging.__file__).parent)
-    code = f"import sys; sys.path.append({str(machine / 'bare')!r}); {set_up_with(machine, 'torch>=2.6')}"
+    code = f"import sys; sys.path.append({str(machine / 'bare')!r}); {install('torch>=2.6')}"
     printed = run(machine, code, "-S")  # without site-packages
     assert "InputError: torch is not installed: install the build for your machine" in printed
 
 
 def test_what_pip_can_not_get_is_said_and_left_to_the_check_up(machine):
-    printed = run(machine, set_up_with(machine, "needed-but-nowhere>=1") + "; print('went on')")
+    printed = run(machine, install("needed-but-nowhere>=1") + "; print('went on')")
     assert (
         "pip could not do it: ERROR: No matching distribution found for "
         "needed-but-nowhere>=1\nwent on" in printed
@@ -310,7 +387,7 @@ def test_what_pip_can_not_get_is_said_and_left_to_the_check_up(machine):
 def test_an_old_torchao_goes_on_a_hosted_machine_only(machine):
     pip = [machine / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-index"]
     subprocess.run([*pip, "--find-links", machine / "wheels", "torchao"], check=True)
-    code = set_up_with(machine, "tqdm>=4.66")
+    code = install("tqdm>=4.66")
     assert run(machine, code).splitlines()[-1] == "all requirements are there"
     assert "removing torchao 0.10.0: peft refuses to work beside" in run(machine, code, colab=True)
     assert run(machine, code, colab=True).splitlines()[-1] == "all requirements are there"

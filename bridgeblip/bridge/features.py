@@ -26,6 +26,7 @@ from bridgeblip.files import cache_folder as default_folder
 from bridgeblip.files import write_atomically
 
 DEFAULT_LIMIT = 40 * 10**9  # bytes of features on disk: some 55,000 pictures of the real model
+PICTURES_AT_ONCE = 32  # that the vision tower is given
 SPARE_DISK = 10**9  # bytes that the cache leaves free
 
 
@@ -96,7 +97,7 @@ def fill(
     model: nn.Module,
     processor: QuestionProcessor,
     pictures: dict[str, Path],
-    batch_size: int,
+    batch_size: int = PICTURES_AT_ONCE,
     limit: int = DEFAULT_LIMIT,
     share: tuple[int, int] = (0, 1),
 ) -> bool:
@@ -107,6 +108,7 @@ def fill(
 
     Args:
         pictures: content key -> a file with that content.
+        batch_size: pictures that the tower is given at once.
         limit: most bytes of all features together; those used longest ago make room.
         share: (rank, processes): each process encodes its part of the batches.
     """
@@ -121,33 +123,29 @@ def fill(
             leave=False,
         )
         missing = {key for key, is_there in zip(keys, checked, strict=True) if not is_there}
-    chunks = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)][
-        share[0] :: share[1]
-    ]
+    starts = range(0, len(keys), batch_size)[share[0] :: share[1]]
+    chunks = [keys[i : i + batch_size] for i in starts]
     chunks = [chunk for chunk in chunks if missing.intersection(chunk)]
-    device = next(model.parameters()).device
-    roomy, count = False, sum(map(len, chunks))
+    weight, count = next(model.parameters()), sum(map(len, chunks))
+    positions = model.vision_model.embeddings.num_positions
+    size = positions * model.config.vision_config.hidden_size * weight.itemsize
+    if chunks and not _make_room(cache, keys, size, len(missing), limit):
+        return False
     with (
         ThreadPoolExecutor(LOADERS) as pool,
         tqdm(
             total=count, desc="encoding pictures", unit="picture", disable=quiet or not count
         ) as bar,
     ):
+        writing = ()
         loaded = load_ahead(lambda key: processor.load_pixels(pictures[key]), chunks)
         for chunk, pixels in zip(chunks, loaded, strict=True):
-            features = dict(
-                zip(chunk, model.encode_image(torch.stack(pixels).to(device)).cpu(), strict=True)
-            )
-            if not roomy and not _make_room(
-                cache, keys, features[chunk[0]].nbytes, len(missing), limit
-            ):
-                return False
-            roomy = True
-            fresh = list(missing.intersection(chunk))
-            list(
-                pool.map(cache.write, fresh, [features[key] for key in fresh])
-            )  # raises what a write does
+            features = model.encode_image(torch.stack(pixels).to(weight.device)).cpu()
+            list(writing)  # of the pictures before, while these were encoded; raises what it did
+            fresh = [(key, f) for key, f in zip(chunk, features, strict=True) if key in missing]
+            writing = pool.map(lambda one: cache.write(*one), fresh)
             bar.update(len(chunk))
+        list(writing)
     for key in keys[share[0] :: share[1]]:
         if key not in missing:
             os.utime(cache.path(key))  # used now: the last to make room
@@ -190,12 +188,33 @@ def clear(dry_run: bool = False) -> tuple[int, int]:
 
 
 class CachedPictures:
-    """Reads ``image_embeds`` of questions from the cache, for ``QuestionProcessor.collate``."""
+    """Reads features of questions' pictures from the cache, for ``QuestionProcessor.collate``.
 
-    def __init__(self, cache: FeatureCache, key_of: dict[Path, str]):
+    Where ``device`` is a GPU with room for all of them, they lie there as ``table``, and a batch
+    tells ``picture_rows`` (B,) in it; else it has ``image_embeds`` (B, patches + 1, vision width).
+    """
+
+    def __init__(
+        self, cache: FeatureCache, key_of: dict[Path, str], device: str | torch.device = "cpu"
+    ):
         self.cache, self.key_of = cache, key_of
+        self.row_of = {key: row for row, key in enumerate(dict.fromkeys(key_of.values()))}
+        size = len(self.row_of) * cache.read(next(iter(self.row_of))).nbytes
+        on_gpu = torch.device(device).type == "cuda"
+        self.resident = on_gpu and size < torch.cuda.mem_get_info(device)[0] / 2
+
+    def table(self, device: str | torch.device) -> torch.Tensor:
+        """Return all features (pictures, patches + 1, vision width) on ``device``."""
+        first, *others = self.row_of
+        features = self.cache.read(first)
+        table = torch.empty(len(self.row_of), *features.shape, dtype=features.dtype, device=device)
+        table[0] = features
+        for row, key in enumerate(others, 1):
+            table[row] = self.cache.read(key)
+        return table
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        return {
-            "image_embeds": torch.stack([self.cache.read(self.key_of[q.image]) for q in questions])
-        }
+        keys = [self.key_of[question.image] for question in questions]
+        if self.resident:
+            return {"picture_rows": torch.tensor([self.row_of[key] for key in keys])}
+        return {"image_embeds": torch.stack([self.cache.read(key) for key in keys])}

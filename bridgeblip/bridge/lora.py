@@ -50,7 +50,7 @@ def attach_bridge(
     for parameter in bridged.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return bridged
+    return bridged.train().eval()  # once through all: the dropouts are new
 
 
 def round_fairly(

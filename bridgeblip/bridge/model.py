@@ -1,6 +1,6 @@
 """The sliced InstructBLIP with a classification head, and the LoRA bridge over its cut layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,12 +18,24 @@ from transformers import (
     T5Model,
 )
 from transformers.initialization import no_init_weights
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import LM_HEAD, TensorReader, source_name, stored_dtype
 from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, slice_config
 from bridgeblip.machine import NonFiniteError, first_non_finite_module
+
+
+class SingleTokenSelfAttention(T5Attention):
+    """T5 self-attention over a single token: a softmax over one key is 1, so only o(v(x)) is left.
+
+    q, k and the position bias stay as weights, without work.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, position_bias=None, **ignored):
+        return self.o(self.v(hidden_states)), position_bias, None
 
 
 class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
@@ -63,11 +75,14 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
             if isinstance(linear, nn.Linear):
                 linear.register_forward_pre_hook(_make_contiguous)
         self.language_model = T5Model._from_config(config.text_config)
+        for block in self.language_model.decoder.block:
+            block.layer[0].SelfAttention.__class__ = SingleTokenSelfAttention
         self.head = nn.Linear(config.text_config.hidden_size, config.num_choices)
         self.loss_type = (
             "ForSequenceClassification"  # transformers guesses it from the class name, and warns
         )
         self.post_init()
+        self.eval()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -76,7 +91,13 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True):
-        """Set the training flag; of the modules below, only the adapters' dropout follows it."""
+        """Set the training flag; of the modules below, only the adapters' dropout follows it.
+
+        Returns at once if nothing changes: walking two thousand modules costs a step more time than
+        a GPU needs for it.
+        """
+        if mode == self.training:
+            return self
         super().train(False)
         self.training = mode
         for name, module in self.named_modules():
@@ -109,12 +130,14 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
                 likewise.
         """
         queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
-        query_mask = torch.ones(queries.shape[:2], dtype=torch.long, device=image_embeds.device)
+        query_mask = qformer_attention_mask.new_ones(queries.shape[:2])
+        seen_mask = torch.cat([query_mask, qformer_attention_mask], dim=1)
+        like_seen = image_embeds[:, :1].expand(-1, seen_mask.shape[1], -1)
         # The instruction goes to the Q-Former as well: this is what makes it InstructBLIP and not
         # BLIP-2.
         seen = self.qformer(
             input_ids=qformer_input_ids,
-            attention_mask=torch.cat([query_mask, qformer_attention_mask], dim=1),
+            attention_mask=_attention_mask(self.qformer, like_seen, seen_mask),
             query_embeds=queries,
             encoder_hidden_states=image_embeds,
         ).last_hidden_state[:, : queries.shape[1]]
@@ -123,7 +146,8 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         is_image = (input_ids == self.config.image_token_index).unsqueeze(-1)
         embeds = embeds.masked_scatter(is_image, pictured.to(embeds.dtype))
         return self.language_model.encoder(
-            inputs_embeds=embeds, attention_mask=attention_mask
+            inputs_embeds=embeds,
+            attention_mask=_attention_mask(self.language_model, embeds, attention_mask),
         ).last_hidden_state
 
     def decode(self, encoder_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -138,7 +162,9 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         decoded = self.language_model.decoder(
             input_ids=start,
             encoder_hidden_states=encoder_states,
-            encoder_attention_mask=attention_mask,
+            encoder_attention_mask=_attention_mask(
+                self.language_model, encoder_states[:, :1], attention_mask, encoder_states
+            ),
             use_cache=False,
         ).last_hidden_state  # (B, 1, T5 width)
         return self.head(decoded[:, 0].to(self.head.weight.dtype))
@@ -160,28 +186,40 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
 
     def forward(
         self,
-        qformer_input_ids: torch.Tensor,
-        qformer_attention_mask: torch.Tensor,
-        input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
+        encoder_states: torch.Tensor | None = None,
         choice_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> SequenceClassifierOutput:
         """Return logits (B, choices), in fp32, and the mean cross-entropy if ``labels`` (B,) are
         given.
 
-        Pictures come as ``pixel_values`` or already encoded as ``image_embeds``. Where
-        ``choice_mask`` (B, choices) is False there is no such choice: its logit is minus infinity.
+        Pictures come as ``pixel_values`` or already encoded as ``image_embeds``; pictures and
+        prompts together already encoded as ``encoder_states``. Where ``choice_mask`` (B, choices)
+        is False there is no such choice: its logit is minus infinity.
+
+        Raises:
+            NonFiniteError: if a logit is not finite; not while training, where asking would wait
+                for the GPU in every step, and the loss tells.
         """
         texts = (qformer_input_ids, qformer_attention_mask, input_ids, attention_mask)
+
+        def run() -> torch.Tensor:
+            states = encoder_states
+            if states is None:
+                embeds = self.encode_image(pixel_values) if image_embeds is None else image_embeds
+                states = self.encode(embeds, *texts)
+            return self.decode(states, attention_mask).float()
+
         with without_autocast(self):
-            if image_embeds is None:
-                image_embeds = self.encode_image(pixel_values)
-            logits = self.score(image_embeds, *texts).float()
-            if not torch.isfinite(logits).all():
-                self._name_the_culprit(pixel_values, image_embeds, texts)
+            logits = run()
+            if not self.training and not torch.isfinite(logits).all():
+                self._name_the_culprit(run)
         return self.judge(logits, choice_mask, labels)
 
     def judge(
@@ -194,12 +232,8 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         loss = choice_loss(logits, labels, smoothing) if labels is not None else None
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def _name_the_culprit(self, pixel_values, image_embeds, texts):
-        def again():
-            embeds = image_embeds if pixel_values is None else self.encode_image(pixel_values)
-            self.score(embeds, *texts)
-
-        name = first_non_finite_module(self, again)
+    def _name_the_culprit(self, run: Callable[[], torch.Tensor]):
+        name = first_non_finite_module(self, run)
         raise NonFiniteError(
             f"the logits are not finite; the first module with a NaN or infinite output is "
             f"{name!r}. "
@@ -212,6 +246,20 @@ def _make_contiguous(linear: nn.Linear, inputs: tuple[torch.Tensor]) -> tuple[to
     torch copies the weights for every row of the batch, and in bfloat16 it rounds before the bias,
     too, unless the batch has one row."""
     return (inputs[0].contiguous(),)
+
+
+def _attention_mask(
+    module: nn.Module, queries: torch.Tensor, mask: torch.Tensor, keys: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A mask (B, L) of 0 and 1 in the form that ``module`` attends with. Made by transformers
+    itself, it would first be read back to see whether there is any padding."""
+    return create_bidirectional_mask(
+        module.config,
+        queries,
+        mask,
+        encoder_hidden_states=keys,
+        allow_is_bidirectional_skip=False,
+    )
 
 
 def without_autocast(model: nn.Module) -> torch.autocast:

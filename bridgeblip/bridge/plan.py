@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import InstructBlipConfig, enable_full_determinism, set_seed
 
+from bridgeblip import InputError
 from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget
 from bridgeblip.bridge.config import BridgeSettings, decoder_layers, slice_config
@@ -173,7 +175,13 @@ def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:
 
 
 def build_bridge(plan: Plan, sliced: BridgeBlipForMultipleChoice) -> nn.Module:
-    """Return the slice with a plan's bridge over its gaps; only that and the head will learn."""
+    """Return the slice with a plan's bridge over its gaps; only that and the head will learn.
+
+    Raises:
+        InputError: if it has one already.
+    """
+    if any(isinstance(module, LoraLayer) for module in sliced.modules()):
+        raise InputError("the slice has its bridge already: load the slice anew, then bridge it")
     set_seed(plan.settings.seed)
     return attach_bridge(sliced, plan.bridge)
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.integrations import TensorBoardCallback
 
 from bridgeblip import InputError
+from bridgeblip.bridge.ahead import AheadTrainer
 from bridgeblip.bridge.budget import BUDGET_LIMIT
 from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.features import (
@@ -46,7 +47,6 @@ from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, newest_state, state_is_done
 from bridgeblip.training.stopping import Stopper, TrainingStopped, copying_to, in_one_line
 from bridgeblip.training.trainer import (
-    BridgeTrainer,
     TrainingQuestions,
     accuracy,
     optimizer,
@@ -119,6 +119,11 @@ def train_model(
     """
     with in_one_line(plan.places[0]), held(plan.places, plan.process):
         resumed = newest_state(plan.places, plan.identity)
+        if resumed is None and getattr(model, "has_begun", False):
+            raise InputError(
+                "this model has been trained on, and no state of that is there: build it anew"
+            )
+        model.has_begun = True
         sliced = model.get_base_model() if isinstance(model, PeftModel) else model
         pictures = _cached_pictures(features, sliced, plan)
         grey = plan.processor.blank_pixels[None].to(plan.device)
@@ -138,15 +143,16 @@ def train_model(
 
 def _trainer(
     plan: Plan, model: nn.Module, pictures: CachedPictures | None
-) -> tuple[BridgeTrainer, StateKeeper]:
+) -> tuple[AheadTrainer, StateKeeper]:
     settings, collate = plan.settings, partial(plan.processor.collate, pictures=pictures)
     require_shared_memory(settings, collate(plan.training[:1]))
-    trainer = BridgeTrainer(
+    trainer = AheadTrainer(
         model,
         training_arguments(plan.places[0], settings, plan.dtype),
         train_dataset=TrainingQuestions(plan.training, settings.seed, settings.shuffle_choices),
         eval_dataset=plan.validation,
         data_collator=collate,
+        pictures=pictures,
         compute_metrics=accuracy,
         optimizers=(optimizer(model, settings), None),
         average=settings.average,
@@ -176,7 +182,7 @@ def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor])
         )
 
 
-def _conclude(trainer: BridgeTrainer, plan: Plan, blank: "BlankPictures") -> TrainResult:
+def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> TrainResult:
     """Measure the best epoch's weights, those that exporting takes, and write the report."""
     history = history_table(trainer.state.log_history)
     accuracies, losses = validations(trainer.state.log_history)
@@ -213,7 +219,7 @@ def _conclude(trainer: BridgeTrainer, plan: Plan, blank: "BlankPictures") -> Tra
 
 
 def _load_best(
-    trainer: BridgeTrainer, plan: Plan, accuracies: Sequence[float], losses: Sequence[float]
+    trainer: AheadTrainer, plan: Plan, accuracies: Sequence[float], losses: Sequence[float]
 ) -> list[Path]:
     """Have the best epoch's weights answer; return the files of all epochs that are there.
 
@@ -262,14 +268,14 @@ def _cached_pictures(
     cache = FeatureCache(folder, encoder_key(sliced, plan.processor))
     pictures = {key: path for path, key in reversed(plan.picture_keys.items())}
     share = (plan.process.process_index, plan.process.num_processes)
-    fits = fill(cache, sliced, plan.processor, pictures, plan.settings.batch_size, share=share)
+    fits = fill(cache, sliced, plan.processor, pictures, share=share)
     if not all(gather_object([fits])):
         plan.process.print(
             f"the features of {len(pictures)} pictures don't fit in {cache.root}: encoding in "
             f"every epoch"
         )
         return None
-    return CachedPictures(cache, plan.picture_keys)
+    return CachedPictures(cache, plan.picture_keys, plan.device)
 
 
 def _tensorboard(checkpoint_dir: Path) -> TensorBoardCallback:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,8 @@ TURNS = {  # EXIF's orientation -> what puts the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 
-LOADERS = 4  # threads that decode pictures: Pillow lets go of Python's lock meanwhile
+# Threads that decode pictures: Pillow lets go of Python's lock meanwhile.
+LOADERS = max(4, os.cpu_count() or 1)
 
 Item = TypeVar("Item")
 
@@ -91,7 +93,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits of grey to 8, and 0 to 1, where ``convert`` would make it all white or black."""
+    """Scale grey of 16 bits, or from 0 to 1, where ``convert`` would make all white or black."""
     grey = np.asarray(image)
     if image.mode == "F":
         if grey.max() > 1:

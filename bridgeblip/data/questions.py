@@ -1,8 +1,10 @@
-"""Question files: reading, checking, the prompt, and splits by picture content."""
+"""Question files: reading, checking, and splits by picture content."""
 
+import functools
 import os
+import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,8 +12,7 @@ import pandas as pd
 
 from bridgeblip import InputError
 from bridgeblip.data.pictures import picture_keys
-
-COLUMNS = ("id", "img_path", "question", "a", "b", "c", "d")
+from bridgeblip.data.tables import Row, read_csv, read_table  # noqa: F401
 
 
 def letter(index: int) -> str:
@@ -51,6 +52,11 @@ class Question:
         filled = [bool(choice) for choice in self.choices]
         return filled if any(filled) else [True] * len(filled)
 
+    @property
+    def is_ambiguous(self) -> bool:
+        """Whether the right choice is given under several letters."""
+        return self.answer is not None and self.choices.count(self.choices[self.answer]) > 1
+
     def reordered(self, source: dict[int, int]) -> "Question":
         """Return the question with the choice of ``source[i]`` at place ``i``; the answer follows
         its choice."""
@@ -61,59 +67,21 @@ class Question:
         )
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
-    """Read a CSV as text, every cell as written; UTF-8 with or without BOM, else cp949 (Korean
-    Windows).
-
-    Raises:
-        InputError: if the file is missing, empty, in neither encoding, or a row has more cells than
-            the header.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"{path} not found: put the organiser's file there, or set the path to yours"
-        )
-    for encoding in ("utf-8-sig", "cp949"):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "error", pd.errors.ParserWarning
-                )  # cells left over: a comma without quotes
-                table = pd.read_csv(
-                    path, dtype=str, keep_default_na=False, encoding=encoding, index_col=False
-                )
-        except UnicodeDecodeError:
-            continue
-        except (pd.errors.EmptyDataError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"{path} is no CSV table ({reason}): expected a header line and rows"
-            ) from error
-        if table.empty:
-            raise InputError(f"{path} has no rows: expected one question a line below the header")
-        if encoding == "cp949":
-            warnings.warn(
-                f"{path} is not UTF-8: read as cp949, Korean Windows; is it that?", stacklevel=2
-            )
-        return table.fillna("")  # a row that ends early
-    raise InputError(f"{path} is neither UTF-8 nor cp949 text: save it as UTF-8")
-
-
-def with_known_names(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a question table with its column names in lower case; ``path`` serves for
-    ``img_path``."""
-    table = table.rename(columns=lambda name: name.strip().lower())
-    return table if "img_path" in table.columns else table.rename(columns={"path": "img_path"})
+def known_names(header: Sequence[str]) -> list[str]:
+    """Return column names in lower case, without spaces; ``path`` serves for ``img_path``."""
+    names = [name.strip().lower() for name in header]
+    if "img_path" not in names:
+        names = ["img_path" if name == "path" else name for name in names]
+    return names
 
 
 def read_questions(
     path: str | Path, need_answers: bool = False, strict: bool = True
 ) -> list[Question]:
-    """Read a question file: columns ID, img_path, Question, A, B, C, D and perhaps answer.
+    """Read a question file: columns ID, img_path, Question, A, B and so on, perhaps answer.
 
     Column names are matched in any letter case and order; ``path`` serves for ``img_path``; other
-    columns are ignored.
+    columns are ignored. A picture is found, too, under a name that looks the same.
 
     Args:
         strict: refuse the file for a single bad row. Otherwise such a row says so in ``problem``,
@@ -128,7 +96,14 @@ def read_questions(
     questions = read_rows(path, need_answers)
     check_ids(questions, path)
     if not strict:
-        return [_check_place(question, path.parent) for question in questions]
+        placed = [_check_place(question, path.parent) for question in questions]
+        if not any(question.image for question in placed):
+            warnings.warn(
+                f"{path}: none of its pictures can be used ({placed[0].problem}): unpack the "
+                f"organiser's pictures beside the CSV, else every row is answered without one",
+                stacklevel=2,
+            )
+        return placed
     for question in questions:
         if question.problem:
             raise InputError(describe_problem(question, path))
@@ -136,53 +111,128 @@ def read_questions(
     return questions
 
 
-def read_rows(path: Path, need_answers: bool) -> list[Question]:
-    """Return every row of a question file, its ``problem`` filled in; IDs and pictures are not
-    looked at.
+def read_rows(path: str | Path, need_answers: bool) -> list[Question]:
+    """Return every row of a question file, its ``problem`` filled in; IDs are not looked at, nor
+    whether the pictures are there.
 
     Raises:
-        InputError: if the file is no table, or lacks a column.
+        InputError: if the file is no table, lacks a column, or a quote has swallowed a row.
     """
-    table = read_table(path)
-    written = [name.strip() for name in table.columns]
-    table = with_known_names(table)
-    wanted = [*COLUMNS, "answer"] if need_answers else COLUMNS
-    missing = [name for name in wanted if name not in table.columns]
+    path = Path(path)
+    header, rows = read_csv(path)
+    names = known_names(header)
+    _check_columns(path, names, need_answers)
+    _check_swallowed(path, rows, names.index("img_path"))
+    small = {"a", "b"} <= {name.strip() for name in header}
+    listing = functools.cache(_listing)
+    questions, spaced = [], []
+    for row in rows:
+        cells = dict(zip(names, row.cells, strict=True))
+        texts = [cells[name] for name in _choice_names(names)]
+        choices = tuple(text.strip() for text in texts)
+        given = cells.get("answer", "").strip().upper()
+        known = letters(len(choices))
+        answer = known.index(given) if given in known and choices[known.index(given)] else None
+        problem = ""
+        if row.cut_off:
+            problem = "the file ends within this row: get a whole copy"
+        elif sum(map(bool, choices)) < 2:
+            problem = f"fewer than two choices are filled in; expected texts in {', '.join(known)}"
+        elif need_answers and answer is None:
+            problem = (
+                f"answer {cells['answer']!r} is not the letter of a choice; expected one of "
+                f"{', '.join(known)}"
+            )
+        image = _locate(path.parent, cells["img_path"], listing)
+        question = cells["question"].strip()
+        questions.append(
+            Question(cells["id"], image, question, choices, answer, small, row.line, problem)
+        )
+        if any(text[:1] == " " and f",{text}" in row.raw for text in texts):
+            spaced.append(questions[-1])
+    if 0 < len(spaced) <= len(questions) / 2:
+        warnings.warn(
+            f"{path}: in {len(spaced)} rows a choice begins with a space, the first in line "
+            f"{spaced[0].line} (ID {spaced[0].id}): if it is the rest of a text with a comma, put "
+            f"that text in quotes",
+            stacklevel=2,
+        )
+    return questions
+
+
+def _choice_names(names: Sequence[str]) -> list[str]:
+    """The columns of the choices: a, b and on to the last; one left out between two is among
+    them."""
+    count = 2
+    while letter(count).lower() in names or letter(count + 1).lower() in names:
+        count += 1
+    return [name.lower() for name in letters(count)]
+
+
+def _check_columns(path: Path, names: Sequence[str], need_answers: bool) -> None:
+    wanted = ["id", "img_path", "question", *_choice_names(names), *["answer"] * need_answers]
+    missing = [name for name in wanted if name not in names]
+    hidden = []
+    for name in names:
+        odd = [char for char in name if not char.isascii() or not char.isprintable()]
+        if name.translate(dict.fromkeys(map(ord, odd))).strip() in missing:
+            shown = ", ".join(unicodedata.name(char, f"U+{ord(char):04X}") for char in odd)
+            hidden.append(f"; {name!r} has a hidden character, {shown}: take it out")
     if missing:
         raise InputError(
             f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: it has "
-            f"{', '.join(table.columns)}; expected ID, img_path, Question, A, B, C, D"
-            + (", answer" if need_answers else "")
+            f"{', '.join(names)}; expected ID, img_path, Question, A, B, C, D"
+            + ", answer" * need_answers
+            + "".join(hidden)
         )
-    twice = [name for name in wanted if list(table.columns).count(name) > 1]
+    twice = [name for name in wanted if names.count(name) > 1]
     if twice:
         raise InputError(
             f"{path} has the column {twice[0]} twice, letter case aside: take one of them out"
         )
-    small = {"a", "b", "c", "d"} <= set(written)
-    questions, line = [], 2
-    for row in table.to_dict("records"):
-        questions.append(_read_row(path.parent, line, row, small, need_answers))
-        line += 1 + sum(cell.count("\n") for cell in row.values())
-    return questions
 
 
-def _read_row(
-    folder: Path, line: int, row: dict[str, str], small: bool, need_answer: bool
-) -> Question:
-    choices = tuple(row[name].strip() for name in "abcd")
-    problem = ""
-    if sum(map(bool, choices)) < 2:
-        problem = "fewer than two choices are filled in; expected texts in A, B, C, D"
-    given, answer = row.get("answer", "").strip().upper(), None
-    known = letters(len(choices))
-    if given in known and choices[known.index(given)]:
-        answer = known.index(given)
-    elif need_answer and not problem:
-        problem = f"answer {row['answer']!r} is not the letter of a choice; expected A, B, C or D"
-    question = row["question"].strip()
-    return Question(
-        row["id"], folder / row["img_path"], question, choices, answer, small, line, problem
+def _check_swallowed(path: Path, rows: Sequence[Row], column: int) -> None:
+    """Refuse a text in which a line has a picture's name where a row has it."""
+    for row in rows:
+        suffix = Path(row.cells[column].strip()).suffix
+        later_lines = [line for cell in row.cells for line in cell.splitlines()[1:]]
+        for line in later_lines:
+            parts = line.split(",")
+            if suffix and len(parts) > column and parts[column].strip().endswith(suffix):
+                raise InputError(
+                    f"{path}, line {row.line}: a text in quotes holds a row, {line[:60]!r}; take "
+                    f"the stray quote out, or double it within a quoted text"
+                )
+
+
+def _locate(folder: Path, written: str, listing: Callable[[Path], dict[str, str]]) -> Path:
+    """The file of a path as written, or as it looks: whatever way its letters are composed, without
+    spaces around it, and with ``\\`` for ``/``."""
+    if os.path.isfile(folder / written):
+        return folder / written
+    for part in Path(written.strip().replace("\\", "/")).parts:
+        folder /= listing(folder).get(unicodedata.normalize("NFC", part), part)
+    return folder
+
+
+def _listing(folder: Path) -> dict[str, str]:
+    """The names in a folder by their composed form; none where it can't be read."""
+    try:
+        return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder)}
+    except OSError:
+        return {}
+
+
+def repeated_answers(questions: Sequence[Question], path: Path) -> str:
+    """Say in one line in how many rows the right choice is given under several letters, and where;
+    empty if in none."""
+    rows = [question for question in questions if question.is_ambiguous]
+    if not rows:
+        return ""
+    return (
+        f"{path}: in {len(rows)} rows the right choice is given under several letters, the first "
+        f"in line {rows[0].line} (ID {rows[0].id}): correct them or leave them out"
     )
 
 

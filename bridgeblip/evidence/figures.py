@@ -8,13 +8,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
+from bridgeblip import InputError
+from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question, letter, letters
 from bridgeblip.evidence.metrics import Bin, accuracy_of
 
 RIGHT, WRONG, NEUTRAL = "#1a7f37", "#cf222e", "#57606a"
+BLUE, LIGHT = "#0969da", "#54aeff"
+TEXT_SIZE, LINE = 11, 36  # of a question below its picture: points, and characters a line
 
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
 
@@ -25,36 +29,41 @@ def smoothed(loss: pd.Series) -> pd.Series:
 
 
 def training_figure(history: pd.DataFrame, guessing: float = 0.25) -> Figure:
-    """Loss by step, raw and smoothed, and validation accuracy from before training to the end."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    """Loss by step, raw and smoothed, and validation accuracy from before training to the end.
+
+    Args:
+        history: ``step``, ``epoch``, ``loss``, ``accuracy``; epochs from 0, -1 is before training.
+            ``low`` and ``high`` bound the accuracy's 95% interval, drawn on ``pictures`` pictures.
+        guessing: the accuracy of guessing.
+    """
+    figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     loss = history.dropna(subset="loss")
-    left.plot(
-        loss["step"], loss["loss"], color="#54aeff", alpha=0.35, linewidth=1, label="each step"
-    )
-    left.plot(loss["step"], smoothed(loss["loss"]), color="#0969da", linewidth=2, label="smoothed")
+    left.plot(loss["step"], loss["loss"], color=LIGHT, alpha=0.5, linewidth=1, label="each step")
+    left.plot(loss["step"], smoothed(loss["loss"]), color=BLUE, linewidth=2, label="smoothed")
     left.axhline(-np.log(guessing), color=NEUTRAL, linestyle=":", label="guessing")
     left.set(xlabel="training step", ylabel="cross-entropy", title="Training loss", ylim=(0, None))
-    left.legend(frameon=False)
-    accuracy = history.dropna(subset="accuracy")
-    right.plot(accuracy["epoch"], accuracy["accuracy"], "o-", color=RIGHT)
-    for _, row in accuracy.iterrows():
-        right.annotate(
-            f"{row.accuracy:.2f}",
-            (row.epoch, row.accuracy),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-        )
-    right.axhline(guessing, color=NEUTRAL, linestyle=":", label="guessing")
-    right.set(
-        xlabel="epoch (0: sliced, not yet bridged)",
-        ylabel="accuracy",
-        title="Validation",
-        ylim=(0, 1.08),
+    found = history.dropna(subset="accuracy").reindex(
+        columns=["epoch", "accuracy", "low", "high", "pictures"]
     )
-    right.legend(frameon=False, loc="lower right")
+    right.vlines(found["epoch"], found["low"], found["high"], color=RIGHT, label="95% interval")
+    right.plot(found["epoch"], found["accuracy"], "o-", color=RIGHT, label="accuracy")
+    for _, row in found.iterrows():
+        right.annotate(f"{row.accuracy:.2f}", (row.epoch, 1.02), ha="center", annotation_clip=False)
+    right.axhline(guessing, color=NEUTRAL, linestyle=":", label="guessing")
+    pictures = found["pictures"].max()
+    title = "Validation" if pd.isna(pictures) else f"Validation on {pictures:.0f} pictures"
+    right.set(xlabel="after epoch", ylabel="accuracy", title=title, ylim=(0, 1.1))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    right.xaxis.set_major_formatter(lambda epoch, _: "before" if epoch == -1 else f"{epoch:.0f}")
+    for axes in (left, right):
+        _legend_below(axes)
     return figure
+
+
+def _legend_below(axes: Axes) -> None:
+    """Put the legend where it touches nothing that is drawn."""
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
 
 
 def confusion_figure(questions: Sequence[Question], probabilities: np.ndarray) -> Figure:
@@ -89,35 +98,39 @@ def question_sheet(
     """
     shown = range(0, len(questions), max(1, -(-len(questions) // count)))
     rows = max(1, -(-len(shown) // columns))
-    figure = Figure(figsize=(3.2 * columns, 4.6 * rows), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 5 * rows), layout="constrained")
     grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 2] * rows)
     for axes in grid.ravel():
         axes.axis("off")
     for place, i in enumerate(shown):
         row, column = divmod(place, columns)
         _draw_picture(grid[2 * row, column], questions[i].image)
-        grid[2 * row, column].set_title(questions[i].id, fontsize=9, color=NEUTRAL)
+        # A $ in a text is no mathematics.
+        grid[2 * row, column].set_title(
+            questions[i].id, fontsize=TEXT_SIZE, color=NEUTRAL, parse_math=False
+        )
         text, colour = _caption(questions[i], None if probabilities is None else probabilities[i])
-        grid[2 * row + 1, column].text(0, 1, text, va="top", fontsize=9, color=colour)
+        grid[2 * row + 1, column].text(
+            0, 1, text, va="top", fontsize=TEXT_SIZE, color=colour, parse_math=False
+        )
     return figure
 
 
 def _draw_picture(axes: Axes, path: Path | None) -> None:
     try:
-        with Image.open(path) as picture:
-            axes.imshow(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (AttributeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        axes.imshow(open_picture(path or ""))
+    except InputError:
         axes.text(0.5, 0.5, "no readable picture", ha="center", va="center", color=NEUTRAL)
 
 
 def _caption(question: Question, probabilities: np.ndarray | None) -> tuple[str, str]:
     """The question with its choices, and the colour of the verdict."""
     given = None if probabilities is None else int(probabilities.argmax())
-    lines = textwrap.wrap(question.question, 36)
+    lines = textwrap.wrap(question.question, LINE)
     for j, choice in enumerate(question.choices):
         sure = "" if probabilities is None else f"  {probabilities[j]:.0%}"
         mark = {given: "▶ "}.get(j, "") + ("✓ " if j == question.answer else "")
-        lines += textwrap.wrap(f"{mark}{letter(j)}. {choice}{sure}", 36)
+        lines += textwrap.wrap(f"{mark}{letter(j)}. {choice}{sure}", LINE)
     if given is None or question.answer is None:
         return "\n".join(lines), NEUTRAL
     return "\n".join(lines), RIGHT if given == question.answer else WRONG
@@ -125,17 +138,15 @@ def _caption(question: Question, probabilities: np.ndarray | None) -> tuple[str,
 
 def answer_figure(probabilities: np.ndarray) -> Figure:
     """How often each letter is given, and how sure the answers are."""
-    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     choices = probabilities.shape[1]
     counts = np.bincount(probabilities.argmax(-1), minlength=choices)
-    left.bar_label(left.bar(letters(choices), counts, color="#54aeff"))
+    left.bar_label(left.bar(letters(choices), counts, color=LIGHT), label_type="center")
     left.axhline(len(probabilities) / choices, color=NEUTRAL, linestyle=":", label="evenly spread")
-    left.set(
-        xlabel="answer given", ylabel="questions", title="Letters", ylim=(0, counts.max() * 1.3)
-    )
-    left.legend(frameon=False, loc="upper right")
-    right.hist(probabilities.max(-1), bins=np.linspace(1 / choices, 1, 31), color="#54aeff")
+    left.set(xlabel="answer given", ylabel="questions", title="Letters")
+    _legend_below(left)
+    right.hist(probabilities.max(-1), bins=np.linspace(1 / choices, 1, 31), color=LIGHT)
     right.set(xlabel="probability of the answer given", ylabel="questions", title="How sure")
     return figure
 
@@ -145,20 +156,16 @@ def reliability_figure(bins: Sequence[Bin]) -> Figure:
     figure = Figure(figsize=(4.2, 4.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color=NEUTRAL, linestyle=":", label="as often right as sure")
-    share = np.array([[b.accuracy.value, b.accuracy.low, b.accuracy.high] for b in bins]).T
-    sure = [b.confidence for b in bins]
-    upper.errorbar(
-        sure,
-        share[0],
-        np.abs(share[1:] - share[0]),
-        fmt="o-",
-        color="#0969da",
-        elinewidth=1,
-        capsize=3,
+    table = (
+        pd.DataFrame([vars(b) | vars(b.accuracy) for b in bins])
+        .drop(columns="accuracy")
+        .astype(float)
     )
+    upper.vlines(table["confidence"], table["low"], table["high"], color=BLUE, label="95% interval")
+    upper.plot(table["confidence"], table["value"], "o-", color=BLUE)
     upper.set(ylabel="share right", xlim=(0, 1), ylim=(0, 1.03))
-    upper.legend(frameon=False, loc="upper left")
-    lower.bar([b.above for b in bins], [b.rows for b in bins], [b.up_to - b.above for b in bins], align="edge",
-              color="#54aeff", edgecolor="white")  # fmt: skip
+    upper.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    width = table["up_to"] - table["above"]
+    lower.bar(table["above"], table["rows"], width, align="edge", color=LIGHT, edgecolor="white")
     lower.set(xlabel="probability of the answer given", ylabel="answers")
     return figure

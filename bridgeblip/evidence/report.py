@@ -1,25 +1,29 @@
-"""What people look at: the training curve, questions beside their pictures, and the page that
-judges a run."""
+"""The page that judges a run, and the one that compares two: their facts and verdicts."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import Question, letter, letters
 from bridgeblip.evidence import metrics
 from bridgeblip.evidence.figures import confusion_figure, reliability_figure
-from bridgeblip.evidence.metrics import Comparison
-from bridgeblip.evidence.page import comparison_page, points, report_page
+from bridgeblip.evidence.metrics import Comparison, Estimate
+from bridgeblip.evidence.page import points, render
 from bridgeblip.files import write_text
 
 DECIMALS = 6  # of probabilities.csv
 SHOWN = 12  # questions that a section shows with their pictures
+ROWS_SHOWN = 50  # of a long table
 FEW_PICTURES = 30
+PICTURE_DIGITS = 16  # of a picture's key, in the list of those that a model has learned from
+MANY_LEARNED = 0.1  # of the pictures: the score is then no test
 GUESSING = "guessing"
 FLAG_NOTES = {
     "blank": "questions answered without looking",
@@ -39,6 +43,7 @@ def write_report(
     problems: pd.DataFrame | None = None,
     cost: dict[str, Any] | None = None,
     manifest: dict[str, Any] | None = None,
+    data: str | Path = "",
 ) -> dict[str, Any]:
     """Write the page that says whether to believe a score, and its numbers as JSON beside it.
 
@@ -47,73 +52,148 @@ def write_report(
     Args:
         out: the HTML file; the JSON gets its name, but for the end.
         questions: with answers.
-        probabilities: (N, 4); rounded to the decimals of ``probabilities.csv``, so that each number
-            can be found again.
-        flags: of each question, as ``inference.Answers`` has them.
-        blank_probabilities: (N, 4), answered without looking.
+        probabilities: (N, choices); rounded to the decimals of ``probabilities.csv``, so that each
+            number can be found again.
+        flags: of each question, as ``evidence.answers.Answers`` has them.
+        blank_probabilities: (N, choices), answered without looking.
         references: accuracies of simpler ways to answer the same questions, by name.
         weights: (N,) of the questions in the score.
         problems: one row a problem of the data.
         cost: seconds, sizes and the like by name.
-        manifest: where the model comes from; plain values.
+        manifest: of a bundle or of weights: where the model comes from; plain values.
+        data: the question file, for the title.
 
     Returns:
         What the JSON holds; ``["verdict"]["sentence"]`` is the judgement in one sentence.
     """
     probabilities = np.asarray(probabilities, dtype=float).round(DECIMALS)
-    answers, groups = [q.answer for q in questions], metrics.picture_groups(questions)
+    answers = [q.answer for q in questions]
+    groups = metrics.picture_groups(questions)
     right = probabilities.argmax(-1) == answers
-    measures = metrics.measure(answers, probabilities, groups, weights)
-    blank = (
-        None
-        if blank_probabilities is None
-        else metrics.compare(answers, blank_probabilities, probabilities, groups)
-    )
-    counts = np.bincount(answers, minlength=probabilities.shape[1])
-    chance = {
-        GUESSING: metrics.guessing(questions),
-        f"always {letter(counts.argmax())}, the most frequent right letter": float(
-            counts.max() / len(answers)
-        ),
-    }
-    ordered = np.sort(probabilities, axis=1)
-    mistakes = [i for i in np.argsort(-ordered[:, -1], kind="stable") if not right[i]]
+    blank = None
+    if blank_probabilities is not None:
+        blank = metrics.compare(answers, blank_probabilities, probabilities, groups)
+    manifest, learned = _learned(manifest, questions)
+    best = np.sort(probabilities, axis=1)[:, ::-1]
+    sure, margin = best[:, 0], best[:, 0] - best[:, 1]
+    mistakes = [i for i in np.argsort(-sure, kind="stable") if not right[i]][:SHOWN]
+    unsure = np.argsort(margin, kind="stable")[:SHOWN]
     facts = {
-        "measures": measures,
-        "chance": chance,
+        "about": _about(manifest, questions, data),
+        "measures": metrics.measure(answers, probabilities, groups, weights),
+        "chance": _chance(questions),
         "references": references,
         "blank": blank,
+        "learned": learned,
         "orders": None if flags is None else _orders(flags, right, groups),
         "openers": metrics.accuracy_by(metrics.openers(questions), right, groups),
         "choice_lengths": metrics.accuracy_by(metrics.choice_lengths(questions), right, groups),
-        "mistakes": [questions[i].id for i in mistakes[:SHOWN]],
-        "least_certain": [
-            questions[i].id
-            for i in np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")[:SHOWN]
-        ],
-        "data": _data_notes(questions, groups, flags),
+        "mistakes": [questions[i].id for i in mistakes],
+        "least_certain": [questions[i].id for i in unsure],
+        "data": _data_notes(questions, groups, flags, learned),
         "problems": None if problems is None else problems.to_dict("records"),
         "cost": cost,
         "manifest": manifest,
     }
     facts = {"verdict": judge(facts)} | facts
-    figures = confusion_figure(questions, probabilities), reliability_figure(measures.reliability)
-    _write(out, report_page(facts, questions, probabilities, *figures), facts)
+    cards = {
+        "mistaken": [
+            (questions[i], probabilities[i], f"wrong, and sure to {sure[i]:.1%}") for i in mistakes
+        ],
+        "uncertain": [
+            (questions[i], probabilities[i], f"the two best are {100 * margin[i]:.1f} points apart")
+            for i in unsure
+        ],
+    }
+    _write(out, "report", facts, **_shown(facts, questions, probabilities), **cards)
     return facts
+
+
+def _about(
+    manifest: dict[str, Any] | None, questions: Sequence[Question], data: str | Path
+) -> dict[str, str]:
+    """What the title names."""
+    model = Path(str((manifest or {}).get("base") or "a model without a name")).name
+    data = Path(data).name or f"{len(questions):,} questions"
+    return {"model": model, "data": data, "date": f"{date.today():%Y-%m-%d}"}
+
+
+def _learned(
+    manifest: dict[str, Any] | None, questions: Sequence[Question]
+) -> tuple[dict[str, Any] | None, int | None]:
+    """Return the manifest without its long list of training pictures, and how many pictures of the
+    questions are in that list; None where there is no list."""
+    trained = (manifest or {}).get("trained", manifest) or {}
+    if "pictures" not in trained:
+        return manifest, None
+    known = set(trained["pictures"])
+    keys = picture_keys(q.image for q in questions if q.image is not None).values()
+    learned = len({key[:PICTURE_DIGITS] for key in keys} & known)
+    counted = trained | {"pictures": len(known)}
+    return (manifest | {"trained": counted} if "trained" in manifest else counted), learned
+
+
+def _chance(questions: Sequence[Question]) -> dict[str, float]:
+    """What answers reach that don't look at a question."""
+    counts = np.bincount([q.answer for q in questions])
+    always = f"always {letter(counts.argmax())}, the most frequent right letter"
+    return {GUESSING: metrics.guessing(questions), always: float(counts.max() / len(questions))}
+
+
+def _shown(
+    facts: dict[str, Any], questions: Sequence[Question], probabilities: np.ndarray
+) -> dict[str, Any]:
+    """What the page shows of the facts in a form of its own: rows of bars, figures, words."""
+    measures, about = facts["measures"], facts["about"]
+    against = [("this run", measures.accuracy, "")]
+    if measures.weighted:
+        against.append(("this run, weighted", measures.weighted, "as the weights given ask"))
+    for name, share in (facts["chance"] | (facts["references"] or {})).items():
+        against.append((name, Estimate(share), _against(measures.accuracy, share)))
+    if facts["blank"]:
+        against.append(("without looking: blank pictures", facts["blank"].first, ""))
+    given = np.sum(measures.confusion, axis=0)
+    by_letter = []
+    for part in measures.recall:
+        times = given[letters(len(given)).index(part.name)]
+        note = f"the right answer to {part.rows:,}, the answer given to {times:,}"
+        by_letter.append((part.name, part.accuracy, note))
+    return {
+        "title": f"{about['model']} on {about['data']}, {about['date']}",
+        "against": against,
+        "by_letter": by_letter,
+        "confusion": confusion_figure(questions, probabilities),
+        "reliability": reliability_figure(measures.reliability),
+        "origin": pd.json_normalize(facts["manifest"] or {}, sep=": ").to_dict("records"),
+        "fewest": metrics.FEWEST_GROUPS,
+        "rows_shown": ROWS_SHOWN,
+    }
+
+
+def _against(score: Estimate, share: float) -> str:
+    if score.low is None:
+        return ""
+    if share < score.low:
+        return "beaten"
+    return "not reached" if share > score.high else "no difference shown"
 
 
 def judge(facts: dict[str, Any]) -> dict[str, str]:
     """Say in one sentence whether to believe a score, and of what kind that is: good, doubt or
     bad."""
-    measures, blank = facts["measures"], facts["blank"]
+    measures, blank, learned = facts["measures"], facts["blank"], facts["learned"]
     score, others = measures.accuracy, facts["chance"] | (facts["references"] or {})
+    known = f"the model has learned from {learned} of the {measures.pictures} pictures"
+    if score.low is None:
+        more = f", and {known}" if learned else ""
+        return _verdict("doubt", f"{_nothing(measures.pictures)}{more}.")
+    if learned and learned >= MANY_LEARNED * measures.pictures:
+        return _verdict("bad", f"Don't believe this score: {known}.")
     if measures.collapse:
-        given = (
-            sum(row[letters(len(row)).index(measures.collapse)] for row in measures.confusion)
-            / measures.questions
-        )
+        given = np.array(measures.confusion).sum(0) / measures.questions
+        share = given[letters(len(given)).index(measures.collapse)]
         return _verdict(
-            "bad", f"Don't believe this score: {given:.0%} of all answers are {measures.collapse}."
+            "bad", f"Don't believe this score: {share:.0%} of all answers are {measures.collapse}."
         )
     guessing = others[GUESSING]
     if score.low <= guessing:
@@ -127,7 +207,7 @@ def judge(facts: dict[str, Any]) -> dict[str, str]:
             f"Don't believe that it looks at the pictures: without them it scores "
             f"{blank.first.value:.1%}.",
         )
-    doubts = []
+    doubts = [known] if learned else []
     if measures.pictures < FEW_PICTURES:
         doubts.append(f"{measures.pictures} pictures are few")
     if not blank:
@@ -136,26 +216,28 @@ def judge(facts: dict[str, Any]) -> dict[str, str]:
     if others[best] >= score.low:
         doubts.append(f"it is not shown to beat '{best}', {others[best]:.1%}")
     if doubts:
+        listed = " and ".join(filter(None, [", ".join(doubts[:-1]), doubts[-1]]))
         return _verdict(
             "doubt",
-            f"Believe it with care, between {score.low:.1%} and {score.high:.1%}: "
-            f"{_listed(doubts)}.",
+            f"Believe it with care, between {score.low:.1%} and {score.high:.1%}: {listed}.",
         )
-    looking = f"looking at the pictures is worth {100 * blank.difference.value:.1f} points"
     return _verdict(
         "good",
         f"Believe it, for questions and pictures like these: between {score.low:.1%} and "
-        f"{score.high:.1%}, better than "
-        f"each simpler way below, and {looking}.",
+        f"{score.high:.1%}, better than each simpler way below, and looking at the pictures is "
+        f"worth {100 * blank.difference.value:.1f} points.",
+    )
+
+
+def _nothing(pictures: int) -> str:
+    return (
+        f"Nothing can be concluded from {pictures} picture{'s' * (pictures != 1)}: at least "
+        f"{metrics.FEWEST_GROUPS} are needed"
     )
 
 
 def _verdict(kind: str, sentence: str) -> dict[str, str]:
     return {"kind": kind, "sentence": sentence}
-
-
-def _listed(texts: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
 def _orders(
@@ -172,35 +254,36 @@ def _orders(
 
 
 def _data_notes(
-    questions: Sequence[Question], groups: np.ndarray, flags: Sequence[Sequence[str]] | None
+    questions: Sequence[Question],
+    groups: np.ndarray,
+    flags: Sequence[Sequence[str]] | None,
+    learned: int | None,
 ) -> dict[str, int]:
     """Count what a reader should know of the questions, by what it is."""
     table = pd.DataFrame({"picture": groups, "question": [q.question for q in questions]})
     table["choices"] = ["\n".join(sorted(q.choices)) for q in questions]
     table["right"] = [q.choices[q.answer] for q in questions]
-    same = ["picture", "question", "choices"]
+    table["file"] = [q.image for q in questions]
+    filled = pd.Series([[c for c in q.choices if c] for q in questions])
+    most = max(len(q.choices) for q in questions)
+    asked = ["picture", "question", "choices"]
+    answers = table[[*asked, "right"]].drop_duplicates()
     notes = {
         "questions": len(questions),
-        "distinct pictures": int(table["picture"].nunique()),
-        "picture files; the same picture may lie under several names": len(
-            {q.image for q in questions if q.image}
-        ),
-        "questions asked again, word for word, of the same picture": int(
-            table.duplicated(same).sum()
-        ),
-        "of these, with another right answer": int(
-            (table.drop_duplicates()[same].duplicated()).sum()
-        ),
-        "questions with fewer than four choices": sum(not all(q.choices) for q in questions),
-        "questions with the same choice twice": sum(
-            len(set(filter(None, q.choices))) < sum(map(bool, q.choices)) for q in questions
-        ),
-        "questions without a usable picture in the file": sum(q.image is None for q in questions),
+        "distinct pictures": table["picture"].nunique(),
+        "picture files; the same picture may lie under several names": table["file"].nunique(),
+        "questions asked again, word for word, of the same picture": table.duplicated(asked).sum(),
+        "of these, with another right answer": answers.duplicated(asked).sum(),
+        f"questions with fewer than {most} choices": (filled.map(len) < most).sum(),
+        "questions with the same choice twice": (filled.map(set).map(len) < filled.map(len)).sum(),
+        "questions without a usable picture in the file": table["file"].isna().sum(),
     }
+    if learned is not None:
+        notes["pictures that the model has learned from"] = learned
     for word, what in FLAG_NOTES.items():
         if flags is not None:
             notes[what] = sum(word in words for words in flags)
-    return notes
+    return {what: int(count) for what, count in notes.items()}
 
 
 def write_comparison(
@@ -218,7 +301,7 @@ def write_comparison(
     Args:
         out: the HTML file; the JSON gets its name, but for the end.
         questions: with answers.
-        first: probabilities (N, 4) of one run.
+        first: probabilities (N, choices) of one run.
         second: of the other.
         names: of the runs, for the page.
         weights: (N,) of the questions in the score.
@@ -226,40 +309,43 @@ def write_comparison(
     Returns:
         What the JSON holds; ``["verdict"]["sentence"]`` is the judgement in one sentence.
     """
-    answers, runs = (
-        np.array([q.answer for q in questions]),
-        [np.asarray(p, dtype=float) for p in (first, second)],
-    )
+    answers = np.array([q.answer for q in questions])
+    runs = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     comparison = metrics.compare(answers, *runs, metrics.picture_groups(questions), weights)
     before, after = (p.argmax(-1) for p in runs)
-    changed = [
-        {
+    changed, shown = [], {"mended": [], "spoiled": [], "still wrong": []}
+    for i in np.flatnonzero(before != after):
+        what = "still wrong"
+        if answers[i] in (before[i], after[i]):
+            what = "mended" if after[i] == answers[i] else "spoiled"
+        row = {
             "ID": questions[i].id,
             "right": letter(answers[i]),
             "first": letter(before[i]),
             "second": letter(after[i]),
-            "what": "mended"
-            if after[i] == answers[i]
-            else "spoiled"
-            if before[i] == answers[i]
-            else "still wrong",
+            "what": what,
         }
-        for i in np.flatnonzero(before != after)
-    ]
+        changed.append(row)
+        note = "{first} in the first run, {second} in the second; right is {right}"
+        shown[what].append((questions[i], runs[1][i], note.format(**row)))
     facts = {
         "verdict": judge_difference(comparison),
+        "date": f"{date.today():%Y-%m-%d}",
         "names": dict(zip(("first", "second"), names, strict=True)),
         "weighted": weights is not None,
         "comparison": comparison,
         "changed": changed,
     }
-    _write(out, comparison_page(facts, questions, runs[1], SHOWN), facts)
+    title = f"{names[0]} against {names[1]}, {facts['date']}"
+    _write(out, "comparison", facts, title=title, shown=shown, count=SHOWN)
     return facts
 
 
 def judge_difference(comparison: Comparison) -> dict[str, str]:
     """Say in one sentence whether a gain is noise, and of what kind that is: good, doubt or bad."""
     change = comparison.difference
+    if change.low is None:
+        return _verdict("doubt", f"{_nothing(comparison.pictures)}.")
     interval = (
         f"{points(change.value)} points, 95% interval {points(change.low)} to {points(change.high)}"
     )
@@ -281,7 +367,8 @@ def judge_difference(comparison: Comparison) -> dict[str, str]:
     )
 
 
-def _write(out: str | Path, html: str, facts: dict[str, Any]) -> None:
+def _write(out: str | Path, template: str, facts: dict[str, Any], **shown: Any) -> None:
+    """Write the facts as JSON, and the page of facts and ``shown``."""
     out = Path(out)
     numbers = json.dumps(
         facts,
@@ -290,4 +377,4 @@ def _write(out: str | Path, html: str, facts: dict[str, Any]) -> None:
         default=lambda v: asdict(v) if is_dataclass(v) else str(v),
     )
     write_text(out.with_suffix(".json"), numbers + "\n")
-    write_text(out, html)
+    write_text(out, render(template, **facts, **shown))

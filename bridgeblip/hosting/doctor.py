@@ -20,7 +20,6 @@ from bridgeblip import HOME, InputError, __version__
 from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings, decoder_layers
 from bridgeblip.data import questions
 from bridgeblip.data.pictures import open_picture, picture_keys
-from bridgeblip.files import cache_folder
 from bridgeblip.hosting.runtime import OLD_TORCHAO, fits, installed, other_copies, requirements
 from bridgeblip.machine import best_device, choose_precision, slow_format
 from bridgeblip.training.settings import TrainSettings
@@ -104,6 +103,7 @@ def check(
     try:
         _check_machine(found, stage)
         if stage == "train":
+            from bridgeblip.bridge.features import default_folder as cache_folder
             from bridgeblip.training.hold import require_free
 
             csv, base = Path(csv or "competition/train.csv"), base or REAL_BASE

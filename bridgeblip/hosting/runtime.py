@@ -14,6 +14,7 @@ import posixpath
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 import unicodedata
 import warnings
@@ -36,7 +37,7 @@ COPIERS = 16  # threads; on Drive most of the time is waiting
 REMEDIES = {
     errno.ENOSPC: "free some space there, then run this again",
     errno.EEXIST: "remove that folder, then run this again",
-    errno.ENOTDIR: "remove that folder, then run this again",
+    errno.ENOTDIR: "set $BRIDGEBLIP_CACHE to a folder",
     errno.EACCES: "set $BRIDGEBLIP_CACHE to a folder that you can write",
     errno.EROFS: "set $BRIDGEBLIP_CACHE to a folder that you can write",
 }  # where it helps to do something before running again
@@ -136,7 +137,10 @@ def install_missing(wanted: list[Requirement]) -> None:
     if unfit:
         named = [f"{one} (now {installed(one.name) or 'missing'})" for one in unfit]
         print(f"installing {', '.join(named)}")
-        _pip("install", f"torch=={torch}", *map(str, unfit))
+        with tempfile.TemporaryDirectory() as folder:
+            pinned = Path(folder) / "torch.txt"
+            pinned.write_text(f"torch=={torch}\n", encoding="utf-8")
+            _pip("install", "--constraint", str(pinned), *map(str, unfit))
     importlib.invalidate_caches()
     changed = sorted(name for name, had in before.items() if installed(name) != had)
     if changed:

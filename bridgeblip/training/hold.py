@@ -65,8 +65,9 @@ def _take(folder: Path) -> Path:
     """Create this run's file; of several that try at once the file system lets one do it."""
     folder.mkdir(parents=True, exist_ok=True)
     while True:
-        require_free(folder)
         others = _holds(folder)
+        for path in others.values():
+            _refuse_if_alive(folder, path)
         path = folder / HOLD_FILE.format(max(others, default=0) + 1)
         try:
             with open(path, "x", encoding="utf-8") as file:

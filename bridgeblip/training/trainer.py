@@ -1,7 +1,9 @@
 """Hugging Face's ``Trainer``, so that training survives the night."""
 
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bridgeblip.data.questions import Question
+from bridgeblip.machine import NonFiniteError
 from bridgeblip.training.callbacks import Averages
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, state_is_done
@@ -84,9 +87,39 @@ class BridgeTrainer(Trainer):
     def __init__(self, model, args, average: float = 0.0, **kwargs):
         super().__init__(model, args, **kwargs)
         self.averages = Averages(model, average)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.inputs = {}
         self.remove_callback(PrinterCallback)
         self.add_callback(self.averages)
         self.add_callback(Opening(self))
+
+    def training_step(self, model, inputs, *args):
+        self.inputs = inputs
+        with tensor_floats():
+            return super().training_step(model, inputs, *args)
+
+    def _clip_grad_norm(
+        self, model
+    ):  # not model.parameters(): walking them all costs the host time
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
+    def floating_point_ops(self, inputs):
+        return 0  # nobody asks, and counting walks all parameters in every step
+
+    def log(self, logs, *args, **kwargs):
+        """Log, and refuse numbers that are not finite: they are here, so asking waits for nothing,
+        and nothing of this step is saved yet."""
+        # Steps whose gradient is infinite are skipped by fp16's loss scaling.
+        watched = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
+        if not all(math.isfinite(logs.get(name, 0.0)) for name in watched):
+            self.model.eval()
+            with torch.no_grad():
+                self.model(**self._prepare_inputs(self.inputs))  # may name the module at fault
+            raise NonFiniteError(
+                f"the loss or its gradient is not finite in step {self.state.global_step}: lower "
+                f"the learning rate, or in float16 use bfloat16 or float32"
+            )
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         with self.averages.applied():
@@ -125,6 +158,17 @@ class BridgeTrainer(Trainer):
         load_trained(self.model, load_file(Path(resume_from_checkpoint) / TRAINED_FILE))
 
 
+@contextmanager
+def tensor_floats() -> Iterator[None]:
+    """Let a GPU multiply fp32 matrices, here the adapters', in TF32 for the time of a block."""
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
 def training_arguments(
     checkpoint_dir: str | Path, settings: TrainSettings, dtype=torch.float32
 ) -> TrainingArguments:
@@ -150,9 +194,11 @@ def training_arguments(
         eval_strategy="epoch",
         save_strategy="no",  # StateKeeper says when
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would wait for the GPU in every step, and hide them
         disable_tqdm=True,  # Progress has the bars
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=gpu,
+        accelerator_config={"non_blocking": True},
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=[],

@@ -1,0 +1,27 @@
+"""ScienceQA: ``problems.json``, in ``data/scienceqa/`` of https://github.com/lupantech/ScienceQA,
+and the three picture archives that ``tools/download.sh`` there fetches, ``train.zip``, ``val.zip``
+and ``test.zip``.
+
+The folder of pictures holds ``train/``, ``val/`` and ``test/``. ``pid_splits.json`` is not needed:
+each problem names its split.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from bridgeblip.data.formats import Entry, read_json
+
+FORM = (
+    "ScienceQA's problems.json, an object that maps numbers to problems with question, choices, "
+    "answer, hint, image and split"
+)
+
+
+def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
+    """Yield every problem; many can't be answered without the hint, which stands first."""
+    for number, problem in read_json(path).items():
+        split, image = problem["split"], problem["image"]
+        picture = images / split / number / image if image else None
+        question = f"{problem['hint']}\n{problem['question']}"
+        answer, choices = problem["answer"], problem["choices"]
+        yield Entry(f"scienceqa-{number}", split, picture, question, choices, answer)

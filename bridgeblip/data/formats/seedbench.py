@@ -1,0 +1,25 @@
+"""SEED-Bench: ``SEED-Bench.json`` and ``SEED-Bench-image.zip``
+(https://huggingface.co/datasets/AILab-CVC/SEED-Bench).
+
+The folder of pictures is ``SEED-Bench-image/``. Questions about videos have no picture.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from bridgeblip.data.formats import Entry, read_json
+
+FORM = (
+    "SEED-Bench's SEED-Bench.json, an object whose questions have data_id, data_type, question_id, "
+    "question, choice_a to choice_d and answer"
+)
+
+
+def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
+    """Yield every question."""
+    for record in read_json(path)["questions"]:
+        picture = images / record["data_id"] if record["data_type"] == "image" else None
+        choices = [record[f"choice_{letter}"] for letter in "abcd"]
+        answer = "ABCD".index(record["answer"])
+        name = f"seedbench-{record['question_id']}"
+        yield Entry(name, None, picture, record["question"], choices, answer)
