@@ -46,6 +46,7 @@ from transformers.initialization import no_init_weights
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
+from bridgeblip.bridge.ahead import AheadTrainer
 from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings, slice_config
 from bridgeblip.bridge.export import TraceableModel, export_bundle
@@ -62,7 +63,6 @@ from bridgeblip.files import write_text
 from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.trainer import (
-    BridgeTrainer,
     TrainingQuestions,
     accuracy,
     optimizer,
@@ -389,17 +389,18 @@ def bridge_epochs(
         start, keys = time.perf_counter(), picture_keys(q.image for q in questions)
         cache = FeatureCache(work / "features", encoder_key(sliced, processor))
         paths = {key: path for path, key in keys.items()}
-        fill(cache, sliced, processor, paths, settings.batch_size)
-        pictures, filled = CachedPictures(cache, keys), time.perf_counter() - start
+        fill(cache, sliced, processor, paths)
+        pictures, filled = CachedPictures(cache, keys, device), time.perf_counter() - start
     model = attach_bridge(sliced, BridgeSettings())
     arguments = training_arguments(work, settings, dtype)
     arguments.eval_strategy = "no"
-    trainer = BridgeTrainer(
+    trainer = AheadTrainer(
         model,
         arguments,
         train_dataset=TrainingQuestions(questions, settings.seed, settings.shuffle_choices),
         eval_dataset=questions[:1],
         data_collator=partial(processor.collate, pictures=pictures),
+        pictures=pictures,
         compute_metrics=accuracy,
         optimizers=(optimizer(model, settings), None),
         average=settings.average,

@@ -23,7 +23,6 @@ from experiments.ablation import (
     CLAIMED,
     FURTHER,
     SELECTIONS,
-    DecoderOnStates,
     ablate,
     encode_questions,
     judge_claim,
@@ -139,7 +138,7 @@ def test_states_give_the_logits_of_the_whole_model(questions, tmp_path, monkeypa
     shown = questions[::9]
     with torch.no_grad():
         whole = model(**processor.collate(shown))
-        split = DecoderOnStates(model)(**encoded(shown))
+        split = model(**encoded(shown))
     torch.testing.assert_close(split.logits, whole.logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(split.loss, whole.loss, atol=1e-4, rtol=0)
 
@@ -241,5 +240,5 @@ def test_numbers_that_are_not_finite_stop_an_arm(questions, tmp_path, monkeypatc
     model = load_sliced(TINY_BASE, processor.letter_ids, decoder_layers("every-third"))
     encoded, _ = encode_questions(model, processor, questions[:4], 4)
     model.head.weight.data[0] = float("nan")
-    with pytest.raises(NonFiniteError, match="lower --learning-rate"):
-        DecoderOnStates(model)(**encoded(questions[:4]))
+    with pytest.raises(NonFiniteError, match="lower the learning rate"):
+        model(**encoded(questions[:4]))
