@@ -4,7 +4,7 @@ PY = .venv/bin/python
 QUICK = $(addprefix tests/test_, $(addsuffix .py, answers base callbacks checkpoints colab config doctor export features \
 	inference install main model notebooks pictures processing questions requirements runtime submission training))
 
-.PHONY: demo test test-colab verify verify-real lint clean
+.PHONY: demo test test-colab verify verify-real verify-gpu lint clean
 
 demo: .venv/ready  ## the whole road on the embedded questions and tiny base
 	$(PY) -m bridgeblip demo
@@ -20,6 +20,9 @@ verify: .venv/ready  ## long checks: what was asked and what was measured
 
 verify-real: .venv/ready  ## the real base, for whoever has a GPU and the hub: ARGS="--aokvqa FILE --coco FOLDER"
 	$(PY) tools/verify_real.py $(ARGS)
+
+verify-gpu: .venv/ready  ## what a GPU can show in six minutes: ARGS="--only train answer"; ARGS=--tests runs CUDA's tests
+	$(PY) tools/verify_gpu.py $(ARGS)
 
 lint: .venv/ready
 	$(PY) -m ruff check .

@@ -18,7 +18,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
@@ -30,11 +30,9 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import InstructBlipConfig, set_seed
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -55,7 +53,6 @@ from bridgeblip.bridge.model import (
     BridgeBlipForMultipleChoice,
     empty_model,
     load_sliced,
-    without_autocast,
 )
 from bridgeblip.bridge.processing import QuestionProcessor, render_prompt
 from bridgeblip.data.pictures import picture_keys
@@ -63,10 +60,16 @@ from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.embedded.demo import TINY_RATE
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.figures import NEUTRAL, smoothed
-from bridgeblip.evidence.metrics import clustered_mean, guessing, picture_groups
+from bridgeblip.evidence.metrics import (
+    Estimate,
+    clustered_difference,
+    clustered_mean,
+    guessing,
+    picture_groups,
+)
 from bridgeblip.evidence.page import points
 from bridgeblip.files import require_writable, write_text
-from bridgeblip.machine import NonFiniteError, choose_precision
+from bridgeblip.machine import choose_precision
 from bridgeblip.training.callbacks import Progress, SelfCheck, history_table
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.trainer import (
@@ -79,8 +82,14 @@ from bridgeblip.training.trainer import (
 from experiments.tables import markdown
 
 CLAIMED = "0,3,...,21"
-FROZEN = ("vision_model.", "query_tokens", "qformer.", "language_projection.", "language_model.shared",
-          "language_model.encoder.")  # fmt: skip
+FROZEN = (
+    "vision_model.",
+    "query_tokens",
+    "qformer.",
+    "language_projection.",
+    "language_model.shared",
+    "language_model.encoder.",
+)
 VALIDATION_FRACTION = (
     0.25  # of the pictures: an experiment measures more than a training for the contest
 )
@@ -122,34 +131,8 @@ FURTHER = {
 """Arms to add, by the name of what they vary; ranks are those on a 2048-wide decoder."""
 
 
-class DecoderOnStates(nn.Module):
-    """What is trained, fed with states of the frozen encoder.
-
-    Takes ``encoder_states`` (B, L, T5 width), ``attention_mask`` (B, L), ``choice_mask`` (B,
-    choices) and ``labels`` (B,); returns what ``BridgeBlipForMultipleChoice.forward`` does.
-    """
-
-    accepts_loss_kwargs = False
-
-    def __init__(self, bridged: nn.Module):
-        super().__init__()
-        self.bridged = bridged
-
-    def forward(
-        self, encoder_states, attention_mask, choice_mask=None, labels=None
-    ) -> SequenceClassifierOutput:
-        with without_autocast(self):
-            logits = self.bridged.decode(encoder_states, attention_mask).float()
-        if not logits.isfinite().all():
-            raise NonFiniteError(
-                "the logits are not finite: lower --learning-rate, or use a GPU that has bfloat16"
-            )
-        return self.bridged.judge(logits, choice_mask, labels)
-
-
 class EncodedQuestions:
-    """Reads the encoder's states of questions from the cache; collates them for
-    ``DecoderOnStates``."""
+    """Reads the encoder's states of questions from the cache, and collates them for the model."""
 
     def __init__(self, cache: FeatureCache, key_of_picture: dict[Path, str]):
         self.cache, self.key_of_picture = cache, key_of_picture
@@ -357,9 +340,8 @@ def _kept_run(path: Path, identity: dict) -> dict | None:
     return run
 
 
-def _train_arm(bridged, encoded, training, validation, settings, dtype) -> dict:
+def _train_arm(model, encoded, training, validation, settings, dtype) -> dict:
     """Train one epoch; return what is kept of it."""
-    model = DecoderOnStates(bridged)
     with TemporaryDirectory() as folder:
         arguments = training_arguments(folder, settings, dtype)
         arguments.eval_strategy = "no"
@@ -414,7 +396,7 @@ def summarise(runs: pd.DataFrame, groups: np.ndarray) -> pd.DataFrame:
     ].mean()
     means["accuracy"] = [clustered_mean(right[arm], groups) for arm in means.index]
     means["against"] = [
-        clustered_mean(right[arm] - right[CLAIMED], groups, least=-1.0) for arm in means.index
+        clustered_difference(right[arm] - right[CLAIMED], groups) for arm in means.index
     ]
     return means
 
@@ -451,7 +433,7 @@ def judge_claim(runs: pd.DataFrame, summary: pd.DataFrame, guessing: float) -> s
         guessing: accuracy of whoever has learned nothing. Where no arm is better, beyond noise,
             there is nothing to compare.
     """
-    if all(found.low <= guessing for found in summary["accuracy"]):
+    if not any(found.low is not None and found.low > guessing for found in summary["accuracy"]):
         return (
             f"This can't tell: after the epoch no arm answers better than guessing "
             f"({guessing:.2f}), beyond noise. It takes more questions or a higher learning rate."
@@ -477,12 +459,9 @@ def judge_claim(runs: pd.DataFrame, summary: pd.DataFrame, guessing: float) -> s
     }
     by_seed = runs.pivot(index="seed", columns="arm", values="mean")
     below = [arm for arm in summary.index if (by_seed[arm] < by_seed[CLAIMED]).all()]
-    better = [
-        arm for arm in summary.index if arm != CLAIMED and summary.loc[arm, "against"].low > 0
-    ]
-    worse = [
-        arm for arm in summary.index if arm != CLAIMED and summary.loc[arm, "against"].high < 0
-    ]
+    apart = summary["against"].drop(CLAIMED)
+    better = [arm for arm, found in apart.items() if found.low is not None and found.low > 0]
+    worse = [arm for arm, found in apart.items() if found.low is not None and found.high < 0]
     return (
         f"{finding} Of the four selections, by seeds ({seeds}): largest fall in the first quarter, "
         f"{named['drop']}; lowest mean loss, {named['mean']}; steadiest curve, {named['spread']}. "
@@ -527,11 +506,15 @@ def _draw_curves(axes: Axes, runs: pd.DataFrame, arms: Sequence[Arm], title: str
     axes.legend(frameon=False)
 
 
+def _interval(found: Estimate, show: Callable[[float], str]) -> str:
+    if found.low is None:  # too few pictures
+        return show(found.value)
+    return f"{show(found.value)} ({show(found.low)} to {show(found.high)})"
+
+
 def _page(summary: pd.DataFrame, verdict: str, facts: dict[str, str]) -> str:
     rows = []
     for name, arm in summary.iterrows():
-        after, apart = arm["accuracy"], arm["against"]
-        apart = f"{points(apart.value)} ({points(apart.low)} to {points(apart.high)})"
         row = {
             "arm": name,
             "accuracy before": f"{arm['before']:.3f}",
@@ -539,8 +522,8 @@ def _page(summary: pd.DataFrame, verdict: str, facts: dict[str, str]) -> str:
             "drop": f"{arm['drop']:.3f}",
             "mean loss": f"{arm['mean']:.3f}",
             "spread": f"{arm['spread']:.3f}",
-            "accuracy after": f"{after.value:.3f} ({after.low:.3f} to {after.high:.3f})",
-            f"points from {CLAIMED}": "" if name == CLAIMED else apart,
+            "accuracy after": _interval(arm["accuracy"], "{:.3f}".format),
+            f"points from {CLAIMED}": "" if name == CLAIMED else _interval(arm["against"], points),
             "trained parameters": f"{arm['trained']:,.0f}",
             "seconds": f"{arm['seconds']:.0f}",
         }
@@ -556,8 +539,8 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", default=REAL_BASE, help="hub id, folder, or tiny")
-    parser.add_argument("--train-csv", type=Path, help="questions with answers; by default "
-                        "competition/train.csv or, with --base tiny, the embedded ones")  # fmt: skip
+    parser.add_argument("--train-csv", type=Path, help="by default competition/train.csv or, with "
+                        "--base tiny, the embedded ones")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("results/ablation"), help="goes on there")
     parser.add_argument(
         "--also", nargs="+", default=[], choices=FURTHER, help="arms beside the four"

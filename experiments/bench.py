@@ -46,6 +46,7 @@ from transformers.initialization import no_init_weights
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
+from bridgeblip.bridge.ahead import AheadTrainer
 from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings, slice_config
 from bridgeblip.bridge.export import TraceableModel, export_bundle
@@ -62,7 +63,6 @@ from bridgeblip.files import write_text
 from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.trainer import (
-    BridgeTrainer,
     TrainingQuestions,
     accuracy,
     optimizer,
@@ -245,7 +245,8 @@ def prepare(plan: SimpleNamespace, out: Path) -> dict:
         found["margin"] = found["margin"] or float(unsure[count - 1] + unsure[count]) / 2
     sliced = slice_config(config, DEFAULT_DECODER_LAYERS)
     products = matrix_products(sliced, plan, plan.batch_size * found["median tokens"])
-    return found | {"floor": count_floor(sliced, processor, questions), "products": products}
+    picture, texts = count_floor(sliced, processor, questions)
+    return found | {"floor": plan.pictures * picture + texts, "products": products}
 
 
 def _counts(watched: Watched, operations: int) -> dict:
@@ -280,9 +281,7 @@ def stored_parameters(base: str) -> int:
 
 def write_bundle(base: str, folder: Path, dtype) -> None:
     """Export the sliced base as it is, unbridged, its head the letters' rows of the LM head."""
-    bridge, letter_ids = BridgeSettings(rank=0), QuestionProcessor.from_base(resolve_base(base))
-    if (folder / "torchscript.pt").is_file():
-        return
+    bridge = BridgeSettings(rank=0)
     letter_ids = QuestionProcessor.from_base(resolve_base(base)).letter_ids
     tensors = trained_tensors(attach_bridge(load_sliced(base, letter_ids, dtype=dtype), bridge))
     manifest = {
@@ -296,19 +295,19 @@ def write_bundle(base: str, folder: Path, dtype) -> None:
     export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
 
 
-def count_floor(config, processor, questions: list) -> int:
-    """Count, without weights, the operations of the distinct work: each picture once, texts without
-    padding."""
-    pictures = set(picture_keys(question.image for question in questions).values())
+def count_floor(config, processor, questions: list) -> tuple[int, int]:
+    """Count, without weights, the operations of encoding one picture, and of answering the
+    ``questions``, without padding, once their pictures are encoded."""
+    texts = 0
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), no_init_weights():
         model = TraceableModel(BridgeBlipForMultipleChoice(config)).eval()
         picture = torch.empty(1, 3, *processor.image_size)
         embeds = model.encode_image(picture)
-        total = count_operations(lambda: model.encode_image(picture)) * len(pictures)
+        one = count_operations(lambda: model.encode_image(picture))
         for question in questions:
             text = processor.encode_prompts([prompt_of(question)])
-            total += count_operations(partial(model.score, embeds, **text))
-    return total
+            texts += count_operations(partial(model.score, embeds, **text))
+    return one, texts
 
 
 def matrix_products(config, plan: SimpleNamespace, tokens: int) -> list[tuple]:
@@ -390,17 +389,18 @@ def bridge_epochs(
         start, keys = time.perf_counter(), picture_keys(q.image for q in questions)
         cache = FeatureCache(work / "features", encoder_key(sliced, processor))
         paths = {key: path for path, key in keys.items()}
-        fill(cache, sliced, processor, paths, settings.batch_size)
-        pictures, filled = CachedPictures(cache, keys), time.perf_counter() - start
+        fill(cache, sliced, processor, paths)
+        pictures, filled = CachedPictures(cache, keys, device), time.perf_counter() - start
     model = attach_bridge(sliced, BridgeSettings())
     arguments = training_arguments(work, settings, dtype)
     arguments.eval_strategy = "no"
-    trainer = BridgeTrainer(
+    trainer = AheadTrainer(
         model,
         arguments,
         train_dataset=TrainingQuestions(questions, settings.seed, settings.shuffle_choices),
         eval_dataset=questions[:1],
         data_collator=partial(processor.collate, pictures=pictures),
+        pictures=pictures,
         compute_metrics=accuracy,
         optimizers=(optimizer(model, settings), None),
         average=settings.average,
@@ -599,16 +599,23 @@ def keep_plan(base: Path, out: Path, sizes: dict[str, int | None]) -> dict:
 
 
 def measure(out: Path, name: str, turn: int) -> dict:
-    """Have a process of its own do one measurement, unless its result is there; return the result."""
+    """Have a process of its own do one measurement, unless the result is there; return it."""
     path = out / "rounds" / f"{name} {turn}.json"
     if not path.is_file():
         print(f"{time.strftime('%H:%M:%S')} {path.stem}", flush=True)
         log, script = path.with_suffix(".log"), "bench" if name in WORKERS else "contenders"
         command = [sys.executable, str(Path(__file__).with_name(f"{script}.py"))]
         command += ["--measure"] * (script == "bench") + [name, str(out)]
+        # Of the bundle's file nothing is remembered; "bundle, orders" finds its digest known.
+        cache = out / "work" / "cache"
+        if name == "bundle":
+            shutil.rmtree(cache, ignore_errors=True)
+        environment = os.environ | {"BRIDGEBLIP_CACHE": str(cache)}
         with open(log, "w") as file:
             command.append(repr(time.time()))
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True)
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
+            )
         if done.returncode:
             raise RuntimeError(
                 f"{path.stem} failed with exit code {done.returncode}:\n{log.read_text()[-3000:]}"

@@ -26,7 +26,7 @@ from bridgeblip.data.questions import read_questions, read_table
 from bridgeblip.embedded.demo import TINY_BATCH, TINY_EPOCHS, TINY_RATE
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.answers import with_answers
-from bridgeblip.evidence.metrics import measure, picture_groups
+from bridgeblip.evidence.metrics import guessing, measure, picture_groups
 from bridgeblip.training.settings import TrainSettings
 
 RATES = {"learning_rate": TINY_RATE, "head_learning_rate": TINY_RATE}
@@ -68,7 +68,7 @@ def main():
         if args.few
         else {name: replace(DEFAULT, **changes) for name, changes in VARIANTS.items()}
     )
-    rows = []
+    rows, learned = [], False
     for name, settings in variants.items():
         for seed in args.seeds:
             folder = work / f"{name} {seed}"
@@ -82,6 +82,7 @@ def main():
             found = measure(
                 [q.answer for q in test], predict(eager, test, batch_size=64).probabilities, groups
             )
+            learned |= (found.accuracy.low or 0) > guessing(test)
             rows.append((name, seed, found.accuracy.value, found.calibration_error))
     table = pd.DataFrame(rows, columns=["settings", "seed", "accuracy", "calibration error"])
     found = table.groupby("settings", sort=False).agg(
@@ -91,6 +92,8 @@ def main():
     print("\n| settings | mean accuracy | worst | calibration error |\n|---|---|---|---|")
     for name, (mean, worst, error) in found.iterrows():
         print(f"| {name} | {mean:.4f} | {worst:.4f} | {error:.4f} |")
+    if not learned:
+        print("\nThis can't tell: nothing answers better than guessing, beyond noise.")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from bridgeblip import InputError
-from bridgeblip.__main__ import FURTHER_ARMS, build_parser, main
 from bridgeblip.bridge.base import TINY_BASE
 from bridgeblip.bridge.config import decoder_layers
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
@@ -24,10 +23,10 @@ from experiments.ablation import (
     CLAIMED,
     FURTHER,
     SELECTIONS,
-    DecoderOnStates,
     ablate,
     encode_questions,
     judge_claim,
+    main,
     summarise,
 )
 
@@ -139,7 +138,7 @@ def test_states_give_the_logits_of_the_whole_model(questions, tmp_path, monkeypa
     shown = questions[::9]
     with torch.no_grad():
         whole = model(**processor.collate(shown))
-        split = DecoderOnStates(model)(**encoded(shown))
+        split = model(**encoded(shown))
     torch.testing.assert_close(split.logits, whole.logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(split.loss, whole.loss, atol=1e-4, rtol=0)
 
@@ -163,12 +162,29 @@ def test_verdict(fastest, steadiest, finding, questions):
             rows.append({"arm": arm.name, "seed": seed, "losses": losses.tolist(), "right": right,
                          "before": 0.3, "trained": 1, "seconds": 1.0})  # fmt: skip
     runs = pd.DataFrame(rows)
-    verdict = judge_claim(runs, summarise(runs, picture_groups(questions)))
+    summary = summarise(runs, picture_groups(questions))
+    verdict = judge_claim(runs, summary, 0.25)
     assert verdict.startswith(f"The claim {finding}") and verdict.endswith("less: 0,2,4,6.")
 
 
-def test_further_arms_are_real_and_named_on_the_command_line():
-    assert tuple(FURTHER) == FURTHER_ARMS
+def test_where_no_arm_has_learned_there_is_no_verdict(questions):
+    """One of four is right, whatever the arm: the curves differ, and tell nothing."""
+    right = [int(row % 4 == 0) for row in range(len(questions))]
+    rows = []
+    for arm in SELECTIONS:
+        losses = np.linspace(2, 1.4 if arm.name == CLAIMED else 1.8, 40).tolist()
+        rows.append({"arm": arm.name, "seed": 0, "losses": losses, "right": right, "before": 0.25,
+                     "trained": 1, "seconds": 1.0})  # fmt: skip
+    runs = pd.DataFrame(rows)
+    summary = summarise(runs, picture_groups(questions))
+    verdict = judge_claim(runs, summary, 0.25)
+    assert verdict.startswith("This can't tell") and "claim" not in verdict
+    runs.at[0, "right"] = [1] * len(questions)  # one arm has learned
+    summary = summarise(runs, picture_groups(questions))
+    assert judge_claim(runs, summary, 0.25).startswith("The claim")
+
+
+def test_further_arms_are_real():
     names = [arm.name for arm in SELECTIONS] + [
         arm.name for arms in FURTHER.values() for arm in arms
     ]
@@ -193,19 +209,24 @@ def test_further_arms_train(further, competition, tmp_path):
 
 
 def test_command(competition, tmp_path, capsys):
-    assert main(["ablate", "--base", "tiny", "--train-csv", str(competition / "train.csv"), "--seeds", "1",
-                 "--out", str(tmp_path)]) == 0  # fmt: skip
-    assert "The claim" in capsys.readouterr().out and (tmp_path / "ablation.png").is_file()
-    questions = read_questions(competition / "train.csv", need_answers=True)
-    said = re.search(
-        "command: `python -m bridgeblip (.+)`",
-        (tmp_path / "ablation.md").read_text(encoding="utf-8"),
-    )
-    build_parser().parse_args(shlex.split(said[1]))
-    assert all(
-        len(right) == len(split_by_picture(questions, 0.25, 0)[1])
-        for right in runs_of(tmp_path)["right"]
-    )
+    csv, out = competition / "train.csv", tmp_path / "out"
+    arguments = ["--base", "tiny", "--train-csv", str(csv), "--seeds", "1", "--out", str(out)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "The claim" in printed or "This can't tell" in printed
+    assert (out / "ablation.png").is_file()
+    questions = read_questions(csv, need_answers=True)
+    page = (out / "ablation.md").read_text(encoding="utf-8")
+    said = re.search("command: `python experiments/ablation.py (.+)`", page)
+    assert shlex.split(said[1])[:4] == ["--base", "tiny", "--seeds", "1"]
+    measured = len(split_by_picture(questions, 0.25, 0)[1])
+    assert all(len(right) == measured for right in runs_of(out)["right"])
+
+
+def test_unusable_input_is_one_line(tmp_path, capsys):
+    arguments = ["--base", "tiny", "--train-csv", str(tmp_path / "none.csv"), "--out"]
+    assert main([*arguments, str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_base_without_those_layers_is_refused(base, competition, tmp_path):
@@ -219,5 +240,5 @@ def test_numbers_that_are_not_finite_stop_an_arm(questions, tmp_path, monkeypatc
     model = load_sliced(TINY_BASE, processor.letter_ids, decoder_layers("every-third"))
     encoded, _ = encode_questions(model, processor, questions[:4], 4)
     model.head.weight.data[0] = float("nan")
-    with pytest.raises(NonFiniteError, match="lower --learning-rate"):
-        DecoderOnStates(model)(**encoded(questions[:4]))
+    with pytest.raises(NonFiniteError, match="lower the learning rate"):
+        model(**encoded(questions[:4]))

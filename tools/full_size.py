@@ -32,7 +32,8 @@ from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import read_questions
 from bridgeblip.evidence.submission import write_submission
 from bridgeblip.training.settings import TrainSettings
-from experiments.contenders import PeakMemory, bridge_epochs, write_photo_questions
+from experiments.bench import bridge_epochs, write_photo_questions
+from experiments.contenders import PeakMemory
 
 INPUTS = (
     "pixel_values",
@@ -96,7 +97,7 @@ def parity_ours(base: Path, work: Path) -> dict:
     model = load_sliced(base, processor.letter_ids, range(24), dtype=torch.float32)
     with torch.inference_mode():
         logits = model(**probe(processor, work, 2)).logits
-    torch.save(logits, work / "ours.pt")
+    torch.save(logits.cpu(), work / "ours.pt")
     return {"logits": logits.tolist()}
 
 
@@ -109,7 +110,7 @@ def parity_theirs(base: Path, work: Path) -> dict:
             **inputs, decoder_input_ids=torch.zeros(2, 1, dtype=torch.long), use_cache=False
         )
     logits = output.logits[:, 0, processor.letter_ids].float()
-    ours = torch.load(work / "ours.pt", weights_only=True)
+    ours = torch.load(work / "ours.pt", map_location="cpu", weights_only=True)
     return {
         "difference": (ours - logits).abs().max().item(),
         "spread": (logits.max() - logits.min()).item(),
@@ -140,7 +141,7 @@ def export(base: Path, work: Path) -> dict:
         out, parity = export_bundle(
             work / "checkpoint" / "weights-0.pt", work / "checkpoint" / "torchscript.pt"
         )
-    live = sum(p.nbytes for p in torch.jit.load(str(out)).parameters())
+    live = sum(p.nbytes for p in torch.jit.load(str(out), map_location="cpu").parameters())
     shares = (parity["difference"] / parity["bound"]).groupby(parity["form"]).max()
     return {
         "seconds": time.monotonic() - began,

@@ -148,13 +148,17 @@ def draw(name: str, shape: torch.Size, text_config: dict, seed: int) -> torch.Te
     """
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    scale = (math.prod(shape[1:]) if len(shape) == 4 else shape[-1]) ** -0.5
-    if name.endswith("Attention.q.weight"):
-        scale *= text_config["d_kv"] ** -0.5
-    elif name == "language_model.shared.weight":
-        scale = 1.0
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-    return torch.randn(shape, generator=generator).mul_(scale)
+    values = torch.randn(shape, generator=generator)
+    return values.mul_(scale_of(name, shape, text_config))
+
+
+def scale_of(name: str, shape: torch.Size, text_config: dict) -> float:
+    """The standard deviation of a tensor of more than one dimension; see ``draw``."""
+    if name == "language_model.shared.weight":
+        return 1.0
+    scale = (math.prod(shape[1:]) if len(shape) == 4 else shape[-1]) ** -0.5
+    return scale * (text_config["d_kv"] ** -0.5 if name.endswith("Attention.q.weight") else 1)
 
 
 def write_shard(

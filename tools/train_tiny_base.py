@@ -143,8 +143,9 @@ def build_model(
         ),
         text_config=dict(
             model_type="t5", vocab_size=len(processor.tokenizer), d_model=64, d_kv=16, d_ff=128,
-            num_layers=encoder_layers, num_decoder_layers=24, num_heads=4, feed_forward_proj="gated-gelu",
-            relative_attention_num_buckets=32, relative_attention_max_distance=64, dropout_rate=0.0,
+            num_layers=encoder_layers, num_decoder_layers=24, num_heads=4,
+            feed_forward_proj="gated-gelu", relative_attention_num_buckets=32,
+            relative_attention_max_distance=64, dropout_rate=0.0,
             tie_word_embeddings=False, decoder_start_token_id=0, bos_token_id=1,
         ),
         num_query_tokens=QUERY_TOKENS,
@@ -401,10 +402,11 @@ pipeline_tag: visual-question-answering
 ---
 # A tiny InstructBLIP that reads digits
 
-An `InstructBlipForConditionalGeneration` of {parameters:,} parameters with {encoder_layers} encoder and 24 decoder
-layers, 64 wide, its LM head untied like that of InstructBLIP-FlanT5-XL. It exists to be sliced: to try LoRA-Bridge
-on a laptop, on real pictures, with the real operation. It knows nothing but digits. Give `generate` the argument
-`use_cache=False`: transformers would make the cache as deep as the encoder.
+An `InstructBlipForConditionalGeneration` of {parameters:,} parameters with {encoder_layers} encoder
+and 24 decoder layers, 64 wide, its LM head untied like that of InstructBLIP-FlanT5-XL. It exists to
+be sliced: to try LoRA-Bridge on a laptop, on real pictures, with the real operation. It knows
+nothing but digits. Give `generate` the argument `use_cache=False`: transformers would make the
+cache as deep as the encoder.
 
 - Commands, each with what it took on one core of a shared server CPU:
 
@@ -412,11 +414,11 @@ on a laptop, on real pictures, with the real operation. It knows nothing but dig
 {commands}
 ```
 
-- Data: 1,097 scans of scikit-learn's digits (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0) with
-  generated questions; no picture of the demo's training or test questions was seen.
+- Data: 1,097 scans of scikit-learn's digits (UCI "Optical Recognition of Handwritten Digits", CC BY
+  4.0) with generated questions; no picture of the demo's training or test questions was seen.
 
-Scores below are on {count} questions about pictures not seen in training: the share whose first generated token is
-the right letter.
+Scores below are on {count} questions about pictures not seen in training: the share whose first
+generated token is the right letter.
 
 | question kind | accuracy, all layers |
 |---|---|
@@ -480,10 +482,12 @@ def main():
             output_dir=str(args.out), max_steps=sum(steps), per_device_train_batch_size=BATCH_SIZE,
             learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=min(200, sum(steps) // 5),
             weight_decay=0.01, adam_beta2=0.98,
-            logging_steps=100, save_strategy="no", report_to=[], remove_unused_columns=False, seed=args.seed,
-            use_cpu=True, dataloader_pin_memory=False,
+            logging_steps=100, save_strategy="no", report_to=[], remove_unused_columns=False,
+            seed=args.seed, use_cpu=True, dataloader_pin_memory=False,
         ),
-        train_dataset=Tasks([digit for _, digit in pretrain], args.seed, dict(zip(FINDING, steps, strict=True))),
+        train_dataset=Tasks(
+            [digit for _, digit in pretrain], args.seed, dict(zip(FINDING, steps, strict=True))
+        ),
         data_collator=Collator(processor, pixels),
         callbacks=[Watch(scorer, args.stop)],
         **({"letter_ids": letter_ids} if args.run == "bind" else {}),

@@ -56,13 +56,13 @@ from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.prepare import prepare
 from bridgeblip.data.questions import read_questions, read_table
-from bridgeblip.embedded.demo import NOTEBOOKS, ROOT, run_notebook
 from bridgeblip.evidence.metrics import Estimate, measure, picture_groups
 from bridgeblip.files import write_text
 from bridgeblip.hosting.runtime import local_copy
 from bridgeblip.machine import best_device, choose_precision
-from tools.full_size import write_photo_questions
+from experiments.bench import write_photo_questions
 
+ROOT = Path(__file__).resolve().parent.parent
 REAL_PARAMETERS = {"whole": 4_022_969_088, "sliced": 2_916_893_444}
 REAL_LETTERS = [71, 272, 205, 309]
 PUBLISHED_SCORE, PUBLISHED_ROWS = (
@@ -428,6 +428,8 @@ def write_competition(folder: Path) -> None:
 def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
     """Run a notebook in a process of its own; the GPU memory is what that process takes, its cache
     included."""
+    from bridgeblip.embedded.demo import run_notebook  # nbclient, which other steps do without
+
     work, base = run.args.work.resolve(), str(run.args.base)
     now = hashlib.sha256(json.dumps(circumstances(run, ("competition",))).encode()).hexdigest()[:8]
     checkpoint, submission = (
@@ -479,7 +481,7 @@ RESULTS: dict[str, tuple[Callable[[Run], tuple[list[Check], dict]], tuple[str, .
     "zero-shot": (check_zero_shot, ("dtype", "aokvqa", "coco")),
 } | {
     f"notebooks-{Path(name).stem}": (partial(check_notebook, name), ("competition",))
-    for name in NOTEBOOKS
+    for name in ("train.ipynb", "torchscript.ipynb", "torchscript_inference.ipynb")
 }
 
 
