@@ -18,7 +18,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
@@ -63,7 +63,14 @@ from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.embedded.demo import TINY_RATE
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.figures import NEUTRAL, smoothed
-from bridgeblip.evidence.metrics import clustered_mean, guessing, picture_groups
+from bridgeblip.evidence.metrics import (
+    FEWEST_GROUPS,
+    Estimate,
+    clustered_difference,
+    clustered_mean,
+    guessing,
+    picture_groups,
+)
 from bridgeblip.evidence.page import points
 from bridgeblip.files import require_writable, write_text
 from bridgeblip.machine import NonFiniteError, choose_precision
@@ -414,7 +421,7 @@ def summarise(runs: pd.DataFrame, groups: np.ndarray) -> pd.DataFrame:
     ].mean()
     means["accuracy"] = [clustered_mean(right[arm], groups) for arm in means.index]
     means["against"] = [
-        clustered_mean(right[arm] - right[CLAIMED], groups, least=-1.0) for arm in means.index
+        clustered_difference(right[arm] - right[CLAIMED], groups) for arm in means.index
     ]
     return means
 
@@ -437,7 +444,7 @@ COLUMNS = (
     "standard deviation "
     "after the first quarter. *Points from*: the difference in accuracy, question by question. "
     "Intervals are 95%, "
-    "resampled by picture."
+    "with a picture as one draw."
 )
 
 
@@ -451,6 +458,8 @@ def judge_claim(runs: pd.DataFrame, summary: pd.DataFrame, guessing: float) -> s
         guessing: accuracy of whoever has learned nothing. Where no arm is better, beyond noise,
             there is nothing to compare.
     """
+    if summary["accuracy"].iloc[0].low is None:
+        return f"This can't tell: fewer than {FEWEST_GROUPS} validation pictures say nothing."
     if all(found.low <= guessing for found in summary["accuracy"]):
         return (
             f"This can't tell: after the epoch no arm answers better than guessing "
@@ -527,11 +536,16 @@ def _draw_curves(axes: Axes, runs: pd.DataFrame, arms: Sequence[Arm], title: str
     axes.legend(frameon=False)
 
 
+def _with_interval(estimate: Estimate, shown: Callable[[float], str]) -> str:
+    if estimate.low is None:
+        return shown(estimate.value)
+    return f"{shown(estimate.value)} ({shown(estimate.low)} to {shown(estimate.high)})"
+
+
 def _page(summary: pd.DataFrame, verdict: str, facts: dict[str, str]) -> str:
     rows = []
     for name, arm in summary.iterrows():
         after, apart = arm["accuracy"], arm["against"]
-        apart = f"{points(apart.value)} ({points(apart.low)} to {points(apart.high)})"
         row = {
             "arm": name,
             "accuracy before": f"{arm['before']:.3f}",
@@ -539,8 +553,8 @@ def _page(summary: pd.DataFrame, verdict: str, facts: dict[str, str]) -> str:
             "drop": f"{arm['drop']:.3f}",
             "mean loss": f"{arm['mean']:.3f}",
             "spread": f"{arm['spread']:.3f}",
-            "accuracy after": f"{after.value:.3f} ({after.low:.3f} to {after.high:.3f})",
-            f"points from {CLAIMED}": "" if name == CLAIMED else apart,
+            "accuracy after": _with_interval(after, "{:.3f}".format),
+            f"points from {CLAIMED}": "" if name == CLAIMED else _with_interval(apart, points),
             "trained parameters": f"{arm['trained']:,.0f}",
             "seconds": f"{arm['seconds']:.0f}",
         }
@@ -559,7 +573,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train-csv", type=Path, help="questions with answers; by default "
                         "competition/train.csv or, with --base tiny, the embedded ones")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("results/ablation"), help="goes on there")
-    parser.add_argument("--also", nargs="+", default=[], choices=FURTHER, help="arms beside the four")
+    parser.add_argument(
+        "--also", nargs="+", default=[], choices=FURTHER, help="arms beside the four"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
     parser.add_argument("--batch-size", type=int, default=16, help="questions a step (16)")
     parser.add_argument("--learning-rate", type=float, help="2e-4; with --base tiny the demo's")

@@ -31,6 +31,7 @@ from bridgeblip.bridge.plan import Plan, build_bridge, held, load_slice, plan_tr
 from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import choose_permutation_margin
+from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
 from bridgeblip.files import copy_missing, copy_verified
 from bridgeblip.training.callbacks import (
@@ -153,7 +154,7 @@ def _trainer(
         eval_dataset=plan.validation,
         data_collator=collate,
         pictures=pictures,
-        compute_metrics=accuracy,
+        compute_metrics=partial(accuracy, groups=picture_groups(plan.validation)),
         optimizers=(optimizer(model, settings), None),
         average=settings.average,
     )
@@ -207,6 +208,7 @@ def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> Trai
             blank_probabilities=unseen,
             references={"sliced, not yet bridged": history["accuracy"].dropna().iloc[0]},
             manifest={key: plan.manifest[key] for key in named},
+            data=f"{len(questions):,} validation questions",
         )
         save_best(plan.places[0], accuracies, losses, margin)
         for place in plan.places[1:]:

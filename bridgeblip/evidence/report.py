@@ -113,7 +113,9 @@ def _about(
     manifest: dict[str, Any] | None, questions: Sequence[Question], data: str | Path
 ) -> dict[str, str]:
     """What the title names."""
-    model = Path(str((manifest or {}).get("base") or "a model without a name")).name
+    manifest = manifest or {}
+    base = manifest.get("base", manifest.get("trained", {}).get("base", "a model without a name"))
+    model = Path(str(base)).name
     data = Path(data).name or f"{len(questions):,} questions"
     return {"model": model, "data": data, "date": f"{date.today():%Y-%m-%d}"}
 

@@ -28,6 +28,7 @@ from bridgeblip.training.weights import (
 )
 
 AVERAGES_FILE = "averages.safetensors"
+VALIDATED = ["accuracy", "low", "high", "pictures"]  # what an entry of the log may hold
 
 
 class TrainingError(RuntimeError):
@@ -261,18 +262,20 @@ class Patience(TrainerCallback):
 
 
 def history_table(log: list[dict]) -> pd.DataFrame:
-    """``Trainer``'s log as a table: ``step``, ``epoch``, ``loss``, and ``accuracy`` where validated.
+    """``Trainer``'s log as a table: ``step``, ``epoch``, ``loss``; and where validated
+    ``accuracy``, ``low`` and ``high`` of its interval, and ``pictures``.
 
     Epochs are numbered as their weights files are, from 0; -1 is the model before any training.
     """
     rows = []
     for entry in log:
-        accuracy = entry.get("eval_accuracy", entry.get("before_accuracy"))
-        if "loss" in entry or accuracy is not None:
+        kind = "eval" if "eval_accuracy" in entry else "before"
+        measured = [entry.get(f"{kind}_{name}") for name in VALIDATED]
+        if "loss" in entry or f"{kind}_accuracy" in entry:
             epoch = math.ceil(entry["epoch"]) - 1 if entry["step"] else -1
-            rows.append((entry["step"], epoch, entry.get("loss"), accuracy))
-    table = pd.DataFrame(rows, columns=["step", "epoch", "loss", "accuracy"])
-    return table.astype({"loss": float, "accuracy": float})
+            rows.append((entry["step"], epoch, entry.get("loss"), *measured))
+    table = pd.DataFrame(rows, columns=["step", "epoch", "loss", *VALIDATED])
+    return table.astype(dict.fromkeys(("loss", *VALIDATED), float))
 
 
 class Progress(ProgressCallback):

@@ -2,14 +2,13 @@
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import accuracy_score
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bridgeblip.data.questions import Question
+from bridgeblip.evidence.metrics import clustered_mean
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.training.callbacks import Averages
 from bridgeblip.training.settings import TrainSettings
@@ -225,7 +225,14 @@ def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {
-        "accuracy": float(accuracy_score(prediction.label_ids, prediction.predictions.argmax(-1)))
-    }
+def accuracy(
+    prediction: EvalPrediction, groups: Sequence[Hashable] | None = None
+) -> dict[str, float]:
+    """Return the accuracy; with ``groups``, equal where the pictures are, its interval as well,
+    where there is one, and how many pictures it is of."""
+    right = prediction.predictions.argmax(-1) == prediction.label_ids
+    if groups is None:
+        return {"accuracy": float(right.mean())}
+    score = clustered_mean(right, groups)
+    interval = {} if score.low is None else {"low": score.low, "high": score.high}
+    return {"accuracy": score.value, "pictures": len(np.unique(groups)), **interval}
