@@ -53,7 +53,9 @@ def test_self_check_passes_what_learns(model, batch):
 def test_self_check_names_what_does_not_learn(model, batch):
     check = SelfCheck(model)
     adapter = next(p for name, p in model.named_parameters() if "lora_B" in name)
-    with pytest.raises(TrainingError, match=r"1 tensors that should learn had no gradient in 4 steps.*lora_B"):
+    with pytest.raises(
+        TrainingError, match=r"1 tensors that should learn had no gradient in 4 steps.*lora_B"
+    ):
         steps(model, batch, check, 4, before=lambda: adapter.grad.zero_())
 
 
@@ -240,7 +242,10 @@ training.BridgeTrainer.training_step = step
 @pytest.mark.parametrize(
     "plan, expected",
     [
-        (FULL_DISK, "File too large.*free some space, and run the same again to go on from the last state"),
+        (
+            FULL_DISK,
+            "File too large.*free some space, and run the same again to go on from the last state",
+        ),
         (BROKEN_PICTURE, "can't be read"),
         (NAN, "the logits are not finite; the first module .* run the same again to go on"),
     ],
