@@ -96,16 +96,10 @@ def write_report(
         "manifest": manifest,
     }
     facts = {"verdict": judge(facts)} | facts
-    cards = {
-        "mistaken": [
-            (questions[i], probabilities[i], f"wrong, and sure to {sure[i]:.1%}") for i in mistakes
-        ],
-        "uncertain": [
-            (questions[i], probabilities[i], f"the two best are {100 * margin[i]:.1f} points apart")
-            for i in unsure
-        ],
-    }
-    _write(out, "report", facts, **_shown(facts, questions, probabilities), **cards)
+    mistaken = [(questions[i], probabilities[i], 100 * sure[i]) for i in mistakes]
+    uncertain = [(questions[i], probabilities[i], 100 * margin[i]) for i in unsure]
+    shown = _shown(facts, questions, probabilities)
+    _write(out, "report", facts, **shown, mistaken=mistaken, uncertain=uncertain)
     return facts
 
 
