@@ -127,10 +127,11 @@ class BridgeTrainer(Trainer):
 
     def answer(self, questions: Sequence[Question], collate=None) -> np.ndarray:
         """Return probabilities (questions, choices) by the averaged weights."""
-        usual, self.data_collator = self.data_collator, collate or self.data_collator
+        usual = self.data_collator, self.compute_metrics
+        self.data_collator, self.compute_metrics = collate or self.data_collator, None
         with self.averages.applied():
             logits = self.predict(questions).predictions
-        self.data_collator = usual
+        self.data_collator, self.compute_metrics = usual
         return torch.from_numpy(logits).softmax(-1).numpy()
 
     def go(self, resumed: Path | None, stopper: Stopper) -> None:
