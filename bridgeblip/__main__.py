@@ -293,7 +293,7 @@ def evaluate(args):
             found = _answer(args.model, questions)
         if process_rank()[0] > 0:
             return 0  # the first process writes for all
-        facts = write_report(out, questions, **found, weights=weights)
+        facts = write_report(out, questions, **found, weights=weights, data=args.csv)
     print(f"{facts['verdict']['sentence']}\nwrote {out} and {out.with_suffix('.json')}")
     return 0
 

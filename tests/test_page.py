@@ -4,13 +4,13 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import jinja2
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from bridgeblip.evidence import page
-from bridgeblip.evidence.metrics import Estimate
 from bridgeblip.evidence.report import write_comparison, write_report
 
 HOSTILE = "<script>alert(1)</script> & \"'"
@@ -116,14 +116,19 @@ def test_sections_without_input_say_so(questions, tmp_path):
     assert "Not measured: no question was asked again" in text and "No row had a problem." in text
 
 
-def test_bars_draw_the_interval():
-    html = page.bars([("a", Estimate(0.5, 0.25, 0.875), "note"), ("b", 0.125, "")])
-    assert (
-        "50.0%<small>25.0–87.5%</small>" in html
-        and "left:25.0%;width:62.5%" in html
-        and "left:50.0%" in html
-    )
-    assert "<th>b</th><td>12.5%</td>" in html
+def test_bars_draw_the_interval(questions, tmp_path):
+    right = np.eye(4)[[q.answer for q in questions]]
+    facts = write_report(tmp_path / "r.html", questions, right, references={"other": 0.125})
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    low = facts["measures"].accuracy.low
+    assert f"100.0%<small>{100 * low:.1f}–100.0%</small>" in html
+    assert f"left:{low:.1%};width:{1 - low:.1%}" in html
+    assert "<th>other<small>beaten</small></th><td>12.5%</td>" in html and "left:12.5%" in html
+
+
+def test_a_value_that_a_template_lacks_is_an_error():
+    with pytest.raises(jinja2.UndefinedError):
+        page.render("comparison", title="t")
 
 
 @pytest.mark.parametrize("mode, name", [("L", "a.png"), ("P", "a.png"), ("RGBA", "a.png"), ("CMYK", "a.jpg"),

@@ -411,7 +411,7 @@ def judge(score: Estimate) -> tuple[str, bool]:
     low = PUBLISHED_SCORE - 1.96 * (PUBLISHED_SCORE * (1 - PUBLISHED_SCORE) / PUBLISHED_ROWS) ** 0.5
     return (
         f"about {PUBLISHED_SCORE}, published on {PUBLISHED_ROWS:,}: intervals that meet",
-        score.high >= low,
+        score.high is not None and score.high >= low,
     )
 
 

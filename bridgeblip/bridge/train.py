@@ -209,6 +209,7 @@ def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> Trai
             blank_probabilities=unseen,
             references={"sliced, not yet bridged": history["accuracy"].dropna().iloc[0]},
             manifest={key: plan.manifest[key] for key in named},
+            data=f"{len(questions):,} validation questions",
         )
         save_best(plan.places[0], accuracies, losses, margin)
         for place in plan.places[1:]:

@@ -181,6 +181,7 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.Dat
         references={"sliced, not bridged": sliced, "sliced, only the head trained": head},
         cost={f"{stage['stage']}, seconds": stage["seconds"] for stage in stages},
         manifest=bundle.manifest,
+        data=f"{len(questions)} held-out questions",
     )
     return pd.DataFrame(rows, columns=["answers by", "accuracy"]).round(4)
 

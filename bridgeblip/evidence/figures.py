@@ -148,6 +148,7 @@ def answer_figure(probabilities: np.ndarray) -> Figure:
     _legend_below(left)
     right.hist(probabilities.max(-1), bins=np.linspace(1 / choices, 1, 31), color=LIGHT)
     right.set(xlabel="probability of the answer given", ylabel="questions", title="How sure")
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

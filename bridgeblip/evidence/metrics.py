@@ -57,8 +57,8 @@ class Bin:
     above: float
     up_to: float
     rows: int
+    # Mean probability of the answers given.
     confidence: float
-    """Mean probability of the answers given."""
     accuracy: Estimate
 
 
@@ -70,22 +70,22 @@ class Measures:
     pictures: int
     right: int
     accuracy: Estimate
+    # The same with a weight a question; None without weights.
     weighted: Estimate | None
-    """The same with a weight a question; None without weights."""
+    # Rows: the right letter; columns: the letter given.
     confusion: list[list[int]]
-    """Rows: the right letter; columns: the letter given."""
+    # Of the questions whose answer is a letter, the share that got it; letters that never are
+    # right are left out.
     recall: list[Part]
-    """Of the questions whose answer is a letter, the share that got it; letters that never are
-    right are left out."""
+    # The letter that nearly all answers are, though the right ones are not.
     collapse: str | None
-    """The letter that nearly all answers are, though the right ones are not."""
+    # Mean probability of the answers given.
     confidence: float
-    """Mean probability of the answers given."""
+    # Expected calibration error: how far probability and share right lie apart, a mean over
+    # the answers.
     calibration_error: float
-    """Expected calibration error: how far probability and share right lie apart, a mean over the
-    answers."""
+    # The bins that hold answers.
     reliability: list[Bin]
-    """The bins that hold answers."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,14 @@ class Comparison:
     pictures: int
     first: Estimate
     second: Estimate
+    # Second less first, question by question.
     difference: Estimate
-    """Second less first, question by question."""
+    # Other letter given.
     changed: int
-    """Other letter given."""
+    # Wrong in the first, right in the second.
     gained: int
-    """Wrong in the first, right in the second."""
+    # Right in the first, wrong in the second.
     lost: int
-    """Right in the first, wrong in the second."""
 
 
 def clustered_mean(

@@ -96,16 +96,10 @@ def write_report(
         "manifest": manifest,
     }
     facts = {"verdict": judge(facts)} | facts
-    cards = {
-        "mistaken": [
-            (questions[i], probabilities[i], f"wrong, and sure to {sure[i]:.1%}") for i in mistakes
-        ],
-        "uncertain": [
-            (questions[i], probabilities[i], f"the two best are {100 * margin[i]:.1f} points apart")
-            for i in unsure
-        ],
-    }
-    _write(out, "report", facts, **_shown(facts, questions, probabilities), **cards)
+    mistaken = [(questions[i], probabilities[i], 100 * sure[i]) for i in mistakes]
+    uncertain = [(questions[i], probabilities[i], 100 * margin[i]) for i in unsure]
+    shown = _shown(facts, questions, probabilities)
+    _write(out, "report", facts, **shown, mistaken=mistaken, uncertain=uncertain)
     return facts
 
 
@@ -113,7 +107,9 @@ def _about(
     manifest: dict[str, Any] | None, questions: Sequence[Question], data: str | Path
 ) -> dict[str, str]:
     """What the title names."""
-    model = Path(str((manifest or {}).get("base") or "a model without a name")).name
+    manifest = manifest or {}
+    base = manifest.get("base", manifest.get("trained", {}).get("base", "a model without a name"))
+    model = Path(str(base)).name
     data = Path(data).name or f"{len(questions):,} questions"
     return {"model": model, "data": data, "date": f"{date.today():%Y-%m-%d}"}
 
