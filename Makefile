@@ -1,8 +1,8 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 # What a stock Colab's versions could break: loading, training, exporting, answering, and the notebooks themselves.
-QUICK = $(addprefix tests/test_, $(addsuffix .py, base callbacks checkpoints colab config doctor export features \
-	inference main model notebooks processing questions requirements runtime submission training))
+QUICK = $(addprefix tests/test_, $(addsuffix .py, answers base callbacks checkpoints colab config doctor export features \
+	inference install main model notebooks pictures processing questions requirements runtime submission training))
 
 .PHONY: demo test test-colab verify verify-real verify-gpu lint clean
 

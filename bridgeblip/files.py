@@ -43,7 +43,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache").expanduser() / "bridgeblip"
 
 
-def require_writable(folder: str | Path) -> None:
+def require_writable(
+    folder: str | Path, remedy: str = "choose another folder, or free some space"
+) -> None:
     """Raise an InputError now if files can't be written into ``folder``, rather than after hours of
     work."""
     probe = Path(folder) / f".writable-{os.getpid()}"  # processes may probe at once
@@ -51,9 +53,7 @@ def require_writable(folder: str | Path) -> None:
         write_text(probe, "yes")
         probe.unlink()
     except OSError as error:
-        raise InputError(
-            f"{folder} can't be written ({error}): choose another folder, or free some space"
-        ) from error
+        raise InputError(f"{folder} can't be written ({error}): {remedy}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

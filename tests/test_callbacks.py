@@ -51,10 +51,11 @@ def test_self_check_passes_what_learns(model, batch):
 
 
 def test_self_check_names_what_does_not_learn(model, batch):
+    """B that stays at zero keeps the gradient from its A, too."""
     check = SelfCheck(model)
     adapter = next(p for name, p in model.named_parameters() if "lora_B" in name)
     with pytest.raises(
-        TrainingError, match=r"1 tensors that should learn had no gradient in 4 steps.*lora_B"
+        TrainingError, match=r"2 tensors that should learn had no gradient in 4 steps.*lora_A"
     ):
         steps(model, batch, check, 4, before=lambda: adapter.grad.zero_())
 
@@ -71,6 +72,20 @@ def test_self_check_does_not_count_steps_that_loss_scaling_skips(model, batch):
     for _ in range(3):
         check.on_pre_optimizer_step(None, None, None, optimizer=sgd)
     assert check.waiting and check.steps == 0
+
+
+def test_self_check_of_a_model_with_packed_frozen_weights():
+    """Four-bit weights lie in bytes, two in one; any trained tensor counts, whatever its name."""
+    model = torch.nn.ModuleDict({"frozen": torch.nn.Linear(4, 4), "free": torch.nn.Linear(4, 2)})
+    packed = torch.nn.Parameter(torch.arange(8, dtype=torch.uint8), requires_grad=False)
+    model["frozen"].weight = packed
+    model["frozen"].bias.requires_grad_(False)
+    sgd = torch.optim.SGD(model["free"].parameters(), lr=0.1)
+    check = SelfCheck(model)
+    model["free"](torch.ones(3, 4)).sum().backward()
+    packed.data[3] += 1
+    with pytest.raises(TrainingError, match=r"1 frozen tensors have changed.*frozen\.weight"):
+        check.on_pre_optimizer_step(None, None, None, optimizer=sgd)
 
 
 def test_patience_asks_the_log_alone():
@@ -138,14 +153,14 @@ settings = training.TrainSettings(
     epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0, workers={workers}
 )
 try:
-    training.train(sys.argv[1], sys.argv[2], sys.argv[3], settings, BridgeSettings(rank=192, layers=(0, 2, 5)), features=None)
+    training.train(sys.argv[1], sys.argv[2], sys.argv[3], settings, BridgeSettings(rank=192, layers=(0, 2, 5)), features={features})
 except InputError as error:
     sys.exit(str(error))
 """
 
 
-def run(competition, base, folder, plan="", workers=0, **options):
-    command = [sys.executable, "-c", RUN.format(plan=plan, workers=workers)]
+def run(competition, base, folder, plan="", workers=0, features="None", **options):
+    command = [sys.executable, "-c", RUN.format(plan=plan, workers=workers, features=features)]
     return subprocess.Popen(
         [*command, str(competition / "train.csv"), str(base), str(folder)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
@@ -272,6 +287,59 @@ def test_a_folder_that_cannot_be_written_is_refused_first(base, competition, tmp
     blocked.write_text("in the way")
     with pytest.raises(InputError, match="can't be written"):
         train(competition / "train.csv", base, blocked / "checkpoint", SETTINGS, BRIDGE)
+
+
+CACHE_GONE = """
+import pathlib, shutil
+step = training.StateKeeper.on_step_end
+def on_step_end(self, args, state, *rest, **kwargs):
+    step(self, args, state, *rest, **kwargs)
+    if state.global_step == 3:
+        shutil.rmtree(pathlib.Path(features))
+training.StateKeeper.on_step_end = on_step_end
+"""
+COPY_GONE = """
+import shutil
+save = training.StateKeeper.on_save
+def on_save(self, args, state, *rest, **kwargs):
+    if state.global_step == 5:
+        shutil.rmtree(self.folders[1])
+    save(self, args, state, *rest, **kwargs)
+training.StateKeeper.on_save = on_save
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_vanished_cache_is_named_and_filled_again(workers, base, competition, tmp_path):
+    features = tmp_path / "features"
+    plan = f"features = {str(features)!r}\n" + CACHE_GONE
+    process = run(competition, base, tmp_path, plan, workers, features=repr(str(features)))
+    output = process.communicate()[0]
+    assert "the file can be reached again, and run the same again" in output, output
+    assert "No such file" in output and "Traceback" not in output, output
+    again = run(competition, base, tmp_path, features=repr(str(features))).communicate()[0]
+    assert "going on from" in again and (tmp_path / "weights-1.pt").exists(), again
+
+
+def test_a_vanished_copy_has_its_own_remedy(base, competition, tmp_path):
+    drive = tmp_path / "drive"
+    how = f"None, copy_to={str(drive)!r}"
+    output = run(competition, base, tmp_path, COPY_GONE, features=how).communicate()[0]
+    assert f"the copy in {drive} can't be written" in output and "Traceback" not in output, output
+    assert not drive.exists() and (tmp_path / "state" / "step-5").is_dir()
+    again = run(competition, base, tmp_path, features=how).communicate()[0]
+    assert "going on from" in again and (drive / "weights-1.pt").exists(), again
+
+
+def test_a_signal_to_the_whole_group_saves_first(base, competition, tmp_path, whole):
+    """Loaders' processes stay out of the group: they would end at once, and training with them."""
+    process = run(competition, base, tmp_path, workers=2, start_new_session=True)
+    wait_for(lambda: list(tmp_path.glob("state/step-*")), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate()[0]
+    assert "stopped on request after step" in output and "Traceback" not in output, output
+    assert "going on from" in run(competition, base, tmp_path).communicate()[0]
+    assert_same_end(tmp_path, whole)
 
 
 TWO = """

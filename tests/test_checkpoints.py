@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bridgeblip import InputError
-from bridgeblip.files import copy_missing, write_atomically
+from bridgeblip.files import copy_missing, copy_verified, write_atomically
 from bridgeblip.training.state import copy_state, newest_state, publish_state
 from bridgeblip.training.weights import (
     choose_weights,
@@ -166,3 +166,63 @@ def test_nan_is_never_best(tmp_path):
     assert json.loads((tmp_path / "best.json").read_text())["best"] == "weights-0.pt"
     save_best(tmp_path, [float("nan"), 0.1], [float("nan")] * 2)
     assert json.loads((tmp_path / "best.json").read_text())["best"] == "weights-1.pt"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"best": 3}', '{"best": "weights-2.pt", "validation_accuracy": [1]}']
+)
+def test_a_malformed_record_of_the_best_is_one_line(text, tmp_path):
+    save_weights(weights_path(tmp_path, 0), TENSORS, {})
+    (tmp_path / "best.json").write_text(text)
+    with pytest.raises(InputError, match=r"best\.json can't be read"):
+        choose_weights(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"run": [], "files": {}, "done": true}'])
+def test_a_malformed_state_is_passed_over(text, tmp_path, capsys):
+    run = {"base": "tiny"}
+    for step in (3, 6):
+        stage(tmp_path, step, run)
+    (tmp_path / "state" / "step-6" / "state.json").write_text(text)
+    assert newest_state([tmp_path], run).name == "step-3"
+    assert "step-6: it is torn (state.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [{"tensors": {}}, {"format": 1, "tensors": [], "manifest": {}},
+                                     {"format": 1, "tensors": {}, "manifest": None}])  # fmt: skip
+def test_malformed_weights_are_one_line(content, tmp_path):
+    torch.save(content, tmp_path / "weights-0.pt")
+    with pytest.raises(InputError, match=r"weights-0\.pt (has no format|was not written)"):
+        load_weights(tmp_path / "weights-0.pt")
+
+
+def test_weights_of_an_earlier_run_are_named(tmp_path):
+    for epoch in range(3):
+        save_weights(weights_path(tmp_path, epoch), TENSORS, {})
+    save_best(tmp_path, [0.5], [1.0])
+    path, why = choose_weights(tmp_path)
+    assert path.name == "weights-0.pt" and "weights-1.pt, weights-2.pt are an earlier run's" in why
+
+
+def test_other_versions_are_named(tmp_path, capsys):
+    stage(tmp_path, 3, {"base": "tiny", "versions": {"torch": "2.12"}})
+    assert newest_state([tmp_path], {"base": "tiny", "versions": {"torch": "2.13"}})
+    assert (
+        "other versions, the last digits may differ: {'torch': '2.12'}" in capsys.readouterr().out
+    )
+
+
+def test_a_copy_reads_its_source_once(tmp_path, monkeypatch):
+    source, reads = tmp_path / "source", []
+    source.write_bytes(bytes(3_000_000))
+
+    actual = open
+
+    def counted(path, *how):
+        reads.append(path)
+        return actual(path, *how)
+
+    monkeypatch.setattr("builtins.open", counted)
+    copy_verified(source, tmp_path / "copy")
+    assert reads.count(source) == 1
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()

@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 from transformers import InstructBlipConfig
 
@@ -10,6 +12,7 @@ from bridgeblip.bridge.config import (
     decoder_layers,
     slice_config,
 )
+from bridgeblip.training.settings import FEW, TrainSettings
 
 
 def test_slice_config_changes_only_the_decoder(base):
@@ -60,3 +63,40 @@ def test_selections_by_name_or_list():
         InputError, match=r"'every-fourth' is unknown: expected every-third.* indices like 0,3,6"
     ):
         decoder_layers("every-fourth")
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "3", None])
+def test_settings_that_make_no_sense_are_one_line(value):
+    """Zero, below zero, not a number: of each setting what it may not be."""
+    for kind in (TrainSettings, BridgeSettings):
+        for item in fields(kind):
+            least, above = item.metadata.get("least"), item.metadata.get("above")
+            if least is None and above is None:
+                continue
+            if value == 0 and least == 0:
+                assert getattr(kind(**{item.name: 0}), item.name) == 0
+                continue
+            with pytest.raises(InputError, match=rf"^{item.name} is .*: expected a.* number .*\d"):
+                kind(**{item.name: value})
+    with pytest.raises(InputError, match="head_learning_rate is 0"):
+        TrainSettings(head_learning_rate=0)
+    assert TrainSettings(learning_rate=0.1).head_learning_rate == 0.1
+
+
+def test_every_setting_says_what_it_means():
+    for kind in (TrainSettings, BridgeSettings):
+        assert all(item.metadata["help"] for item in fields(kind))
+        assert len(kind().describe().splitlines()) == len(fields(kind))
+
+
+def test_the_profile_for_few_is_taken_by_itself(questions, capsys):
+    few = TrainSettings.choose("auto", questions, seed=3, epochs=None)
+    assert (few.epochs, few.batch_size, few.seed) == (FEW["epochs"], FEW["batch_size"], 3)
+    assert (
+        "12 distinct pictures are few: their profile is taken (epochs 8" in capsys.readouterr().out
+    )
+    assert TrainSettings.choose("yes", []) == TrainSettings(**FEW)
+    assert TrainSettings.choose("no", questions) == TrainSettings()
+    assert TrainSettings.choose("auto", questions, epochs=2).epochs == 2
+    with pytest.raises(InputError, match="few is 'maybe': expected one of auto, yes, no"):
+        TrainSettings.choose("maybe", questions)

@@ -88,7 +88,8 @@ def imported(notebook) -> dict[str, object]:
 def test_format_and_size(notebook):
     nbformat.validate(notebook)
     assert notebook.nbformat == 4 and notebook.metadata.kernelspec.language == "python"
-    assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.gpuType == "A100"
+    wants = (notebook.metadata.get("accelerator"), notebook.metadata.colab.get("gpuType"))
+    assert wants in (("GPU", "A100"), ("GPU", None), (None, None))  # to train, answer, export
     assert len(notebook.cells) <= 27
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -1,4 +1,5 @@
 import json
+import shutil
 import threading
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from transformers import InstructBlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from bridgeblip import InputError
-from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.processing import QuestionProcessor, still_differ
 from bridgeblip.data.pictures import load_ahead
 
 
@@ -180,3 +181,116 @@ def test_the_next_group_is_loaded_while_one_is_worked_on():
     assert list(load_ahead(load, [])) == []
     with pytest.raises(ZeroDivisionError):
         list(load_ahead(lambda item: 1 // item, [[1], [0]]))
+
+
+SPECIALS = (
+    "<image>",
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "<extra_id_0>",
+    "[PAD]",
+    "[SEP]",
+    "[CLS]",
+    "[MASK]",
+)
+
+
+@pytest.mark.parametrize("word", SPECIALS)
+def test_special_tokens_come_from_us_alone(processor, questions, word):
+    question = replace(
+        questions[0], question=f"{word} is{word} it <<pad>image> ?", choices=(word, "b")
+    )
+    batch = processor.encode_prompts([processor.prompt(question)])
+    plain = processor.encode_prompts(["Question"])
+    for name in ("input_ids", "qformer_input_ids"):
+        reader = processor.tokenizer if name == "input_ids" else processor.qformer_tokenizer
+        special = torch.tensor([token for token in reader.get_added_tokens_decoder()])
+        count = [torch.isin(ids[name], special).sum() for ids in (batch, plain)]
+        assert count[0] == count[1], name
+
+
+def test_a_prompt_reads_as_hugging_face_reads_it(processor, theirs, questions):
+    odd = replace(
+        questions[0], question="It’s “<image>” – what? [SEP]", choices=("a", "naïve", "</s>")
+    )
+    prompts = [processor.prompt(odd), processor.prompt(questions[0])]
+    expected = theirs(images=list(pictures())[:2], text=prompts, padding=True, return_tensors="pt")
+    for name, tensor in processor.encode_prompts(prompts).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_typography_is_plain_only_where_the_vocabulary_lacks_it(processor, questions):
+    odd = replace(questions[0], question="It’s “so” – isn’t it…", choices=("one’s", "two"))
+    plain = replace(questions[0], question="It's \"so\" - isn't it...", choices=("one's", "two"))
+    assert processor.prompt(odd) == processor.prompt(plain) and not processor.unread(
+        processor.prompt(odd)
+    )
+    vocabulary = json.loads(processor.files["tokenizer.json"])
+    vocabulary["model"]["vocab"].append(["’", -5.0])
+    knowing = QuestionProcessor(processor.files | {"tokenizer.json": json.dumps(vocabulary)})
+    assert 'It’s "so"' in knowing.prompt(odd)
+
+
+def test_what_the_vocabulary_lacks_is_named(processor, questions):
+    korean = replace(questions[0], question="이것은 what?", choices=("하나", "two"))
+    assert set("이것은하나") <= set(processor.unread(processor.prompt(korean)))
+    assert processor.unread(processor.prompt(questions[0])) == ""
+
+
+WAYS = [
+    ("one " * 100, "two " * 100),  # anywhere
+    ("red " + "same " * 100, "blue " + "same " * 100),  # at their beginning
+    ("same " * 100 + "red", "same " * 100 + "blue"),  # at their end
+    ("same " * 60 + "red" + " same" * 60, "same " * 60 + "blue" + " same" * 60),  # in their middle
+    (
+        "x " + "same " * 90 + "x",
+        "y " + "same " * 90 + "x",
+        "x " + "same " * 90 + "y",
+    ),  # at both ends
+]
+
+
+@pytest.mark.parametrize("choices", WAYS)
+def test_cut_choices_still_differ(processor, questions, choices):
+    fitted = processor.fit(replace(questions[0], choices=choices))
+    assert (
+        len(set(fitted.choices)) == len(choices) and still_differ(fitted, questions[0]) is not None
+    )
+    processor.encode_prompts([processor.prompt(fitted)])
+
+
+def test_more_choices_than_letters_are_refused(processor, questions):
+    fifth = replace(questions[0], choices=("a", "b", "c", "d", "e"), line=7)
+    with pytest.raises(InputError, match=r"test\.csv, line 7 .*5 choices.*only with A, B, C, D"):
+        processor.check_choices([questions[0], fifth], "test.csv")
+    empty = replace(fifth, choices=("a", "b", "c", "d", ""))
+    processor.check_choices([empty, replace(fifth, choices=("a", "b"))], "test.csv")
+    assert processor.choice_mask(empty) == [True] * 4
+    assert processor.choice_mask(replace(fifth, choices=("a", "b"))) == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [("config.json", "{", "no JSON"), ("processor_config.json", "version https://git-lfs", "no JSON"),
+     ("tokenizer.json", "{}", "a tokenizer in"), ("config.json", "{}", "lack 'image_token_index'"),
+     ("processor_config.json", '{"image_processor": {"size": 3}}', "lack")],
+)  # fmt: skip
+def test_a_base_with_a_broken_file_is_one_line(base, tmp_path, file, content, message):
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        QuestionProcessor.from_base(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_older_layout_of_a_base_is_read(base, processor, tmp_path):
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "processor_config.json").unlink()
+    assert QuestionProcessor.from_base(tmp_path).fingerprint == processor.fingerprint

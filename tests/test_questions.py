@@ -226,6 +226,10 @@ def test_a_right_choice_under_several_letters_is_found(tmp_path):
     rows = read(tmp_path, f"{header}1,a.png,?,a,b,c,c,A\n2,a.png,?,a,b,a,d,C\n3,a.png,?,x,y,,,\n")
     assert re.search(r"in 1 rows .* line 3 \(ID 2\)", repeated_answers(rows, tmp_path / "x.csv"))
     assert repeated_answers(rows[:1], tmp_path / "x.csv") == ""
+    (tmp_path / "a.png").touch()
+    (tmp_path / "x.csv").write_text(f"{header}2,a.png,?,a,b,a,d,C\n")
+    with pytest.warns(UserWarning, match="in 1 rows the right choice is given under several"):
+        read_questions(tmp_path / "x.csv", need_answers=True)  # as training reads it
 
 
 @pytest.mark.parametrize("stored", ["NFC", "NFD"])

@@ -143,9 +143,8 @@ ODD_ROWS = [  # question, choices, what must be said about the row
     ("", CHOICES, None),
     ("One choice?", ("", "", "only", ""), "fewer than two choices"),
     ("No choice?", ("", "", "", ""), "fewer than two choices"),
-    ("Is it so? " * 200 + "Which?", CHOICES, "128 tokens.*cut the question$"),
-    ("Which?", ("many words " * 150 + "!", *CHOICES[1:]), "128 tokens.*cut the question and the "
-                                                          "choices"),
+    ("Is it so? " * 200 + "Which?", CHOICES, None),
+    ("Which?", ("many words " * 150 + "!", *CHOICES[1:]), None),
 ]  # fmt: skip
 
 
@@ -196,12 +195,13 @@ def test_every_row_is_answered_and_every_fault_named(rough, base, processor, tmp
     for name, reason in problems.items():
         assert re.search(reasons[name], reason), (reason, reasons[name])
     flags = {q.id: words for q, words in zip(questions, answers.flags, strict=True)}
+    asked = {q.id: q for q in questions}
     for name, reason in reasons.items():
-        expected = (
-            ["shortened"]
-            if "tokens" in (reason or "")
-            else ["blank"] * ("choices" not in (reason or "choices"))
-        )
+        expected = ["blank"] * ("choices" not in (reason or "choices"))
+        if len(processor.prompt(asked[name])) > 1000:
+            expected += ["shortened"]  # the model's own limit, and no problem of the row
+        if "이것은" in asked[name].question:
+            expected += ["unread"]
         assert flags[name] == expected, (name, reason)
 
     blank = predict(bundle, questions, blank_images=True).probabilities

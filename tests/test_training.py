@@ -89,7 +89,8 @@ def test_result_report_and_margin_are_those_of_the_best_epoch(
 ):
     measured = iter((0.2, 0.9, 0.5))  # before training and after each epoch
     monkeypatch.setattr(
-        "bridgeblip.bridge.train.accuracy", lambda prediction: {"accuracy": next(measured, 0.0)}
+        "bridgeblip.bridge.train.accuracy",
+        lambda prediction, groups: {"accuracy": next(measured, 0.0)},
     )
     result = train(
         competition / "train.csv", base, tmp_path, SETTINGS, BridgeSettings(rank=192, layers=LAYERS)

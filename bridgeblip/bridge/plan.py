@@ -141,8 +141,8 @@ def _read_fitting(
     shortened = sum(fitting != whole for fitting, whole in zip(questions, written, strict=True))
     if shortened:
         process.print(
-            f"{shortened} of {len(questions)} questions are longer than the {processor.prompt_limit} "
-            f"tokens that this base reads: their beginning is left out"
+            f"{shortened} of {len(questions)} questions are longer than the "
+            f"{processor.prompt_limit} tokens that this base reads: their beginning is left out"
         )
     alike = [question for question in written if _has_equal_choices(question)]
     if alike:

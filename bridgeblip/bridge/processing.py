@@ -61,10 +61,9 @@ class QuestionProcessor:
             for written in forms
             if self.unread(written) and not self.unread(plain)
         }
-        special = self.tokenizer.get_added_tokens_decoder() | (
-            self.qformer_tokenizer.get_added_tokens_decoder()
-        )
-        self.special = re.compile("|".join(re.escape(token.content) for token in special.values()))
+        tokenizers = (self.tokenizer, self.qformer_tokenizer)
+        special = [t.content for r in tokenizers for t in r.get_added_tokens_decoder().values()]
+        self.special = re.compile("|".join(map(re.escape, special)))
         # A pixel has 256 values a channel: rescaling and normalising is a table look-up, (3, 256)
         # in fp32.
         levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)

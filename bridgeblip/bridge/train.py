@@ -31,8 +31,9 @@ from bridgeblip.bridge.plan import Plan, build_bridge, held, load_slice, plan_tr
 from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import choose_permutation_margin
+from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
-from bridgeblip.files import copy_missing, copy_verified
+from bridgeblip.files import copy_missing, copy_verified, require_writable
 from bridgeblip.training.callbacks import (
     Patience,
     Progress,
@@ -64,8 +65,9 @@ class TrainResult:
     """What training leaves behind."""
 
     history: pd.DataFrame
-    """One row a logged step: ``step``, ``epoch``, ``loss``, and ``accuracy`` where validated. An
-    epoch has its weights file's number; -1 is the bare slice."""
+    """One row a logged step: ``step``, ``epoch``, ``loss``; where validated ``accuracy`` on so
+    many ``pictures``, its interval ``low`` to ``high``. An epoch has its weights file's number; -1
+    is the bare slice."""
     validation: list[Question]
     probabilities: np.ndarray
     """(validation questions, choices), by the weights of the best epoch."""
@@ -153,7 +155,7 @@ def _trainer(
         eval_dataset=plan.validation,
         data_collator=collate,
         pictures=pictures,
-        compute_metrics=accuracy,
+        compute_metrics=partial(accuracy, groups=picture_groups(plan.validation)),
         optimizers=(optimizer(model, settings), None),
         average=settings.average,
     )
@@ -265,6 +267,7 @@ def _cached_pictures(
     if features is None:
         return None
     folder = default_folder() if features == "default" else features
+    require_writable(folder, "set $BRIDGEBLIP_CACHE to another one, or keep no cache (--no-cache)")
     cache = FeatureCache(folder, encoder_key(sliced, plan.processor))
     pictures = {key: path for path, key in reversed(plan.picture_keys.items())}
     share = (plan.process.process_index, plan.process.num_processes)

@@ -30,21 +30,19 @@ class Question:
     """One row of a question file."""
 
     id: str
+    # The picture's file; the CSV's path, seen from the CSV's folder. None: to be answered without.
     image: Path | None
-    """The picture's file; the CSV's path, seen from the CSV's folder. None: to be answered without
-    a picture."""
     question: str
+    # The texts, one a letter; an empty one is no choice. None at all: to be answered freely.
     choices: tuple[str, ...]
-    """The texts, as written, one a letter; an empty one is no choice. None at all: to be answered
-    freely."""
+    # Index of the right choice, or None in a file without answers.
     answer: int | None = None
-    """Index of the right choice, or None in a file without answers."""
+    # Whether the file's header writes its letters small.
     small_letters: bool = False
-    """Whether the file's header writes its letters small."""
+    # Where the row begins in its file; the header is line 1.
     line: int = 0
-    """Where the row begins in its file; the header is line 1."""
+    # What keeps the row from being used as it stands; empty if nothing does.
     problem: str = ""
-    """What keeps the row from being used as it stands; empty if nothing does."""
 
     @property
     def choice_mask(self) -> list[bool]:
@@ -108,6 +106,8 @@ def read_questions(
         if question.problem:
             raise InputError(describe_problem(question, path))
     check_pictures(questions, path)
+    if same := repeated_answers(questions, path):
+        warnings.warn(same, stacklevel=2)
     return questions
 
 

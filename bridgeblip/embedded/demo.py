@@ -140,6 +140,7 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.Dat
     submitted = read_table(out / "submission.csv").set_index("ID")["answer"]
     bundle = load_bundle(out / "checkpoint" / "torchscript.pt")
     weights = out / "checkpoint" / bundle.manifest["trained"]["file"]
+    print("\nFor comparison, a model of which only the head is trained:")
     train(
         out / "competition" / "train.csv",
         "tiny",
@@ -148,6 +149,7 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.Dat
         BridgeSettings(rank=0),
     )
     head_only = out / "head_only" / f"weights-{settings.epochs - 1}.pt"
+    print("\nThe held-out questions, answered by the trained model, the bundle and the base:")
     bridged = _predict_eager(restore(weights).model, questions, bundle.manifest)
     same = sum(a == submitted[q.id] for a, q in zip(letters_of(bridged), questions, strict=True))
     blank = predict(bundle, questions, blank_images=True).probabilities

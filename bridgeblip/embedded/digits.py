@@ -166,24 +166,20 @@ def digit_pictures() -> dict[str, list[tuple[Image.Image, int]]]:
 
     data = load_digits()
     order = np.random.RandomState(SPLIT_SEED).permutation(len(data.images))
-    seen, pictures = set(), []
+    pictures = {}  # by content: of equal ones the first
     for i in order:
-        grey = (
-            (255 - data.images[i] * (255 / 16)).round().astype(np.uint8)
-        )  # dark ink on white paper
-        if grey.tobytes() in seen:
-            continue
-        seen.add(grey.tobytes())
-        picture = Image.fromarray(grey).resize(
-            (PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC
-        )
-        pictures.append((picture, int(data.target[i])))
-    splits, start = {}, 0
-    for name, size in SPLIT_SIZES.items():
-        splits[name] = pictures[start : start + size]
-        start += size
-    splits["pretrain"] = pictures[start:]
-    return splits
+        ink = data.images[i] * (255 / 16)
+        grey = (255 - ink).round().astype(np.uint8)  # dark ink on white paper
+        side = (PICTURE_SIDE, PICTURE_SIDE)
+        picture = Image.fromarray(grey).resize(side, Image.Resampling.BICUBIC)
+        pictures.setdefault(grey.tobytes(), (picture, int(data.target[i])))
+    distinct = list(pictures.values())
+    test, train = SPLIT_SIZES["test"], SPLIT_SIZES["train"]
+    return {
+        "test": distinct[:test],
+        "train": distinct[test : test + train],
+        "pretrain": distinct[test + train :],
+    }
 
 
 def split_questions(split: str, digits: list[int]) -> list[list[DigitQuestion]]:

@@ -20,6 +20,7 @@ from bridgeblip import HOME, InputError, __version__
 from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings, decoder_layers
 from bridgeblip.data import questions
 from bridgeblip.data.pictures import open_picture, picture_keys
+from bridgeblip.files import cache_folder
 from bridgeblip.hosting.runtime import OLD_TORCHAO, fits, installed, other_copies, requirements
 from bridgeblip.machine import best_device, choose_precision, slow_format
 from bridgeblip.training.settings import TrainSettings
@@ -103,7 +104,6 @@ def check(
     try:
         _check_machine(found, stage)
         if stage == "train":
-            from bridgeblip.bridge.features import default_folder as cache_folder
             from bridgeblip.training.hold import require_free
 
             csv, base = Path(csv or "competition/train.csv"), base or REAL_BASE
@@ -370,6 +370,8 @@ def _check_pictures(
     """Decode every distinct picture once, whatever names it has."""
     paths = {question.image for question in rows if question.image}
     keys = picture_keys(sorted(path for path in paths if os.path.isfile(path)))
+    if not keys:
+        return
     distinct = list({key: path for path, key in keys.items()}.values())
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         faults = tqdm(pool.map(_fault, distinct), "decoding pictures", len(distinct), leave=False)
@@ -381,7 +383,7 @@ def _check_pictures(
         "replace by whole JPEG or PNG files",
         level,
     )
-    if len(distinct) < least and rows:
+    if len(distinct) < least:
         found.add(
             "problem",
             f"{len(distinct)} distinct pictures; expected {least} or more, to set some apart for "

@@ -324,10 +324,10 @@ def _explained(source: Path, target: Path) -> Iterator[None]:
 
 def _local_folder(source: Path, *version: int) -> Path:
     """Where the copy of a folder or zip lies: each has its own, whatever its name."""
-    from bridgeblip.bridge.features import default_folder
+    from bridgeblip.files import cache_folder
 
     digest = hashlib.sha256(repr((str(source.resolve()), *version)).encode())
-    return default_folder() / "data" / f"{source.stem}-{digest.hexdigest()[:8]}"
+    return cache_folder() / "data" / f"{source.stem}-{digest.hexdigest()[:8]}"
 
 
 def finish() -> None:

@@ -260,19 +260,24 @@ class Patience(TrainerCallback):
             control.should_training_stop = True
 
 
+MEASURES = ("accuracy", "low", "high", "pictures")
+
+
 def history_table(log: list[dict]) -> pd.DataFrame:
-    """``Trainer``'s log as a table: ``step``, ``epoch``, ``loss``, and ``accuracy`` where validated.
+    """``Trainer``'s log as a table: ``step``, ``epoch``, ``loss``; where validated ``MEASURES``.
 
     Epochs are numbered as their weights files are, from 0; -1 is the model before any training.
     """
     rows = []
     for entry in log:
-        accuracy = entry.get("eval_accuracy", entry.get("before_accuracy"))
-        if "loss" in entry or accuracy is not None:
-            epoch = math.ceil(entry["epoch"]) - 1 if entry["step"] else -1
-            rows.append((entry["step"], epoch, entry.get("loss"), accuracy))
-    table = pd.DataFrame(rows, columns=["step", "epoch", "loss", "accuracy"])
-    return table.astype({"loss": float, "accuracy": float})
+        row = {"step": entry["step"], "epoch": -1, "loss": entry.get("loss")}
+        if entry["step"]:
+            row["epoch"] = math.ceil(entry["epoch"]) - 1
+        for name in MEASURES:
+            row[name] = entry.get(f"eval_{name}", entry.get(f"before_{name}"))
+        if row["loss"] is not None or row["accuracy"] is not None:
+            rows.append(row)
+    return pd.DataFrame(rows).astype(dict.fromkeys(("loss", *MEASURES), float))
 
 
 class Progress(ProgressCallback):
@@ -306,6 +311,11 @@ class Progress(ProgressCallback):
         self.handle = self.handle or display(display_id=True)
         self.handle.update(figure)
         self.drawn_at = time.monotonic()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        super().on_prediction_step(args, state, control, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("validating", refresh=False)
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.prediction_bar is not None:

@@ -91,17 +91,23 @@ def in_one_line(folder: Path) -> Iterator[None]:
             f"{error} Now {go_on}; if it stops there again, delete that folder and start anew"
         ) from error
     except InputError as error:
-        lines = str(error).splitlines()
         if "Traceback" not in str(error):
             raise
-        raise InputError(lines[-1].partition(": ")[2]) from error  # of a loader's process
+        raise InputError(_words(error)) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         remedy = _remedy(error)
         if remedy is None:
             raise
-        raise InputError(
-            f"training stopped, {' '.join(str(error).split())[:300]}: {remedy}, and {go_on}"
-        ) from error
+        raise InputError(f"training stopped, {_words(error)}: {remedy}, and {go_on}") from error
+
+
+def _words(error: Exception) -> str:
+    """An error's message in one line; of one in a loader's process without the traceback that it
+    brings along."""
+    text = str(error)
+    if "Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())[:300]
 
 
 def _remedy(error: Exception) -> str | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import accuracy_score
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bridgeblip.data.questions import Question
+from bridgeblip.evidence.metrics import clustered_mean
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.training.callbacks import Averages
 from bridgeblip.training.settings import TrainSettings
@@ -198,7 +198,7 @@ def training_arguments(
         disable_tqdm=True,  # Progress has the bars
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=gpu,
-        accelerator_config={"non_blocking": True},
+        accelerator_config={"non_blocking": gpu},  # what is pinned needs no waiting for
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=[],
@@ -225,7 +225,19 @@ def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {
-        "accuracy": float(accuracy_score(prediction.label_ids, prediction.predictions.argmax(-1)))
-    }
+def accuracy(prediction: EvalPrediction, groups: Sequence[int] | None = None) -> dict[str, float]:
+    """Return a validation's "accuracy" and, from ten groups on, "low" and "high", its 95%
+    interval.
+
+    Args:
+        groups: (N,), equal where rows show the same of the "pictures", which are counted; by
+            default each has its own.
+    """
+    right = prediction.label_ids == prediction.predictions.argmax(-1)
+    if groups is None or len(groups) != len(right):  # rows that are asked in other orders, too
+        groups = range(len(right))
+    found = clustered_mean(right, groups)
+    measures = {"accuracy": right.mean(), "pictures": len(set(groups))}
+    if found.low is not None:
+        measures |= {"low": found.low, "high": found.high}
+    return {name: float(value) for name, value in measures.items()}

@@ -1,0 +1,168 @@
+"""Encoding ahead: the same training as step by step, and the same bits wherever a run is cut."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYERS, ROOT
+
+from bridgeblip.bridge import ahead, features
+from bridgeblip.bridge import train as training
+from bridgeblip.bridge.ahead import encode_block
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.train import train
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.trainer import BridgeTrainer
+from bridgeblip.training.weights import load_weights
+
+BRIDGE = BridgeSettings(rank=192, layers=LAYERS)
+SETTINGS = TrainSettings(epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3)
+
+
+@pytest.fixture
+def batches(processor, questions) -> list[dict[str, torch.Tensor]]:
+    return [processor.collate(questions[begin : begin + 5]) for begin in (0, 5, 10)]
+
+
+def lengths_of(batches):
+    masks = [(batch["attention_mask"], batch["qformer_attention_mask"]) for batch in batches]
+    return [
+        (int(text.sum()), int(seen.sum()))
+        for pair in masks
+        for text, seen in zip(*pair, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_rows_get_their_own_states_whatever_their_neighbours(size, base, processor, batches):
+    model = load_sliced(base, processor.letter_ids, LAYERS)
+    lengths = lengths_of(batches)
+    assert len(set(lengths)) > 4  # or there is nothing to sort
+    for encoded, batch in zip(encode_block(model, batches, lengths, size), batches, strict=True):
+        assert set(encoded) == {"encoder_states", "attention_mask", "choice_mask", "labels"}
+        assert encoded["encoder_states"].shape[:2] == batch["input_ids"].shape
+        with torch.no_grad():
+            here, there = model(**encoded), model(**batch)
+        torch.testing.assert_close(here.logits, there.logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(here.loss, there.loss, atol=1e-5, rtol=0)
+
+
+def test_ahead_and_step_by_step_learn_the_same(base, competition, tmp_path, monkeypatch):
+    """The same letters, and log-probabilities within 1e-5, in fp32."""
+
+    class StepByStep(BridgeTrainer):
+        def __init__(self, *args, pictures, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    def trained(name):
+        return train(competition / "train.csv", base, tmp_path / name, SETTINGS, BRIDGE)
+
+    blocks = []
+    encode = encode_block
+    monkeypatch.setattr(
+        ahead, "encode_block", lambda *args: blocks.append(len(args[1])) or encode(*args)
+    )
+    results = [trained("ahead")]
+    assert blocks == [8, 1, 7, 2]  # nine steps an epoch, blocks end with it and at multiples of 8
+    monkeypatch.setattr(training, "AheadTrainer", StepByStep)
+    results.append(trained("step by step"))
+    assert sum(blocks) == 18
+    one, other = (result.probabilities for result in results)
+    assert (one.argmax(-1) == other.argmax(-1)).all()
+    assert np.abs(np.log(one) - np.log(other)).max() < 1e-5
+
+
+def test_features_that_lie_on_the_device_are_the_same(base, competition, tmp_path, monkeypatch):
+    def trained(name):
+        train(competition / "train.csv", base, tmp_path / name, SETTINGS, BRIDGE,
+              features=tmp_path / "features")  # fmt: skip
+        return load_weights(tmp_path / name / "weights-1.pt").tensors
+
+    usual = trained("from the disk")
+
+    class Resident(features.CachedPictures):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.resident = True
+
+        def __call__(self, questions):
+            batch = super().__call__(questions)
+            assert set(batch) == {"picture_rows"}
+            return batch
+
+    monkeypatch.setattr(training, "CachedPictures", Resident)
+    resident = trained("from the device")
+    assert all(torch.equal(resident[name], usual[name]) for name in usual)
+
+
+CUT = """
+import sys
+from bridgeblip.bridge import ahead
+from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.train import train
+from bridgeblip.training.callbacks import Averages
+from bridgeblip.training.settings import TrainSettings
+
+csv, base, folder, batch_size, accumulation = sys.argv[1:6]
+ahead.STEPS_AHEAD = 4
+settings = TrainSettings(
+    epochs=2, batch_size=int(batch_size), accumulation=int(accumulation), validation_fraction=0.25,
+    learning_rate=1e-3, save_minutes=0,
+)
+
+
+class Killed(RuntimeError):
+    pass
+
+
+def run(name, last=None):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == last:
+            raise Killed
+
+    Averages.on_step_begin = on_step_begin
+    return train(csv, base, f"{folder}/{name}", settings, BridgeSettings(rank=192, layers=(0, 2, 5)))
+
+
+run("whole")
+cuts = []
+while True:
+    try:
+        run("cut", len(cuts) + 1)
+        break
+    except Killed:
+        cuts.append(len(cuts) + 1)
+print("CUT AT", cuts, flush=True)
+"""
+
+
+@pytest.mark.parametrize("processes, batch_size, accumulation", [(1, 6, 1), (1, 3, 2), (2, 3, 1)])
+def test_cut_at_every_offset_of_a_block_ends_with_the_same_bits(
+    processes, batch_size, accumulation, base, competition, tmp_path
+):
+    """Nine steps an epoch and blocks of four: each run goes on for one step, then it is cut."""
+    script = tmp_path / "cut.py"
+    script.write_text(CUT)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
+    arguments = [competition / "train.csv", base, tmp_path, batch_size, accumulation]
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"CUT AT {list(range(1, 18))}" in done.stdout
+    for epoch in range(2):
+        whole, cut = (
+            load_weights(tmp_path / name / f"weights-{epoch}.pt").tensors
+            for name in ("whole", "cut")
+        )
+        assert all(torch.equal(whole[name], cut[name]) for name in whole)
