@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 def markdown(rows: Sequence[dict[str, object]]) -> str:
     """A table with a line for each of ``rows``, which all have the same keys."""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    for row in rows:
-        lines.append([str(cell) for cell in row.values()])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = []
+    for cells in (list(rows[0]), *(row.values() for row in rows)):
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])

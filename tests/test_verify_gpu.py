@@ -61,7 +61,7 @@ def test_the_whole_road_is_gone(whole):
     for step in STEPS.keys() - CUDA_ALONE:
         assert any(row["verdict"] == "ok" for row in rows if row["step"] == step), step
     (page,) = out.glob("gpu-*-tiny.md")
-    assert page.read_text().count("\n| ") == len(rows) + 1  # and the rule below the header
+    assert page.read_text().count("\n| ") == len(rows) + 1  # and the header
 
 
 def test_training_is_compared_and_resumed(whole):
