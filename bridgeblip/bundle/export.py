@@ -102,18 +102,21 @@ def save_traced(traced: torch.jit.ScriptModule, path: Path, files: dict[str, str
             f"{path.parent} has {free / 1e9:.1f} GB free, the bundle takes {needed / 1e9:.1f} GB: "
             f"{remedy}"
         )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen(
-            [sys.executable, "-I", "-c", POUR, str(path)],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C must not end it: torch would find the pipe broken
-        ) as process,
-    ):
-        link = Path(folder) / "bundle"  # the archive's parts are named after it
-        os.symlink(f"/dev/fd/{process.stdin.fileno()}", link)
-        torch.jit.save(traced, str(link), _extra_files=files)
-        fault = process.communicate()[1].decode().strip()
+    try:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            subprocess.Popen(
+                [sys.executable, "-I", "-c", POUR, str(path)],
+                stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C must not end it: torch would find the pipe broken
+            ) as process,
+        ):
+            link = Path(folder) / "bundle"  # the archive's parts are named after it
+            os.symlink(f"/dev/fd/{process.stdin.fileno()}", link)
+            torch.jit.save(traced, str(link), _extra_files=files)
+            fault = process.communicate()[1].decode().strip()
+    except OSError as error:  # no temporary folder
+        fault = str(error)
     if fault:
         raise InputError(f"{path} can't be written ({fault}): {remedy}")
