@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bridgeblip import InputError
 from bridgeblip.bridge.base import REAL_BASE, resolve_base
 from bridgeblip.bridge.budget import count_parts
-from bridgeblip.bridge.config import BridgeSettings, decoder_layers, slice_config
+from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.features import (
     SPARE_DISK,
     CachedPictures,
@@ -55,6 +55,7 @@ from bridgeblip.bridge.model import (
     load_sliced,
 )
 from bridgeblip.bridge.processing import QuestionProcessor, render_prompt
+from bridgeblip.bridge.settings import BridgeSettings, decoder_layers
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.embedded.demo import TINY_RATE

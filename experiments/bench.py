@@ -48,12 +48,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bridgeblip import InputError
 from bridgeblip.bridge.ahead import AheadTrainer
 from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings, slice_config
+from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.export import TraceableModel, export_bundle
 from bridgeblip.bridge.features import CachedPictures, FeatureCache, encoder_key, fill
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, empty_model, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.gate import PARITY_BOUND, RELOADING_SHARE
 from bridgeblip.bundle.predict import predict

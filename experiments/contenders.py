@@ -112,7 +112,7 @@ def _keep_layers(model):
     """Cut the decoder as a user does: fewer blocks, numbered anew for the cache."""
     from torch import nn
 
-    from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS
+    from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
 
     decoder = model.language_model.decoder
     decoder.block = nn.ModuleList(decoder.block[index] for index in DEFAULT_DECODER_LAYERS)

@@ -22,7 +22,8 @@ from bridgeblip.bridge.export import restore
 from bridgeblip.bridge.train import train
 from bridgeblip.bundle.format import Bundle
 from bridgeblip.bundle.predict import predict
-from bridgeblip.data.questions import read_questions, read_table
+from bridgeblip.data.questions import read_questions
+from bridgeblip.data.tables import read_table
 from bridgeblip.embedded.demo import TINY_BATCH, TINY_EPOCHS, TINY_RATE
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.answers import with_answers

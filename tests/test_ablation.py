@@ -12,9 +12,9 @@ from PIL import Image
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import TINY_BASE
-from bridgeblip.bridge.config import decoder_layers
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.settings import decoder_layers
 from bridgeblip.data.questions import read_questions, split_by_picture
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.machine import NonFiniteError

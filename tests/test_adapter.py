@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION
-from bridgeblip.bridge.config import BridgeBlipConfig, BridgeSettings
+from bridgeblip.bridge.config import BridgeBlipConfig
 from bridgeblip.bridge.export import restore
 from bridgeblip.bridge.lora import merge_bridge
 from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.share import FILES, _public_name, write_adapter
 from bridgeblip.bridge.train import train
 from bridgeblip.training.settings import TrainSettings

@@ -12,8 +12,8 @@ from conftest import LAYERS, ROOT
 from bridgeblip.bridge import ahead, features
 from bridgeblip.bridge import train as training
 from bridgeblip.bridge.ahead import encode_block
-from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.trainer import BridgeTrainer
@@ -102,7 +102,7 @@ def test_features_that_lie_on_the_device_are_the_same(base, competition, tmp_pat
 CUT = """
 import sys
 from bridgeblip.bridge import ahead
-from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.training.callbacks import Averages
 from bridgeblip.training.settings import TrainSettings

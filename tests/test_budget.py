@@ -7,15 +7,11 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.budget import certify_budget, count_parts, count_trained, held_memory
-from bridgeblip.bridge.config import (
-    DEFAULT_DECODER_LAYERS,
-    BridgeBlipConfig,
-    BridgeSettings,
-    slice_config,
-)
+from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
 from bridgeblip.bridge.export import TraceableModel
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import empty_model, load_sliced
+from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.training.callbacks import Averages
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.trainer import optimizer

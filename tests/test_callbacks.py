@@ -12,9 +12,9 @@ import torch
 from conftest import LAYERS, ROOT
 
 from bridgeblip import InputError
-from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.training.callbacks import Averages, Patience, SelfCheck, TrainingError
 from bridgeblip.training.settings import TrainSettings
@@ -147,7 +147,7 @@ import sys
 import bridgeblip.bridge.processing as processing
 import bridgeblip.bridge.train as training
 from bridgeblip import InputError
-from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.settings import BridgeSettings
 {plan}
 settings = training.TrainSettings(
     epochs=2, batch_size=6, validation_fraction=0.25, learning_rate=1e-3, save_minutes=0, workers={workers}
@@ -344,7 +344,7 @@ def test_a_signal_to_the_whole_group_saves_first(base, competition, tmp_path, wh
 
 TWO = """
 import json, os, signal, sys
-from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.bridge.train import train
 size, kill = int(sys.argv[4]), sys.argv[5]

@@ -4,14 +4,8 @@ import pytest
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.bridge.config import (
-    LAYER_SELECTIONS,
-    BridgeBlipConfig,
-    BridgeSettings,
-    check_decoder_layers,
-    decoder_layers,
-    slice_config,
-)
+from bridgeblip.bridge.config import BridgeBlipConfig, check_decoder_layers, slice_config
+from bridgeblip.bridge.settings import LAYER_SELECTIONS, BridgeSettings, decoder_layers
 from bridgeblip.training.settings import FEW, TrainSettings
 
 

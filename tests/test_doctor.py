@@ -17,10 +17,10 @@ from PIL import Image, features
 from bridgeblip import InputError
 from bridgeblip.bridge import processing
 from bridgeblip.bridge import train as training
-from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.hosting import doctor, runtime
 from bridgeblip.hosting.doctor import Finding, check, print_findings
 from bridgeblip.training.hold import holding

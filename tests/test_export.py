@@ -11,7 +11,6 @@ from torch import nn
 from bridgeblip import InputError
 from bridgeblip.bridge import export
 from bridgeblip.bridge.base import SINGLE_FILE, TINY_BASE, TensorReader
-from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.export import (
     INPUTS,
     SingleTokenSelfAttention,
@@ -21,6 +20,7 @@ from bridgeblip.bridge.export import (
 )
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.gate import ParityError, ParityGate

@@ -2,7 +2,6 @@ import pytest
 import torch
 from conftest import LAYERS
 
-from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.features import (
     CachedPictures,
     FeatureCache,
@@ -12,6 +11,7 @@ from bridgeblip.bridge.features import (
     fill,
 )
 from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.training.settings import TrainSettings

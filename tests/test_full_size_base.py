@@ -16,9 +16,10 @@ from transformers import (
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import INDEX_FILE, LM_HEAD
-from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, slice_config
+from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
 from tools.make_full_size_base import FULL_SIZE_CONFIG, main, stored_tensors, write_base
 
 SHARED = "language_model.shared.weight"

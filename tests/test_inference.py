@@ -20,10 +20,10 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
-from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.export import export_bundle, restore
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle import predict as inference
 from bridgeblip.bundle.format import Bundle, load_bundle
 from bridgeblip.bundle.predict import predict

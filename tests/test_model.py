@@ -7,9 +7,9 @@ from peft.tuners.lora import LoraLayer
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import source_name
-from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge, round_fairly
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.training.weights import load_trained, trained_tensors
 
 

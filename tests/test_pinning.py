@@ -6,7 +6,7 @@ import torch
 from conftest import LAYERS
 from torch.utils.data import dataloader
 
-from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.training.settings import TrainSettings
 

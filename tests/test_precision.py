@@ -2,9 +2,9 @@ import pytest
 import torch
 from conftest import LAYERS
 
-from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.machine import LARGE, NonFiniteError, choose_precision, slow_format
 
 

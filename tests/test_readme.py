@@ -17,7 +17,8 @@ from test_datasets import downloads, pictures  # noqa: F401  (fixtures)
 from bridgeblip.__main__ import build_parser, main
 from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, TINY_BASE
 from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget, held_memory
-from bridgeblip.bridge.config import LAYER_SELECTIONS, BridgeBlipConfig, BridgeSettings
+from bridgeblip.bridge.config import BridgeBlipConfig
+from bridgeblip.bridge.settings import LAYER_SELECTIONS, BridgeSettings
 from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import read_questions

@@ -15,10 +15,10 @@ from conftest import LAYERS, ROOT
 from transformers import Trainer
 
 from bridgeblip import InputError
-from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.export import restore
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.bundle.format import Bundle
 from bridgeblip.bundle.predict import predict
@@ -231,7 +231,7 @@ def test_an_unfinished_run_of_other_settings_is_refused_before_anything_long(
 
 KILLED = """
 import sys
-from bridgeblip.bridge.config import BridgeSettings
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.bridge.train import train
 csv, base, epochs, folder, features = sys.argv[1:]

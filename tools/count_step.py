@@ -57,9 +57,10 @@ def meta_model(dtype: torch.dtype):
     from transformers import InstructBlipConfig
 
     from bridgeblip.bridge.base import stored_dtype
-    from bridgeblip.bridge.config import BridgeSettings, slice_config
+    from bridgeblip.bridge.config import slice_config
     from bridgeblip.bridge.lora import attach_bridge
     from bridgeblip.bridge.model import empty_model
+    from bridgeblip.bridge.settings import BridgeSettings
 
     whole = InstructBlipConfig.from_dict(copy.deepcopy(FULL_SIZE_CONFIG))
     model = empty_model(slice_config(whole, range(0, 24, 3)))

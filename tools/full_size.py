@@ -22,10 +22,10 @@ from transformers import InstructBlipForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip.bridge.base import TensorReader
-from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS
 from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
 from bridgeblip.bridge.train import train
 from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.predict import predict

@@ -46,13 +46,15 @@ from bridgeblip.bridge import export as exporting
 from bridgeblip.bridge import train as training
 from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.budget import held_memory
-from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings, slice_config
+from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.predict import predict
 from bridgeblip.bundle.trace import constants_of, graphs
-from bridgeblip.data.questions import read_questions, read_table
+from bridgeblip.data.questions import read_questions
+from bridgeblip.data.tables import read_table
 from bridgeblip.files import write_text
 from bridgeblip.hosting import doctor
 from bridgeblip.machine import best_device, choose_precision, is_out_of_memory

@@ -48,14 +48,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, SMALL_FILES, resolve_base
-from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig
+from bridgeblip.bridge.config import BridgeBlipConfig
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import NUM_CHOICES, QuestionProcessor, render_prompt
+from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
 from bridgeblip.bundle.format import Bundle
 from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.prepare import prepare
-from bridgeblip.data.questions import read_questions, read_table
+from bridgeblip.data.questions import read_questions
+from bridgeblip.data.tables import read_table
 from bridgeblip.evidence.metrics import Estimate, measure, picture_groups
 from bridgeblip.files import write_text
 from bridgeblip.hosting.runtime import local_copy

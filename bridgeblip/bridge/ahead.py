@@ -50,7 +50,7 @@ class AheadTrainer(BridgeTrainer):
         step = self.state.global_step
         epoch_begin = step - step % math.ceil(len(loader) / each)
         block_begin = max(epoch_begin, step - step % STEPS_AHEAD)
-        # What a run that goes on has trained already, but for which its neighbours need to be there.
+        # What a run that goes on has trained already: its neighbours are encoded beside it.
         trained = (each * (block_begin - epoch_begin), each * (step - epoch_begin))
         block = [
             loader.collate_fn([loader.dataset[row] for row in rows])

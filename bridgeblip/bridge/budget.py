@@ -8,9 +8,10 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import stored_dtype
-from bridgeblip.bridge.config import BridgeBlipConfig, BridgeSettings
+from bridgeblip.bridge.config import BridgeBlipConfig
 from bridgeblip.bridge.lora import BRIDGED_LINEARS
 from bridgeblip.bridge.model import empty_model
+from bridgeblip.bridge.settings import BridgeSettings
 
 BUDGET_LIMIT = 3_000_000_000
 """The usual rule: all parameters of all models loaded for inference, summed, stay under three

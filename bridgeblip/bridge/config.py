@@ -6,14 +6,6 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.processing import NUM_CHOICES
-from bridgeblip.bridge.settings import (
-    DEFAULT_DECODER_LAYERS,
-    LAYER_SELECTIONS,
-    BridgeSettings,
-    decoder_layers,
-)
-
-__all__ = ["DEFAULT_DECODER_LAYERS", "LAYER_SELECTIONS", "BridgeSettings", "decoder_layers"]
 
 
 class BridgeBlipConfig(InstructBlipConfig):

@@ -12,15 +12,11 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.config import (
-    DEFAULT_DECODER_LAYERS,
-    BridgeBlipConfig,
-    BridgeSettings,
-    compare_configs,
-)
+from bridgeblip.bridge.config import BridgeBlipConfig, compare_configs
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bundle.export import write_bundle
 from bridgeblip.bundle.gate import ParityGate
 from bridgeblip.files import file_digest

@@ -8,16 +8,18 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from bridgeblip.bridge.base import stored_dtype
-from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice
+from bridgeblip.bridge.settings import BridgeSettings
 
 # With a single decoder token, self-attention is o(v(x)): its q and k get no gradient and do no
 # work.
 _LAYERS = r"language_model\.decoder\.block\.\d+\.layer\."
-
+_WORKING = (
+    r"(0\.SelfAttention\.(v|o)|1\.EncDecAttention\.(q|k|v|o)"
+    r"|2\.DenseReluDense\.(wi|wi_0|wi_1|wo))"
+)
 BRIDGED_LINEARS = {
-    "all": _LAYERS
-    + r"(0\.SelfAttention\.(v|o)|1\.EncDecAttention\.(q|k|v|o)|2\.DenseReluDense\.(wi|wi_0|wi_1|wo))",
+    "all": _LAYERS + _WORKING,
     "q,v": _LAYERS + r"(0\.SelfAttention\.v|1\.EncDecAttention\.(q|v))",
 }
 """Which linears get adapters, by the name that ``BridgeSettings.targets`` has for them."""

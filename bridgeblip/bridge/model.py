@@ -24,7 +24,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import LM_HEAD, TensorReader, source_name, stored_dtype
-from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeBlipConfig, slice_config
+from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
+from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
 from bridgeblip.machine import NonFiniteError, first_non_finite_module
 
 

@@ -18,10 +18,11 @@ from transformers import InstructBlipConfig, enable_full_determinism, set_seed
 from bridgeblip import InputError
 from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget
-from bridgeblip.bridge.config import BridgeSettings, decoder_layers, slice_config
+from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
+from bridgeblip.bridge.settings import BridgeSettings, decoder_layers
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.files import require_writable

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import pinned_revision
-from bridgeblip.bridge.config import BridgeBlipConfig, BridgeSettings
+from bridgeblip.bridge.config import BridgeBlipConfig
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import empty_model
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.files import write_text
 from bridgeblip.training.weights import load_trained, load_weights
 
@@ -35,9 +36,10 @@ tags:
 ---
 # A LoRA-Bridge for {base}
 
-Chooses A, B, C or D for an English question about a picture. {kept} of the {available} decoder layers of
-{base} stay; this adapter lets information flow again across the cut, and its head of {choices} numbers stands where
-text generation was. The folder holds what training changed, not the base: that is loaded from its own place.
+Chooses A, B, C or D for an English question about a picture. {kept} of the {available} decoder
+layers of {base} stay; this adapter lets information flow again across the cut, and its head of
+{choices} numbers stands where text generation was. The folder holds what training changed, not the
+base: that is loaded from its own place.
 
 - Base: {base}, {origin}
 - Decoder layers kept: {layers}
@@ -51,9 +53,10 @@ text generation was. The folder holds what training changed, not the base: that 
 
 ## How good it is
 
-Accuracy on validation questions: {accuracy}. These are the questions about {fraction:.0%} of the training file's
-pictures, set apart by picture content. Where several epochs were trained, the same questions chose between them, so
-the figure leans to the high side. It says little about other pictures and questions, and nothing about other languages.
+Accuracy on validation questions: {accuracy}. These are the questions about {fraction:.0%} of the
+training file's pictures, set apart by picture content. Where several epochs were trained, the same
+questions chose between them, so the figure leans to the high side. It says little about other
+pictures and questions, and nothing about other languages.
 
 ## How to load it
 
@@ -73,13 +76,13 @@ sliced.head.float()  # as it was trained, whatever the rest computes in
 model = PeftModel.from_pretrained(sliced, {folder!r})
 ```
 
-`processor.collate(questions)` makes a batch of what `bridgeblip.data.questions.read_questions` returns, and
-`model(**batch).logits` has one number a choice.
+`processor.collate(questions)` makes a batch of what `bridgeblip.data.questions.read_questions`
+returns, and `model(**batch).logits` has one number a choice.
 
 ## Licence
 
-This adapter does nothing without its base, whose own terms apply to using the two together. The data that it was
-trained on may have terms of their own.
+This adapter does nothing without its base, whose own terms apply to using the two together. The
+data that it was trained on may have terms of their own.
 """
 
 

@@ -19,7 +19,6 @@ from transformers.integrations import TensorBoardCallback
 from bridgeblip import InputError
 from bridgeblip.bridge.ahead import AheadTrainer
 from bridgeblip.bridge.budget import BUDGET_LIMIT
-from bridgeblip.bridge.config import BridgeSettings
 from bridgeblip.bridge.features import (
     CachedPictures,
     FeatureCache,
@@ -28,6 +27,7 @@ from bridgeblip.bridge.features import (
     fill,
 )
 from bridgeblip.bridge.plan import Plan, build_bridge, held, load_slice, plan_training
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import choose_permutation_margin

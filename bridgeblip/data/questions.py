@@ -12,7 +12,7 @@ import pandas as pd
 
 from bridgeblip import InputError
 from bridgeblip.data.pictures import picture_keys
-from bridgeblip.data.tables import Row, read_csv, read_table  # noqa: F401
+from bridgeblip.data.tables import Row, read_csv
 
 
 def letter(index: int) -> str:

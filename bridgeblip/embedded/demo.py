@@ -13,14 +13,15 @@ from tqdm.auto import tqdm
 
 from bridgeblip import HOME, IN_REPOSITORY, InputError
 from bridgeblip.bridge.base import TINY_BASE
-from bridgeblip.bridge.config import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bridge.export import restore
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.bundle.format import Bundle, load_bundle
 from bridgeblip.bundle.predict import predict
-from bridgeblip.data.questions import Question, letter, read_questions, read_table
+from bridgeblip.data.questions import Question, letter, read_questions
+from bridgeblip.data.tables import read_table
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.answers import letters_of, read_probabilities, with_answers
 from bridgeblip.evidence.metrics import accuracy_of

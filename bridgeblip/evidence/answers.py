@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from bridgeblip import InputError
-from bridgeblip.data.questions import Question, letter, letters, read_table
+from bridgeblip.data.questions import Question, letter, letters
+from bridgeblip.data.tables import read_table
 from bridgeblip.files import write_text
 
 PROBABILITIES_FILE = "probabilities.csv"

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from bridgeblip import InputError
-from bridgeblip.data.questions import Question, letters, read_table
+from bridgeblip.data.questions import Question, letters
+from bridgeblip.data.tables import read_table
 from bridgeblip.evidence.answers import (
     FLAG_NOTES,
     FLAGS,
