@@ -137,6 +137,7 @@ def _read_fitting(
     """Read the questions, those shortened that the model can't read whole; say what is odd about
     them."""
     written = read_questions(train_csv, need_answers=True)
+    processor.check_choices(written, train_csv)
     questions = [processor.fit(question) for question in written]
     processor.encode_prompts([processor.prompt(question) for question in questions])
     shortened = sum(fitting != whole for fitting, whole in zip(questions, written, strict=True))
@@ -145,18 +146,7 @@ def _read_fitting(
             f"{shortened} of {len(questions)} questions are longer than the "
             f"{processor.prompt_limit} tokens that this base reads: their beginning is left out"
         )
-    alike = [question for question in written if _has_equal_choices(question)]
-    if alike:
-        process.print(
-            f"warning: {len(alike)} of {len(questions)} questions have equal choices, of which one "
-            f"at most can be right; the first is ID {alike[0].id} in line {alike[0].line}"
-        )
     return questions
-
-
-def _has_equal_choices(question: Question) -> bool:
-    filled = [choice for choice in question.choices if choice]
-    return len(set(filled)) < len(filled)
 
 
 def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:

@@ -88,6 +88,8 @@ class BridgeTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.averages = Averages(model, average)
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        # Walking all of the frozen parameters in every step would cost the host its time.
+        model.zero_grad = self._zero_grad
         self.inputs = {}
         self.remove_callback(PrinterCallback)
         self.add_callback(self.averages)
@@ -98,9 +100,11 @@ class BridgeTrainer(Trainer):
         with tensor_floats():
             return super().training_step(model, inputs, *args)
 
-    def _clip_grad_norm(
-        self, model
-    ):  # not model.parameters(): walking them all costs the host time
+    def _zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def _clip_grad_norm(self, model):
         return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs):
