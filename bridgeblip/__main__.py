@@ -1,7 +1,6 @@
 """The command line, ``bridgeblip VERB``; each verb calls what its notebook calls."""
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,6 +10,7 @@ import bridgeblip
 from bridgeblip import IN_REPOSITORY, InputError, __version__
 from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
 from bridgeblip.data.formats import SOURCES
+from bridgeblip.files import FULL
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
@@ -380,7 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         message, code = " ".join(str(error).split()), error.exit_code
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in FULL
         message, code = f"{error}{': free some space, then run the same again' * full}", 2
     print(f"error: {message}", file=sys.stderr)
     return code

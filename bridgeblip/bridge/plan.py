@@ -26,7 +26,7 @@ from bridgeblip.bridge.settings import BridgeSettings, decoder_layers
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.files import require_writable
-from bridgeblip.machine import choose_precision
+from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
@@ -80,6 +80,7 @@ def plan_training(
     Raises:
         InputError: as ``train``.
     """
+    process_rank()
     process = PartialState(cpu=not torch.cuda.is_available())
     places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
     folder = resolve_base(base, revision)
@@ -151,6 +152,9 @@ def _read_fitting(
 
 def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:
     """Return the slice of the base that a plan asks for, its head started, nothing trained yet."""
+    torch.use_deterministic_algorithms(
+        False
+    )  # an earlier run in this process may have asked for it
     (enable_full_determinism if plan.settings.deterministic else set_seed)(plan.settings.seed)
     sliced = load_sliced(
         plan.base,
