@@ -1,5 +1,6 @@
 """What a training run decides before anything long starts, and the model that it then builds."""
 
+import gc
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -152,9 +153,9 @@ def _read_fitting(
 
 def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:
     """Return the slice of the base that a plan asks for, its head started, nothing trained yet."""
-    torch.use_deterministic_algorithms(
-        False
-    )  # an earlier run in this process may have asked for it
+    gc.collect()  # of an earlier run in this process: its model, and what it asked of torch
+    torch.cuda.empty_cache()
+    torch.use_deterministic_algorithms(False)
     (enable_full_determinism if plan.settings.deterministic else set_seed)(plan.settings.seed)
     sliced = load_sliced(
         plan.base,
