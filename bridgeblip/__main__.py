@@ -222,7 +222,7 @@ def predict(args):
     bundle = load_bundle(args.model, best_device())
     if process_rank()[0] == 0 and (stale := stale_bundle(args.model, bundle.manifest["trained"])):
         print(stale)
-    how = {"batch_size": args.batch_size} if args.batch_size else {}
+    how = {"batch_size": args.batch_size} if args.batch_size is not None else {}
     answers = predict(bundle, questions, permute_below=args.permute_below, out=args.out, **how)
     if process_rank()[0] > 0:
         return 0  # the first process writes for all
@@ -267,6 +267,7 @@ def evaluate(args):
     from bridgeblip.data.questions import read_questions
     from bridgeblip.evidence.answers import read_probabilities, read_weights, with_answers
     from bridgeblip.evidence.report import write_comparison, write_report
+    from bridgeblip.files import require_writable
     from bridgeblip.machine import process_rank
 
     out = args.out or Path("comparison.html" if len(args.results) == 2 else "report.html")
@@ -275,6 +276,7 @@ def evaluate(args):
             f"got {len(args.results)} results and --out {out}: expected at most two, and a name in "
             f".html"
         )
+    require_writable(out.parent)
     questions = read_questions(args.csv, need_answers=not args.answers)
     if args.answers:
         questions = with_answers(questions, args.answers)

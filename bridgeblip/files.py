@@ -45,7 +45,10 @@ def write_atomically(
 def cache_folder() -> Path:
     """A folder of our own in ``$BRIDGEBLIP_CACHE``, or in the user's cache: a local disk, where
     Drive would be slow."""
-    return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache").expanduser() / "bridgeblip"
+    try:
+        return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache").expanduser() / "bridgeblip"
+    except RuntimeError as error:
+        raise InputError(f"there is no home folder ({error}): set $BRIDGEBLIP_CACHE") from error
 
 
 def require_writable(

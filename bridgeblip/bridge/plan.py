@@ -24,15 +24,13 @@ from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings, decoder_layers
-from bridgeblip.data.pictures import picture_keys
+from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.files import require_writable
 from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
-
-KEY_LENGTH = 16  # hex digits of a training picture's SHA-256 that the weights remember
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def plan_training(
         "dtype": str(precision.dtype).removeprefix("torch."),
         "budget": budget | {"limit": budget_limit},
         "config": config.to_json_string(),
-        "pictures": sorted({keys[q.image][:KEY_LENGTH] for q in training}),
+        "pictures": sorted({keys[q.image][:SHORT_KEY] for q in training}),
     } | _contract(processor)
     identity = _identity(manifest, questions, keys, process.num_processes)
     manifest["run"] = digest_of({k: v for k, v in identity.items() if k != "versions"})
