@@ -121,7 +121,9 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path} is missing: copy the whole folder of the base model")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error}): copy it again") from error
+    except ValueError as error:
         raise InputError(
-            f"{path} can't be read ({error}): it is cut off, or a pointer to a file; copy it again"
+            f"{path} is no JSON ({error}): it is cut off, or a pointer to a file; copy it again"
         ) from error

@@ -243,14 +243,14 @@ processing.QuestionProcessor.load_pixels = load_until
 """
 NAN = """
 import torch
-forward, calls = training.BridgeTrainer.training_step, []
+forward, calls = training.AheadTrainer.training_step, []
 def step(self, model, *args):
     calls.append(1)
     if len(calls) == 5:
         with torch.no_grad():
             next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(float("nan"))
     return forward(self, model, *args)
-training.BridgeTrainer.training_step = step
+training.AheadTrainer.training_step = step
 """
 
 

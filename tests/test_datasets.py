@@ -51,7 +51,7 @@ AOKVQA = [
         "image_id": 17,
         "question_id": "2aMexNkBPpdZGX6sxbxVBX",
         "question": 'The sign says "정지", or\r\n"stop"; what\'s next, then?',
-        "choices": ['a "full", complete stop', "빨리, 더 빨리", "a turn,\nleft", "None"],
+        "choices": ['a "full", complete stop', "빨리, 더 빨리", "a turn, left", "None"],
         "correct_choice_idx": 1,
         "direct_answers": ["stop"] * 10,
         "difficult_direct_answer": True,
@@ -243,8 +243,8 @@ def test_aokvqa(downloads, tmp_path, capsys):
         first.id == "aokvqa-22MexNkBPpdZGX6sxbxVBH" and third.id == "aokvqa-22jbM6gDxdaMaunuzgrsBB"
     )
     assert first.choices == ("skateboarder", "train", "delivery", "cab") and first.answer == 3
-    assert awkward.question == 'The sign says "정지", or\n"stop"; what\'s next, then?'
-    assert awkward.choices == ('a "full", complete stop', "빨리, 더 빨리", "a turn,\nleft", "None")
+    assert awkward.question == 'The sign says "정지", or "stop"; what\'s next, then?'
+    assert awkward.choices == ('a "full", complete stop', "빨리, 더 빨리", "a turn, left", "None")
     assert awkward.answer == 1
     assert pd.read_csv(out)["img_path"][0] == "../downloads/coco/train2017/000000299207.jpg"
 
@@ -320,7 +320,7 @@ def test_scienceqa(downloads, tmp_path, capsys):
         four.question == "Which of these states is farthest north?"
         and four.choice_mask == [True] * 4
     )
-    assert two.question == "Tom had a catapult.\nFigure: it.\nWhich angle is it?"
+    assert two.question == "Tom had a catapult. Figure: it. Which angle is it?"
     assert two.choices == ("a 30° angle", "a 45° angle", "", "") and two.answer == 1
     assert "C." not in render_prompt(two.question, two.choices) and two.choice_mask == [
         True,
@@ -439,7 +439,7 @@ def test_a_long_hint_is_shortened_and_counted(downloads):
     assert "shortened 1 questions to their last 1000 characters" in str(summary)
     (only,) = read_questions(summary.out)
     assert only.question.startswith("...") and len(only.question) == 1003
-    assert only.question.endswith("word \nWhich of these states is farthest north?")
+    assert only.question.endswith("word Which of these states is farthest north?")
 
 
 @pytest.mark.parametrize(

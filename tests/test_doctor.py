@@ -534,7 +534,7 @@ def test_a_bundle_of_other_weights_is_named(home):
     save_best(home / "checkpoint", [0.5], [1.0])
     assert not [f for f in examine(home, PREDICT) if f.level == "warning"]
     content = (home / "checkpoint" / "weights-0.pt").read_bytes()
-    (home / "checkpoint" / "weights-1.pt").write_bytes(content)
+    (home / "checkpoint" / "weights-1.pt").write_bytes(content + b"other")
     save_best(home / "checkpoint", [0.5, 0.6], [1.0, 0.9])
     (warning,) = [str(f) for f in examine(home, PREDICT) if f.level == "warning"]
     assert "was not made from" in warning and "weights-1.pt" in warning

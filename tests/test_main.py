@@ -247,7 +247,8 @@ def test_ctrl_c_at_any_moment_is_one_line_and_130(home, which, seconds):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert "Traceback" not in errors, errors
-    assert process.returncode in (130, 0)  # unless it was quicker
+    # 0 if it was quicker; the signal itself, which a shell shows as 130, if Python was on its way out
+    assert process.returncode in (130, 0, -signal.SIGINT)
     if process.returncode:
         assert errors.splitlines()[-1].startswith("error: ")
 

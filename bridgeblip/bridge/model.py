@@ -56,6 +56,8 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         "language_model.encoder.embed_tokens.weight": "language_model.shared.weight",
         "language_model.decoder.embed_tokens.weight": "language_model.shared.weight",
     }
+    adapter_dropouts: Sequence[nn.Module] = ()
+    """Of the bridge, once it is there."""
     label_smoothing = 0.0
     """Share of the target that training spreads evenly over the choices that exist."""
     accepts_loss_kwargs = (
@@ -95,15 +97,17 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         """Set the training flag; of the modules below, only the adapters' dropout follows it.
 
         Returns at once if nothing changes: walking two thousand modules costs a step more time than
-        a GPU needs for it.
+        a GPU needs for it. Adapters that were put on since begin in training mode, so as long as
+        none is known all modules are looked at.
         """
-        if mode == self.training:
+        if mode == self.training and self.adapter_dropouts:
             return self
         super().train(False)
         self.training = mode
-        for name, module in self.named_modules():
-            if "lora_dropout" in name:
-                module.train(mode)
+        named = self.named_modules()
+        self.adapter_dropouts = [module for name, module in named if "lora_dropout" in name]
+        for module in self.adapter_dropouts:
+            module.train(mode)
         return self
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -29,10 +29,11 @@ def decoder_layers(selection: str | Sequence[int]) -> list[int]:
     Raises:
         InputError: if the text is neither a known name nor a list of numbers.
     """
+    parts = selection
     if isinstance(selection, str):
-        selection = LAYER_SELECTIONS.get(selection, selection.split(","))
+        parts = LAYER_SELECTIONS.get(selection, selection.split(","))
     try:
-        return [int(part) for part in selection]
+        return [int(part) for part in parts]
     except (TypeError, ValueError):
         names = ", ".join(LAYER_SELECTIONS)
         raise InputError(

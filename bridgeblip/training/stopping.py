@@ -82,6 +82,7 @@ def in_one_line(folder: Path) -> Iterator[None]:
         InputError: of numbers that are not finite, a full disk, a file that can't be reached.
     """
     go_on = f"run the same again to go on from the last state in {folder / STATE_FOLDER}, if any"
+    usual, threading.excepthook = threading.excepthook, _warn_of_a_thread
     try:
         yield
     except KeyboardInterrupt:
@@ -104,6 +105,16 @@ def in_one_line(folder: Path) -> Iterator[None]:
         if remedy is None:
             raise
         raise InputError(f"training stopped, {_words(error)}: {remedy}, and {go_on}") from error
+    finally:
+        threading.excepthook = usual
+
+
+def _warn_of_a_thread(failed: threading.ExceptHookArgs) -> None:
+    """What else ends in a traceback: TensorBoard's writer on a full disk, say."""
+    what = f"{failed.exc_type.__name__}: {failed.exc_value}"
+    print(
+        f"warning: {failed.thread.name if failed.thread else 'a thread'}: {what}", file=sys.stderr
+    )
 
 
 def _words(error: Exception) -> str:
