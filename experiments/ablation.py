@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -80,7 +81,7 @@ from bridgeblip.training.trainer import (
     optimizer,
     training_arguments,
 )
-from experiments.tables import markdown
+from experiments.contenders import markdown
 
 CLAIMED = "0,3,...,21"
 FROZEN = (
@@ -208,6 +209,35 @@ def encode_questions(
     return encoded, len(missing)
 
 
+class SlicedLoader:
+    """Loads the base with an arm's decoder layers, on the machine's device in its number format.
+
+    Raises:
+        InputError: if the base has not the layers of every arm.
+    """
+
+    def __init__(self, base: str | Path, revision: str | None, arms: Sequence[Arm]):
+        folder = resolve_base(base, revision)
+        self.folder, self.processor = folder, QuestionProcessor.from_base(folder)
+        config = InstructBlipConfig.from_pretrained(folder)
+        for arm in reversed(arms):
+            sliced = slice_config(config, decoder_layers(arm.layers))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        parameters = sum(count_parts(empty_model(sliced)).values())
+        self.dtype = choose_precision(self.device, parameters).dtype
+
+    def load(self, arm: Arm) -> BridgeBlipForMultipleChoice:
+        letters, layers = self.processor.letter_ids, decoder_layers(arm.layers)
+        head = arm.bridge.head_init
+        return load_sliced(self.folder, letters, layers, head, self.dtype, self.device)
+
+    def made_by(self) -> dict[str, str]:
+        """Machine and versions."""
+        versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "peft")]
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, {self.device}, {self.dtype}"
+        return {"machine": machine, "versions": ", ".join(versions)}
+
+
 def ablate(
     train_csv: str | Path | None,
     base: str | Path,
@@ -247,34 +277,16 @@ def ablate(
     questions = read_questions(train_csv or _embedded_questions(), need_answers=True)
     training, validation = split_by_picture(questions, VALIDATION_FRACTION, ORDER_SEED)
     training = TrainingQuestions(training, ORDER_SEED, settings.shuffle_choices)
+    loader = SlicedLoader(base, revision, arms)
     shown = [training[row] for row in range(len(training))] + validation
-    folder = resolve_base(base, revision)
-    processor = QuestionProcessor.from_base(folder)
-    configs = [
-        slice_config(InstructBlipConfig.from_pretrained(folder), decoder_layers(arm.layers))
-        for arm in arms
-    ]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = choose_precision(device, sum(count_parts(empty_model(configs[0])).values())).dtype
-
-    def sliced(arm: Arm) -> BridgeBlipForMultipleChoice:
-        layers = decoder_layers(arm.layers)
-        return load_sliced(
-            base, processor.letter_ids, layers, arm.bridge.head_init, dtype, device, revision
-        )
-
-    encoded, computed = encode_questions(sliced(arms[0]), processor, shown, settings.batch_size)
+    model = loader.load(arms[0])
+    encoded, computed = encode_questions(model, loader.processor, shown, settings.batch_size)
     print(
         f"the frozen part has run on {computed} questions; {len(arms)} arms of {seeds} seeds share "
         f"what it gave"
     )
     rows = json.dumps([[encoded.key(question), question.answer] for question in shown])
-    made_by = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}, {dtype}",
-        "versions": ", ".join(
-            f"{name} {version(name)}" for name in ("torch", "transformers", "peft")
-        ),
-    }
+    made_by = loader.made_by()
     common = made_by | {
         "base": str(base),
         "revision": revision,
@@ -282,36 +294,34 @@ def ablate(
         "questions": hashlib.sha256(rows.encode()).hexdigest(),
     }
     runs = []
-    for seed, arm in tqdm(
-        [(seed, arm) for seed in range(seeds) for arm in arms], "arms", unit="run"
-    ):
+    for seed, arm in tqdm(list(product(range(seeds), arms)), "arms", unit="run"):
         seeded = replace(settings, seed=seed)
         cut = {"name": arm.name, "layers": decoder_layers(arm.layers), "bridge": asdict(arm.bridge)}
         identity = json.loads(json.dumps(common | {"arm": cut, "settings": asdict(seeded)}))
         path = out / "runs" / f"{arm.name.replace(' ', '-')}.{seed}.json"
         run = _kept_run(path, identity)
         if run is None:
-            gc.collect()  # the arm before, and its optimizer
+            model = None  # the arm before, and its optimizer, go first
+            gc.collect()
             torch.cuda.empty_cache()
             set_seed(seed)
-            run = _train_arm(
-                attach_bridge(sliced(arm), arm.bridge), encoded, training, validation, seeded, dtype
-            )
+            model = attach_bridge(loader.load(arm), arm.bridge)
+            run = _train_arm(model, encoded, training, validation, seeded, loader.dtype)
             write_text(path, json.dumps({"identity": identity, **run}))
         runs.append({"arm": arm.name, "seed": seed, **run})
     runs = pd.DataFrame(runs)
     summary = summarise(runs, picture_groups(validation))
+    verdict = judge_claim(runs, summary, guessing(validation))
     words = ["python", "experiments/ablation.py", "--base", base, "--seeds", seeds]
     words += ["--train-csv", train_csv] * bool(train_csv) + ["--also", *also] * bool(also)
     words += ["--batch-size", settings.batch_size, "--learning-rate", settings.learning_rate]
+    counted = f"{len(training)} trained on, {len(validation)} about other pictures to measure"
     facts = {
         "command": f"`{shlex.join(map(str, words))}`",
         "date": date.today().isoformat(),
         **made_by,
-        "questions": f"{len(training)} trained on, {len(validation)} about other pictures to "
-        f"measure",
+        "questions": counted,
     }
-    verdict = judge_claim(runs, summary, guessing(validation))
     ablation_figure(runs, arms, verdict).savefig(out / "ablation.png", dpi=150)
     write_text(out / "ablation.md", _page(summary, verdict, facts))
     print(verdict)

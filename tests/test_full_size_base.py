@@ -183,26 +183,9 @@ def test_logits_depend_on_picture_and_prompt(folder):
     assert (first - other_picture).abs().max() > 1e-3 and (first - other_prompt).abs().max() > 1e-3
 
 
-def test_a_processor_is_copied_and_nothing_else(folder, tmp_path):
-    out = tmp_path / "copy"
-    write_base(scaled_down(), out, processor=folder)
-    assert (
-        QuestionProcessor.from_base(out).fingerprint
-        == QuestionProcessor.from_base(folder).fingerprint
-    )
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"  # the copy's own
-    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
-
-
 def test_refusals_are_one_line(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match=r"exists already.*another --out"):
         write_base(scaled_down(), folder)
-    with pytest.raises(InputError, match=r"processor folder .* not found"):
-        write_base(scaled_down(), tmp_path / "a", processor=tmp_path / "missing")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"processor_config\.json is missing"):
-        write_base(scaled_down(), tmp_path / "b", processor=tmp_path / "empty")
-    assert not list(tmp_path.rglob("*.safetensors"))  # refused before the weights are written
     usage = type("Usage", (), {"free": 7_000_000_000})
     monkeypatch.setattr("tools.make_full_size_base.shutil.disk_usage", lambda path: usage)
     assert main(["--out", str(tmp_path / "no" / "room")]) == 2
