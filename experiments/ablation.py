@@ -216,8 +216,8 @@ class SlicedLoader:
         InputError: if the base has not the layers of every arm.
     """
 
-    def __init__(self, base: str | Path, revision: str | None, arms: Sequence[Arm]):
-        folder = resolve_base(base, revision)
+    def __init__(self, base: str | Path, arms: Sequence[Arm]):
+        folder = resolve_base(base)
         self.folder, self.processor = folder, QuestionProcessor.from_base(folder)
         config = InstructBlipConfig.from_pretrained(folder)
         for arm in reversed(arms):
@@ -245,7 +245,6 @@ def ablate(
     also: Sequence[str] = (),
     seeds: int = 3,
     settings: TrainSettings = TrainSettings(),
-    revision: str | None = None,
 ) -> pd.DataFrame:
     """Train every arm with every seed for one epoch, on the same questions in the same order, and
     compare them.
@@ -277,7 +276,7 @@ def ablate(
     questions = read_questions(train_csv or _embedded_questions(), need_answers=True)
     training, validation = split_by_picture(questions, VALIDATION_FRACTION, ORDER_SEED)
     training = TrainingQuestions(training, ORDER_SEED, settings.shuffle_choices)
-    loader = SlicedLoader(base, revision, arms)
+    loader = SlicedLoader(base, arms)
     shown = [training[row] for row in range(len(training))] + validation
     model = loader.load(arms[0])
     encoded, computed = encode_questions(model, loader.processor, shown, settings.batch_size)
@@ -289,7 +288,6 @@ def ablate(
     made_by = loader.made_by()
     common = made_by | {
         "base": str(base),
-        "revision": revision,
         "encoder": encoded.cache.folder.name,
         "questions": hashlib.sha256(rows.encode()).hexdigest(),
     }
@@ -518,9 +516,8 @@ def _draw_curves(axes: Axes, runs: pd.DataFrame, arms: Sequence[Arm], title: str
 
 
 def _interval(found: Estimate, show: Callable[[float], str]) -> str:
-    if found.low is None:  # too few pictures
-        return show(found.value)
-    return f"{show(found.value)} ({show(found.low)} to {show(found.high)})"
+    around = "" if found.low is None else f" ({show(found.low)} to {show(found.high)})"
+    return show(found.value) + around  # nothing around it where pictures are too few
 
 
 def _page(summary: pd.DataFrame, verdict: str, facts: dict[str, str]) -> str:

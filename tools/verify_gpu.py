@@ -133,7 +133,7 @@ class Check:
     @cached_property
     def weights(self) -> Path:
         """Of a short training, unless a step has trained."""
-        return self.train("weights", 32, batch_size=8).weights
+        return self.train("weights", 48, batch_size=8).weights
 
     @cached_property
     def bundle(self) -> Path:
@@ -289,7 +289,7 @@ def parity(check: Check) -> None:
     """The unsliced model's letter logits, held against Hugging Face's own."""
     folder = resolve_base(check.base)
     processor = QuestionProcessor.from_base(folder)
-    args = argparse.Namespace(images=None, base=check.base)
+    args = argparse.Namespace(base=check.base)
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         for dtype in (torch.bfloat16, torch.float32):

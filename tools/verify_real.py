@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,6 @@ PUBLISHED_SCORE, PUBLISHED_ROWS = (
     0.79,
     1000,
 )  # of the unsliced model on A-OKVQA's validation questions, by others
-PICTURES = 4  # most that parity is measured on, each with every prompt
 PROMPTS = [
     render_prompt("What is it?", ("temple", "flower", "river", "roof")),
     render_prompt(
@@ -88,8 +88,7 @@ class Check(NamedTuple):
     what: str
     asked: str
     measured: str
-    ok: bool | None
-    """None: not run."""
+    ok: bool | None  # None: not run
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,8 @@ class Run:
     """What every step works on."""
 
     args: argparse.Namespace
-    folder: Path
-    """Of the base, on this machine."""
-    revision: str | None
-    """Of the hub."""
+    folder: Path  # of the base, on this machine
+    revision: str | None  # of the hub
     config: InstructBlipConfig
     processor: QuestionProcessor
     device: str
@@ -117,17 +114,12 @@ class Loaded:
     """What became of a model: loaded, asked once, and let go again."""
 
     parameters: int
-    seconds: float
-    """From the first byte read to the logits."""
-    memory_gb: float
-    """Peak of this process, mapped weights included."""
-    own_gb: float
-    """The same without mapped files."""
-    kept_gb: float
-    """Of the model's tensors."""
+    seconds: float  # from the first byte read to the logits
+    memory_gb: float  # peak of this process, mapped weights included
+    own_gb: float  # the same without them
+    kept_gb: float  # of the model's tensors
     gpu_gb: float | None
-    logits: torch.Tensor
-    """(B, 4), fp32."""
+    logits: torch.Tensor  # (B, 4), fp32
 
     def __str__(self) -> str:
         gpu = "" if self.gpu_gb is None else f", {self.gpu_gb:.1f} GB of GPU memory"
@@ -155,22 +147,10 @@ def count_parameters(config: InstructBlipConfig) -> dict[str, int]:
     }
 
 
-def sample_pictures(folder: Path | None) -> list[Path]:
-    """The first pictures of a folder, or scikit-learn's two sample photos."""
-    if folder is None:
-        return [Path(name) for name in load_sample_images().filenames]
-    found = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
-    if not found:
-        raise InputError(f"no photo in {folder}: give a folder with .jpg files as --images")
-    return found[:PICTURES]
-
-
 def model_inputs(run: Run) -> tuple[list[Path], list[str], dict[str, torch.Tensor]]:
     """Every picture with every prompt: the files, the prompts and the batch."""
-    pairs = [
-        (picture, prompt) for picture in sample_pictures(run.args.images) for prompt in PROMPTS
-    ]
-    pictures, prompts = [picture for picture, _ in pairs], [prompt for _, prompt in pairs]
+    pairs = list(product(map(Path, load_sample_images().filenames), PROMPTS))
+    pictures, prompts = (list(column) for column in zip(*pairs, strict=True))
     pixels = torch.stack([run.processor.load_pixels(picture) for picture in pictures])
     return pictures, prompts, run.processor.encode_prompts(prompts) | {"pixel_values": pixels}
 
@@ -208,13 +188,11 @@ def ask_hugging_face(run: Run, inputs: dict[str, torch.Tensor]) -> Loaded:
         return InstructBlipForConditionalGeneration.from_pretrained(run.folder, **where).eval()
 
     def letters(model, batch):
-        start = torch.full_like(
-            batch["input_ids"][:, :1], run.config.text_config.decoder_start_token_id
-        )
+        start = run.config.text_config.decoder_start_token_id
+        first = torch.full_like(batch["input_ids"][:, :1], start)
         batch = batch | {"pixel_values": batch["pixel_values"].to(run.dtype)}
-        return model(**batch, decoder_input_ids=start, use_cache=False).logits[
-            :, 0, run.processor.letter_ids
-        ]
+        logits = model(**batch, decoder_input_ids=first, use_cache=False).logits
+        return logits[:, 0, run.processor.letter_ids]
 
     return ask(run, load, letters, inputs)
 
@@ -230,10 +208,6 @@ def load_ours(run: Run, layers):
     return load_sliced(
         run.folder, run.processor.letter_ids, layers, dtype=run.dtype, device=run.device
     )
-
-
-def all_layers(run: Run) -> range:
-    return range(run.config.text_config.num_decoder_layers)
 
 
 def hugging_face_processor(folder: Path) -> InstructBlipProcessor:
@@ -254,23 +228,18 @@ def check_weights(run: Run) -> tuple[list[Check], dict]:
         "sliced": ask_ours(run, inputs, DEFAULT_DECODER_LAYERS),
     }
     counts = REAL_PARAMETERS if run.is_real else count_parameters(run.config)
-    found, letters = run.processor.letter_ids, REAL_LETTERS
+    found, asked = run.processor.letter_ids, REAL_LETTERS
     if not run.is_real:
-        letters = hugging_face_processor(run.folder).tokenizer.convert_tokens_to_ids(
-            [f"▁{x}" for x in run.processor.letters]
-        )
-    checks, facts = (
-        [Check("tokens of A, B, C, D", str(letters), str(found), found == letters)],
-        {"letters": found},
-    )
+        tokenizer = hugging_face_processor(run.folder).tokenizer
+        asked = tokenizer.convert_tokens_to_ids([f"▁{x}" for x in run.processor.letters])
+    checks, facts = [Check("tokens of A, B, C, D", str(asked), str(found), found == asked)], {}
     for name, model in models.items():
         count, finite = model.parameters, bool(model.logits.isfinite().all())
-        checks.append(
-            Check(f"{name}: parameters", f"{counts[name]:,}", f"{count:,}", count == counts[name])
-        )
+        what, expected = f"{name}: parameters", counts[name]
+        checks.append(Check(what, f"{expected:,}", f"{count:,}", count == expected))
         checks.append(Check(f"{name}: loaded and asked", "finite logits", str(model), finite))
-        facts[name] = {key: value for key, value in asdict(model).items() if key != "logits"}
-    return checks, facts
+        facts[name] = asdict(model) | {"logits": model.logits.tolist()}
+    return checks, facts | {"letters": found}
 
 
 def check_parity(run: Run) -> tuple[list[Check], dict]:
@@ -282,53 +251,35 @@ def check_parity(run: Run) -> tuple[list[Check], dict]:
     round in other places; see ``bridgeblip.bridge.model``.
     """
     pictures, prompts, inputs = model_inputs(run)
-    processor = hugging_face_processor(run.folder)
-    expected = processor(
-        images=[load_image(str(p)) for p in pictures],
-        text=prompts,
-        padding=True,
-        return_tensors="pt",
-    )
+    images = [load_image(str(path)) for path in pictures]
+    words = {"text": prompts, "padding": True, "return_tensors": "pt"}
+    expected = hugging_face_processor(run.folder)(images=images, **words)
     equal = {name: torch.equal(tensor, expected[name]) for name, tensor in inputs.items()}
-    theirs, ours = (
-        ask_hugging_face(run, inputs).logits,
-        ask_ours(run, inputs, all_layers(run)).logits,
-    )
+    theirs = ask_hugging_face(run, inputs).logits
+    ours = ask_ours(run, inputs, range(run.config.text_config.num_decoder_layers)).logits
     difference = (ours - theirs).abs().max().item()
-    exact = run.dtype == torch.float32
     spread = (theirs.max() - theirs.min()).item()
     step = torch.finfo(run.dtype).eps * theirs.abs().max().item()
-    bound = max(PARITY_BOUND, 4 * step) if exact else MERGING_SHARE * spread + step
-    same = sum(
-        a == b for a, b in zip(ours.argmax(-1).tolist(), theirs.argmax(-1).tolist(), strict=True)
-    )
-    kind, pixels = str(run.dtype).removeprefix("torch."), equal.pop("pixel_values")
-    checks = [
-        Check("pixels, held against "
-              "InstructBlipProcessor's", "equal to the bit", _equal(pixels), pixels),
-        Check("tokens, held against "
-              "InstructBlipProcessor's", "equal to the bit", _equal(*equal.values()),
-              all(equal.values())),
-        Check(f"letter logits of all layers, {kind}: "
-              f"from Hugging Face's", f"at most {bound:.1e}", f"{difference:.1e}",
-              difference <= bound),
-        Check("their spread", "above 0", f"{spread:.2f}", spread > 0),
-    ]  # fmt: skip
-    facts = {
+    bound = MERGING_SHARE * spread + step
+    if run.dtype == torch.float32:
+        bound = max(PARITY_BOUND, 4 * step)
+    checks = []
+    for what, right in (("pixels", equal.pop("pixel_values")), ("tokens", all(equal.values()))):
+        measured = "equal" if right else "different"
+        asked = "equal to the bit"
+        checks.append(Check(f"{what}, InstructBlipProcessor's", asked, measured, right))
+    what, asked = "letter logits of all layers, from Hugging Face's", f"at most {bound:.1e}"
+    checks.append(Check(what, asked, f"{difference:.1e}", difference <= bound))
+    checks.append(Check("their spread", "above 0", f"{spread:.2f}", spread > 0))
+    return checks, {
         "questions": len(prompts),
-        "pictures": sorted({p.name for p in pictures}),
-        "same letter": same,
-    }
-    return checks, facts | {
+        "pictures": sorted({path.name for path in pictures}),
+        "same letter": int((ours.argmax(-1) == theirs.argmax(-1)).sum()),
         "difference": difference,
         "bound": bound,
         "spread": spread,
         "logits": theirs.tolist(),
     }
-
-
-def _equal(*equal: bool) -> str:
-    return "equal" if all(equal) else f"{equal.count(False)} of {len(equal)} tensors differ"
 
 
 def check_zero_shot(run: Run) -> tuple[list[Check], dict]:
@@ -340,24 +291,19 @@ def check_zero_shot(run: Run) -> tuple[list[Check], dict]:
     release()
     began = time.perf_counter()
     with PeakMemory(run.device) as peak:
-        bundle = Bundle(
-            load_ours(run, all_layers(run)), run.processor, {}, torch.device(run.device)
-        )
+        model = load_ours(run, range(run.config.text_config.num_decoder_layers))
+        bundle = Bundle(model, run.processor, {}, torch.device(run.device))
         probabilities = predict(bundle, questions, permute_below=0).probabilities
         seconds = time.perf_counter() - began
-    measures = measure([q.answer for q in questions], probabilities, picture_groups(questions))
-    asked, ok = judge(measures.accuracy) if run.is_real else ("a score", True)
-    what = f"unsliced, zero-shot, {measures.questions:,} A-OKVQA questions"
-    facts = {
-        "questions": measures.questions,
-        "pictures": measures.pictures,
-        "right": measures.right,
-    }
-    facts |= {
-        "accuracy": asdict(measures.accuracy),
+    found = measure([q.answer for q in questions], probabilities, picture_groups(questions))
+    asked, ok = judge(found.accuracy) if run.is_real else ("a score", True)
+    what = f"unsliced, zero-shot, {found.questions:,} A-OKVQA questions"
+    return [Check(what, asked, str(found.accuracy), ok)], {
+        "questions": found.questions,
+        "pictures": found.pictures,
+        "right": found.right,
+        "accuracy": asdict(found.accuracy),
         "left out": {why: len(rows) for why, rows in summary.left_out.items()},
-    }
-    return [Check(what, asked, str(measures.accuracy), ok)], facts | {
         "seconds": seconds,
         "gpu_gb": peak.gpu,
     }
@@ -414,19 +360,11 @@ def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
         seconds = time.perf_counter() - began
         questions = read_questions(local_copy(competition / "test.csv"), strict=False)
     took = f"{seconds:.0f} s" + ("" if peak.gpu is None else f", {peak.gpu:.1f} GB of GPU memory")
-    checks = [
-        Check(
-            name,
-            "runs to its end",
-            took + (", going on from a saved state" if goes_on else ""),
-            True,
-        )
-    ]
+    took += ", going on from a saved state" if goes_on else ""
+    checks = [Check(name, "runs to its end", took, True)]
     if name == "torchscript_inference.ipynb":
-        count = len(read_table(submission))
-        checks.append(
-            Check(f"{name}: answers", f"{len(questions)}", f"{count}", count == len(questions))
-        )
+        count, asked = len(read_table(submission)), len(questions)
+        checks.append(Check(f"{name}: answers", str(asked), str(count), count == asked))
     files = [path for path in (*sorted(checkpoint.glob("*.pt")), submission) if path.is_file()]
     sizes = {path.name: path.stat().st_size / 1e6 for path in files}
     return checks, {"seconds": seconds, "gpu_gb": peak.gpu, "goes on": goes_on, "MB": sizes}
@@ -434,8 +372,8 @@ def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
 
 # result -> (what measures it, the arguments that change it)
 RESULTS: dict[str, tuple[Callable[[Run], tuple[list[Check], dict]], tuple[str, ...]]] = {
-    "weights": (check_weights, ("dtype", "images")),
-    "parity": (check_parity, ("dtype", "images")),
+    "weights": (check_weights, ("dtype",)),
+    "parity": (check_parity, ("dtype",)),
     "zero-shot": (check_zero_shot, ("dtype", "aokvqa", "coco")),
 } | {
     f"notebooks-{Path(name).stem}": (partial(check_notebook, name), ("competition",))
@@ -478,11 +416,9 @@ def record(run: Run, name: str) -> list[Check]:
         checks, facts = measure_it(run)
     except Exception as error:  # a step that breaks has failed; the others still tell something
         traceback.print_exc()
-        lines = str(error).splitlines() or [""]
-        checks, facts = (
-            [Check(name, "runs to its end", f"{type(error).__name__}: {lines[0]}", False)],
-            {},
-        )
+        first, *_ = str(error).splitlines() or [""]
+        failure = f"{type(error).__name__}: {first}"
+        checks, facts = [Check(name, "runs to its end", failure, False)], {}
     content = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
@@ -506,7 +442,6 @@ def open_run(args: argparse.Namespace) -> Run:
     config, device = InstructBlipConfig.from_pretrained(folder), best_device()
     count = count_parameters(config)["whole"]
     dtype = getattr(torch, args.dtype) if args.dtype else choose_precision(device, count).dtype
-    sample_pictures(args.images)  # refused now if there are none
     return Run(args, folder, revision, config, QuestionProcessor.from_base(folder), device, dtype)
 
 
@@ -528,11 +463,6 @@ def main(arguments: list[str] | None = None) -> int:
         type=Path,
         default=Path("checkpoint/real"),
         help="gets what the notebooks write, 6 GB",
-    )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        help="folder of photos (.jpg) for parity; by default scikit-learn's two",
     )
     parser.add_argument("--aokvqa", type=Path, help="aokvqa_v1p0_val.json")
     parser.add_argument(
@@ -557,14 +487,8 @@ def main(arguments: list[str] | None = None) -> int:
         if name.startswith(tuple(args.skip)):
             continue
         if name == "zero-shot" and not args.aokvqa:
-            checks = [
-                Check(
-                    "unsliced, zero-shot",
-                    "a score",
-                    "not run: give --aokvqa FILE --coco FOLDER",
-                    None,
-                )
-            ]
+            missing = "not run: give --aokvqa FILE --coco FOLDER"
+            checks = [Check("unsliced, zero-shot", "a score", missing, None)]
         else:
             checks = record(run, name)
         rows += [(name, *check) for check in checks]
