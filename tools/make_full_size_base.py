@@ -4,7 +4,7 @@ random weights.
     python tools/make_full_size_base.py --out FOLDER
 
 The folder reads like a copy of the hub's repository of 4.02 billion parameters, LM head of its own
-included. It takes 8 GB in bfloat16 and 16 GB in float32; no more than one tensor is in memory at a
+included. It takes 8 GB in bfloat16 and 16 GB in float32; no more than one shard is in memory at a
 time. Its processor has the real ids and sizes, but letter groups for words. The index of the shards
 is written last: a folder that has one is complete.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import (
     BertTokenizer,
@@ -114,8 +115,6 @@ BERT_PIECES = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 1
 BERT_SIZE = 30522
 LETTERS_BY_FREQUENCY = "etaoinsrhldcumfpgwybvkxjqz"
 
-SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
-
 
 def stored_tensors(config: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the tensors of the model's files by name, on the meta device: names and shapes, no
@@ -156,29 +155,6 @@ def draw(
         scale = (math.prod(shape[1:]) if len(shape) == 4 else shape[-1]) ** -0.5
         scale *= text_config["d_kv"] ** -0.5 if name.endswith("Attention.q.weight") else 1
     return torch.randn(shape, generator=generator, device=device).mul_(scale)
-
-
-def write_shard(
-    path: Path, tensors: dict[str, torch.Tensor], values: Iterable[torch.Tensor]
-) -> None:
-    """Write a safetensors file of the meta ``tensors``, taking their ``values`` one by one, in
-    order.
-
-    The library's own writer wants all of a file's tensors at once. The format is an eight-byte
-    length, a JSON header of that length with each tensor's place, and the tensors' bytes end to
-    end.
-    """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        kind = SAFETENSORS_NAMES[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor, value in zip(tensors.values(), values, strict=True):
-            file.write(value.to(tensor.dtype).cpu().flatten().view(torch.uint8).numpy())
 
 
 def vocabulary(fillers: Iterable[str], places: dict[str, int], size: int) -> list[str]:
@@ -264,7 +240,7 @@ def write_base(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     device: str = "cpu",
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "2GB",
 ) -> None:
     """Write a base model folder of random weights, as ``save_pretrained`` lays it out.
 
@@ -283,14 +259,13 @@ def write_base(
     check_room(out, size)
     write_small_files(config, out, dtype)
     with tqdm(total=size, desc="writing weights", unit="B", unit_scale=True) as bar:
-
-        def values(names):
-            for name in names:
-                yield draw(name, tensors[name].shape, config["text_config"], seed, device)
-                bar.update(tensors[name].nbytes)
-
         for file, names in split.filename_to_tensors.items():
-            write_shard(out / file, {name: tensors[name] for name in names}, values(names))
+            shard = {}
+            for name in names:
+                values = draw(name, tensors[name].shape, config["text_config"], seed, device)
+                shard[name] = values.to(dtype).cpu()
+                bar.update(tensors[name].nbytes)
+            save_file(shard, out / file, {"format": "pt"})
     count = sum(tensor.numel() for tensor in tensors.values())
     metadata = {"total_parameters": count, "total_size": size}
     _write_json(out / INDEX_FILE, {"metadata": metadata, "weight_map": split.tensor_to_filename})

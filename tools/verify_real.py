@@ -319,16 +319,6 @@ def judge(score: Estimate) -> tuple[str, bool]:
     )
 
 
-def write_competition(folder: Path) -> None:
-    """Write questions about parts of the two sample photos; their answers mean nothing."""
-    write_photo_questions(folder)
-    table = read_table(folder / "train.csv")  # a split needs more of a letter than this holds
-    more = table.assign(
-        ID="MORE_" + table["ID"], Question="Which of these fits this part of the photo?"
-    )
-    pd.concat([table, more]).to_csv(folder / "train.csv", index=False)
-
-
 def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
     """Run a notebook in a process of its own; the GPU memory is what that process takes, its cache
     included."""
@@ -336,13 +326,11 @@ def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
 
     work, base = run.args.work.resolve(), str(run.args.base)
     now = hashlib.sha256(json.dumps(circumstances(run, ("competition",))).encode()).hexdigest()[:8]
-    checkpoint, submission = (
-        work / f"checkpoint-{now}",
-        work / f"submission-{now}.csv",
-    )  # never another run's
+    checkpoint = work / f"checkpoint-{now}"  # never another run's
+    submission = work / f"submission-{now}.csv"
     competition = (run.args.competition or work / "competition").resolve()
     if not run.args.competition:
-        write_competition(competition)
+        write_photo_questions(competition, each=2)  # of twenty a split makes too little
     data = {"COMPETITION_DIR": str(competition), "CHECKPOINT_DIR": str(checkpoint)}
     parameters = {
         "train.ipynb": data | {"BASE": str(Path(base).resolve()) if Path(base).is_dir() else base},
@@ -352,9 +340,8 @@ def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
     goes_on = name == "train.ipynb" and (checkpoint / "state").exists()
     release()
     with tempfile.TemporaryDirectory() as cache, PeakMemory(run.device) as peak:
-        os.environ["BRIDGEBLIP_CACHE"] = (
-            cache  # features and copies of an earlier day would cost no time
-        )
+        # features and copies of an earlier day would cost no time
+        os.environ["BRIDGEBLIP_CACHE"] = cache
         began = time.perf_counter()
         run_notebook(name, parameters, work / "notebooks" / name)
         seconds = time.perf_counter() - began
@@ -386,16 +373,16 @@ def circumstances(run: Run, arguments: tuple[str, ...]) -> dict:
     code = hashlib.sha256()
     for path in sorted([*(ROOT / "bridgeblip").rglob("*.py"), Path(__file__)]):
         code.update(path.read_bytes())
-    is_gpu = run.device != "cpu"
+    device = f"{os.cpu_count()} cores, {platform.machine()}"
+    if run.device != "cpu":
+        device = torch.cuda.get_device_name(run.device)
+    versions = {name: version(name) for name in PACKAGES}
     values = vars(run.args) | {"dtype": str(run.dtype).removeprefix("torch.")}
     return {
         "base": str(run.args.base),
         "revision": run.revision,
-        "device": torch.cuda.get_device_name(run.device)
-        if is_gpu
-        else f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in PACKAGES},
+        "device": device,
+        "versions": {"python": platform.python_version()} | versions,
         "code": code.hexdigest(),
     } | {name: str(values[name]) for name in arguments if values[name]}
 
@@ -468,9 +455,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--coco", type=Path, help="folder that holds val2017/, the pictures of COCO 2017"
     )
-    parser.add_argument("--competition", type=Path, help="the organiser's files, for the "
-                                                         "notebooks; by default twenty "
-                        "questions about parts of the sample photos")  # fmt: skip
+    parser.add_argument(
+        "--competition",
+        type=Path,
+        help="the organiser's files, for the notebooks; by default forty questions about parts of "
+        "the sample photos",
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="by default as training chooses"
     )
@@ -492,13 +482,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             checks = record(run, name)
         rows += [(name, *check) for check in checks]
-    table = pd.DataFrame(rows, columns=["result", *Check._fields]).replace(
-        {"ok": {None: "not run"}}
-    )
-    print(
-        f"\n{args.base} on "
-        f"{circumstances(run, ())['device']}\n{table.to_string(index=False, max_colwidth=90)}"
-    )
+    table = pd.DataFrame(rows, columns=["result", *Check._fields])
+    table = table.replace({"ok": {None: "not run"}}).to_string(index=False, max_colwidth=90)
+    print(f"\n{args.base} on {circumstances(run, ())['device']}\n{table}")
     return 1 if any(row[-1] is False for row in rows) else 0
 
 
