@@ -1,7 +1,6 @@
 """The command line, ``bridgeblip VERB``; each verb calls what its notebook calls."""
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,6 +10,7 @@ import bridgeblip
 from bridgeblip import IN_REPOSITORY, InputError, __version__
 from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
 from bridgeblip.data.formats import SOURCES
+from bridgeblip.files import FULL
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
@@ -222,7 +222,7 @@ def predict(args):
     bundle = load_bundle(args.model, best_device())
     if process_rank()[0] == 0 and (stale := stale_bundle(args.model, bundle.manifest["trained"])):
         print(stale)
-    how = {"batch_size": args.batch_size} if args.batch_size else {}
+    how = {"batch_size": args.batch_size} if args.batch_size is not None else {}
     answers = predict(bundle, questions, permute_below=args.permute_below, out=args.out, **how)
     if process_rank()[0] > 0:
         return 0  # the first process writes for all
@@ -267,6 +267,7 @@ def evaluate(args):
     from bridgeblip.data.questions import read_questions
     from bridgeblip.evidence.answers import read_probabilities, read_weights, with_answers
     from bridgeblip.evidence.report import write_comparison, write_report
+    from bridgeblip.files import require_writable
     from bridgeblip.machine import process_rank
 
     out = args.out or Path("comparison.html" if len(args.results) == 2 else "report.html")
@@ -275,6 +276,7 @@ def evaluate(args):
             f"got {len(args.results)} results and --out {out}: expected at most two, and a name in "
             f".html"
         )
+    require_writable(out.parent)
     questions = read_questions(args.csv, need_answers=not args.answers)
     if args.answers:
         questions = with_answers(questions, args.answers)
@@ -380,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         message, code = " ".join(str(error).split()), error.exit_code
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in FULL
         message, code = f"{error}{': free some space, then run the same again' * full}", 2
     print(f"error: {message}", file=sys.stderr)
     return code

@@ -1,12 +1,17 @@
 """Files that can be trusted: written to a temporary name, flushed, verified, then renamed."""
 
+import errno
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bridgeblip import InputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a write fails with where no space is left."""
 
 CHUNK = 1 << 20  # bytes that are copied at a time
 
@@ -40,7 +45,10 @@ def write_atomically(
 def cache_folder() -> Path:
     """A folder of our own in ``$BRIDGEBLIP_CACHE``, or in the user's cache: a local disk, where
     Drive would be slow."""
-    return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache").expanduser() / "bridgeblip"
+    try:
+        return Path(os.environ.get("BRIDGEBLIP_CACHE") or "~/.cache").expanduser() / "bridgeblip"
+    except RuntimeError as error:
+        raise InputError(f"there is no home folder ({error}): set $BRIDGEBLIP_CACHE") from error
 
 
 def require_writable(
@@ -101,3 +109,19 @@ def copy_missing(places: Sequence[Path], names: Sequence[str]) -> None:
         for place in places:
             if having and place not in having:
                 copy_verified(having[0] / name, place / name)
+
+
+def read_json(path: Path) -> dict:
+    """Return what a JSON file of a model folder holds.
+
+    Raises:
+        InputError: if it is missing, unreadable or no JSON.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is missing: copy the whole folder of the base model")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} can't be read ({error}): it is cut off, or a pointer to a file; copy it again"
+        ) from error

@@ -17,7 +17,7 @@ from bridgeblip.bridge.features import CachedPictures
 from bridgeblip.training.trainer import BridgeTrainer
 
 STEPS_AHEAD = 8  # optimizer steps in a block
-ROWS_AT_ONCE = 64  # that the encoder is given, or a whole batch: its memory grows with them
+ROWS_AT_ONCE = 64  # most that the encoder is given, or a whole batch; at most four batches
 TEXTS = ("qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
 
 
@@ -69,7 +69,8 @@ class AheadTrainer(BridgeTrainer):
         lengths = []
         for batch in block:
             lengths += batch["lengths"]
-        size = max(ROWS_AT_ONCE, self.args.per_device_train_batch_size)
+        batch_size = self.args.per_device_train_batch_size
+        size = min(4 * batch_size, max(ROWS_AT_ONCE, batch_size))  # a halved batch halves it
         return encode_block(self.model, list(map(self._prepare_inputs, block)), lengths, size)
 
     def _prepare_inputs(self, inputs: dict) -> dict:

@@ -4,7 +4,6 @@ The base is an ``InstructBlipForConditionalGeneration`` in Hugging Face's own la
 ``config.json``, one or more ``*.safetensors`` shards, and the processor's files.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.bridge.settings import REAL_BASE
+from bridgeblip.files import read_json
 
 TINY_BASE = Path(__file__).parent.parent / "embedded" / "tiny"
 """The embedded base model; the name "tiny" stands for it."""
@@ -26,6 +26,7 @@ SMALL_FILES = ["*.json", "*.txt", "*.model", "qformer_tokenizer/*"]
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 LM_HEAD = "language_model.lm_head.weight"
+EMBEDDINGS = "language_model.shared.weight"
 
 
 def resolve_base(base: str | Path, revision: str | None = None) -> Path:
@@ -97,7 +98,9 @@ class TensorReader:
         self.folder = resolve_base(base, revision)
         index = self.folder / INDEX_FILE
         if index.is_file():
-            self.shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self.shard_of = read_json(index).get("weight_map")
+            if not isinstance(self.shard_of, dict):
+                raise InputError(f"{index} has no weight_map: copy it again")
         else:
             with self._open(SINGLE_FILE) as shard:
                 self.shard_of = dict.fromkeys(shard.keys(), SINGLE_FILE)
@@ -132,12 +135,7 @@ class TensorReader:
         Raises:
             InputError: if the base lacks a tensor, naming it.
         """
-        missing = [name for name in names if name not in self.shard_of]
-        if missing:
-            raise InputError(
-                f"base {self.folder} lacks {len(missing)} expected tensors, the first is "
-                f"{missing[0]!r}"
-            )
+        self._require(names)
         tensors = {}
         with tqdm(total=len(names), desc="reading", unit="tensor") as bar:
             for file in sorted({self.shard_of[name] for name in names}):
@@ -149,9 +147,18 @@ class TensorReader:
                         bar.update()
         return tensors
 
+    def _require(self, names: Sequence[str]) -> None:
+        missing = [name for name in names if name not in self.shard_of]
+        if missing:
+            raise InputError(
+                f"base {self.folder} lacks {len(missing)} expected tensors, the first is "
+                f"{missing[0]!r}"
+            )
+
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Return ``rows`` of a matrix, shape (len(rows), width), fp32, without reading the
-        others."""
+        others; errors as ``read``."""
+        self._require([name])
         with self._open(self.shard_of[name]) as shard:
             matrix = shard.get_slice(name)
             chosen = torch.cat([matrix[row : row + 1] for row in rows])

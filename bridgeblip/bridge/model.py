@@ -23,7 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import LM_HEAD, TensorReader, source_name, stored_dtype
+from bridgeblip.bridge.base import EMBEDDINGS, LM_HEAD, TensorReader, source_name, stored_dtype
 from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
 from bridgeblip.machine import NonFiniteError, first_non_finite_module
@@ -349,10 +349,10 @@ def _start_head(reader, config, letter_ids, head_init, dtype) -> dict[str, torch
     if head_init == "random":
         weight = torch.randn(config.num_choices, width, device=reader.device) * width**-0.5
     else:
-        weight = reader.read_rows(LM_HEAD, letter_ids)
-        if (
-            config.text_config.scale_decoder_outputs
-        ):  # T5 1.0, with a tied LM head, scales its last state
+        tied = LM_HEAD not in reader.shard_of and config.text_config.tie_word_embeddings
+        weight = reader.read_rows(EMBEDDINGS if tied else LM_HEAD, letter_ids)
+        # T5 1.0, with a tied LM head, scales its last state.
+        if config.text_config.scale_decoder_outputs:
             weight = weight * width**-0.5
     kept = stored_dtype("head.weight", dtype)
     return {

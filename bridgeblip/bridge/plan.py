@@ -1,5 +1,6 @@
 """What a training run decides before anything long starts, and the model that it then builds."""
 
+import gc
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -23,15 +24,13 @@ from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings, decoder_layers
-from bridgeblip.data.pictures import picture_keys
+from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.files import require_writable
-from bridgeblip.machine import choose_precision
+from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
-
-KEY_LENGTH = 16  # hex digits of a training picture's SHA-256 that the weights remember
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ def plan_training(
     Raises:
         InputError: as ``train``.
     """
+    process_rank()
     process = PartialState(cpu=not torch.cuda.is_available())
     places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
     folder = resolve_base(base, revision)
@@ -105,7 +105,7 @@ def plan_training(
         "dtype": str(precision.dtype).removeprefix("torch."),
         "budget": budget | {"limit": budget_limit},
         "config": config.to_json_string(),
-        "pictures": sorted({keys[q.image][:KEY_LENGTH] for q in training}),
+        "pictures": sorted({keys[q.image][:SHORT_KEY] for q in training}),
     } | _contract(processor)
     identity = _identity(manifest, questions, keys, process.num_processes)
     manifest["run"] = digest_of({k: v for k, v in identity.items() if k != "versions"})
@@ -151,6 +151,9 @@ def _read_fitting(
 
 def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:
     """Return the slice of the base that a plan asks for, its head started, nothing trained yet."""
+    gc.collect()  # of an earlier run in this process: its model, and what it asked of torch
+    torch.cuda.empty_cache()
+    torch.use_deterministic_algorithms(False)
     (enable_full_determinism if plan.settings.deterministic else set_seed)(plan.settings.seed)
     sliced = load_sliced(
         plan.base,

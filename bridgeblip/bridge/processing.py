@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from bridgeblip import InputError
 from bridgeblip.data.pictures import as_seen, open_picture
 from bridgeblip.data.questions import Question, letters
+from bridgeblip.files import read_json
 
 NUM_CHOICES = 4
 """Letters that the head answers with: A, B, C, D."""
@@ -82,10 +83,10 @@ class QuestionProcessor:
                 can't.
         """
         folder = Path(folder)
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         settings_file = folder / "processor_config.json"
-        settings = _read_json(settings_file) if settings_file.is_file() else {}
-        image = settings.get("image_processor") or _read_json(folder / "preprocessor_config.json")
+        settings = read_json(settings_file) if settings_file.is_file() else {}
+        image = settings.get("image_processor") or read_json(folder / "preprocessor_config.json")
         steps = [image.get(f"do_{step}", True) for step in ("resize", "rescale", "normalize")]
         if not all(steps) or image.get("do_center_crop"):
             raise InputError(
@@ -320,17 +321,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read ({error}): {remedy}") from error
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(_read(path))
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path} is no JSON ({error}): it is cut off, or a pointer to a file; copy it again"
-        ) from error
 
 
 def _tokenizer(text: str, pad_token: str) -> Tokenizer:

@@ -29,13 +29,11 @@ def decoder_layers(selection: str | Sequence[int]) -> list[int]:
     Raises:
         InputError: if the text is neither a known name nor a list of numbers.
     """
-    if not isinstance(selection, str):
-        return [int(i) for i in selection]
-    if selection in LAYER_SELECTIONS:
-        return list(LAYER_SELECTIONS[selection])
+    if isinstance(selection, str):
+        selection = LAYER_SELECTIONS.get(selection, selection.split(","))
     try:
-        return [int(part) for part in selection.split(",")]
-    except ValueError:
+        return [int(part) for part in selection]
+    except (TypeError, ValueError):
         names = ", ".join(LAYER_SELECTIONS)
         raise InputError(
             f"layer selection {selection!r} is unknown: expected {names}, or indices like 0,3,6"

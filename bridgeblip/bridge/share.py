@@ -1,6 +1,7 @@
 """What to share of a trained model: bridge and head as a plain PEFT adapter folder, with a model
 card."""
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path, PureWindowsPath
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bridgeblip import InputError
@@ -153,7 +155,10 @@ def _fill(
     folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], config: BridgeBlipConfig
 ) -> None:
     """Have peft and transformers write their files; flush them and read the tensors back."""
-    model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
+    try:
+        model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC, f"{folder} can't be written ({error})") from error
     config.save_pretrained(folder)
     for path in folder.iterdir():
         with open(path, "rb+") as file:

@@ -34,6 +34,7 @@ from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
 from bridgeblip.files import copy_missing, copy_verified, require_writable
+from bridgeblip.machine import process_rank
 from bridgeblip.training.callbacks import (
     Patience,
     Progress,
@@ -101,6 +102,7 @@ def train(
             live run or has the state of another one that has not ended; before anything long.
         TrainingStopped: after the stop button, Ctrl-C or SIGTERM.
     """
+    process_rank()  # refuses what another program has left in the environment
     process = PartialState(cpu=not torch.cuda.is_available())
     places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
     with in_one_line(places[0]), held(places, process):
@@ -125,7 +127,6 @@ def train_model(
             raise InputError(
                 "this model has been trained on, and no state of that is there: build it anew"
             )
-        model.has_begun = True
         sliced = model.get_base_model() if isinstance(model, PeftModel) else model
         pictures = _cached_pictures(features, sliced, plan)
         grey = plan.processor.blank_pixels[None].to(plan.device)
@@ -133,6 +134,7 @@ def train_model(
         trainer, keeper = _trainer(plan, model, pictures)
         if plan.process.is_main_process and not (resumed and state_is_done(resumed)):
             trainer.add_callback(_tensorboard(plan.places[0]))
+        model.has_begun = True
         trainer.go(resumed, keeper.stopper)
         if keeper.leaving:
             raise TrainingStopped(

@@ -63,6 +63,7 @@ def write_bundle(
     }
     files = processor.files | {MANIFEST_FILE: json.dumps(manifest | about, indent=2)}
     beside, device = digest_path(out), next(models[0].parameters()).device
+    before = read_digests(out)  # unreadable, it is refused before the long work
     models.append(trace(models.pop(), gate.probe))
 
     def write(partial: Path) -> None:
@@ -74,7 +75,7 @@ def write_bundle(
         gate.check(out)
         digest = file_digest(partial)
         if beside.is_file():  # until the file is replaced, both are right
-            write_text(beside, "".join(f"{d}  {out.name}\n" for d in [*read_digests(out), digest]))
+            write_text(beside, "".join(f"{d}  {out.name}\n" for d in [*before, digest]))
         return digest
 
     digest = write_atomically(out, write, verify)

@@ -62,6 +62,8 @@ def predict(
         InputError: if a question has more choices than the model has letters, the model gives no
             finite number for a row, or other processes that the environment names do not come.
     """
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}: expected at least 1")
     bundle.processor.check_choices(questions)
     if permute_below is None:
         permute_below = bundle.manifest.get("trained", {}).get("permute_below") or 0

@@ -39,6 +39,10 @@ def checked(path: Path):
         yield
     except InputError as error:
         failure = error
+    except BaseException:
+        if process:
+            process.kill()
+        raise
     if process:
         found = process.communicate()[0].strip()  # empty if the file can't be read to its end
     if named and found not in named:

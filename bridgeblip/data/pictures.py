@@ -121,6 +121,10 @@ def _mended(content: bytes) -> Image.Image | None:
     return as_seen(image)
 
 
+SHORT_KEY = 16
+"""Hex digits of a picture's key by which weights remember what they have learned from."""
+
+
 def picture_key(path: Path) -> str:
     """Return the SHA-256 of a picture's file: the same picture under another name has the same key.
 

@@ -105,7 +105,9 @@ def join(files: Sequence[str | Path], out: str | Path) -> Summary:
     for path in map(Path, files):
         for row in read_rows(path, need_answers=True):
             picture = None if row.image == path.parent else row.image
-            entry = Entry(row.id, None, picture, row.question, row.choices, row.answer, path.stem)
+            entry = Entry(
+                row.id, None, picture, row.question, row.choices, row.answer, path.stem, row.problem
+            )
             entries.append(_tidied(entry))
     return write_questions(entries, out)
 
@@ -152,7 +154,7 @@ def write_questions(
     """
     out = Path(out)
     folder = out.parent.resolve()
-    is_file, resolve = functools.cache(Path.is_file), functools.cache(Path.resolve)
+    is_file, resolve = functools.cache(os.path.isfile), functools.cache(Path.resolve)
     rows, left_out, taken, renamed, shortened = [], {}, set(), 0, 0
     for entry in tqdm(entries, desc=f"preparing {out.name}", unit="question"):
         reason = _fault(entry, splits, is_file)
@@ -180,11 +182,9 @@ def write_questions(
 
 
 def _tidied(entry: Entry) -> Entry:
-    """The entry with no space around its texts, and line ends as ``\\n``."""
-    id_, question, *choices = (
-        text.replace("\r\n", "\n").replace("\r", "\n").strip()
-        for text in (entry.id, entry.question, *entry.choices)
-    )
+    """The entry with its texts in one line each, no space around them."""
+    texts = (entry.id, entry.question, *entry.choices)
+    id_, question, *choices = [" ".join(text.split()) for text in texts]
     return entry._replace(id=id_, question=question, choices=choices)
 
 
@@ -206,7 +206,9 @@ def _fault(
     for reason, found in faults.items():
         if found:
             return reason
-    return None if is_file(entry.picture) else PICTURE_NOT_FOUND
+    if not is_file(entry.picture):
+        return PICTURE_NOT_FOUND
+    return entry.problem or None
 
 
 def _reasons(left_out: dict[str, list[Entry]]) -> list[str]:

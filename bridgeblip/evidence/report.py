@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bridgeblip.data.pictures import picture_keys
+from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, letter, letters
 from bridgeblip.evidence import metrics
 from bridgeblip.evidence.figures import confusion_figure, reliability_figure
@@ -22,10 +22,9 @@ DECIMALS = 6  # of probabilities.csv
 SHOWN = 12  # questions that a section shows with their pictures
 ROWS_SHOWN = 50  # of a long table
 FEW_PICTURES = 30
-PICTURE_DIGITS = 16  # of a picture's key, in the list of those that a model has learned from
 MANY_LEARNED = 0.1  # of the pictures: the score is then no test
 GUESSING = "guessing"
-FLAG_NOTES = {
+FLAG_FACTS = {
     "blank": "questions answered without looking",
     "shortened": "questions whose text was shortened",
 }  # flags of probabilities.csv that speak of the data
@@ -124,7 +123,7 @@ def _learned(
         return manifest, None
     known = set(trained["pictures"])
     keys = picture_keys(q.image for q in questions if q.image is not None).values()
-    learned = len({key[:PICTURE_DIGITS] for key in keys} & known)
+    learned = len({key[:SHORT_KEY] for key in keys} & known)
     counted = trained | {"pictures": len(known)}
     return (manifest | {"trained": counted} if "trained" in manifest else counted), learned
 
@@ -276,7 +275,7 @@ def _data_notes(
     }
     if learned is not None:
         notes["pictures that the model has learned from"] = learned
-    for word, what in FLAG_NOTES.items():
+    for word, what in FLAG_FACTS.items():
         if flags is not None:
             notes[what] = sum(word in words for words in flags)
     return {what: int(count) for what, count in notes.items()}

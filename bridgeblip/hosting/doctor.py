@@ -1,7 +1,6 @@
 """Preflight checks: what would stop a stage, or spoil it, said before it starts; nothing is
 written."""
 
-import json
 import math
 import os
 import platform
@@ -20,7 +19,7 @@ from bridgeblip import HOME, InputError, __version__
 from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings, decoder_layers
 from bridgeblip.data import questions
 from bridgeblip.data.pictures import open_picture, picture_keys
-from bridgeblip.files import cache_folder
+from bridgeblip.files import cache_folder, read_json
 from bridgeblip.hosting.runtime import OLD_TORCHAO, fits, installed, other_copies, requirements
 from bridgeblip.machine import best_device, choose_precision, slow_format
 from bridgeblip.training.settings import TrainSettings
@@ -153,7 +152,8 @@ def _check_train(found, csv, base, settings, bridge, revision, dtype):
     rows = _check_questions(found, csv, processor, need_answers=True)
     _check_pictures(found, rows, "problem", least=round(1 / settings.validation_fraction))
     if rows and processor and settings.workers:
-        found.attempt(require_shared_memory, settings, processor.collate(rows[:1]))
+        found.attempt(lambda row: require_shared_memory(settings, processor.collate([row])),
+                      processor.fit(rows[0]))  # fmt: skip
     if model is None:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -421,7 +421,7 @@ def _sliced_model(folder: Path, layers: str | Sequence[int]):
     from bridgeblip.bridge.config import slice_config
     from bridgeblip.bridge.model import empty_model
 
-    kind = _read_json(folder / "config.json").get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     if kind != "instructblip":
         raise InputError(
             f"base {folder} is a {kind!r} model: expected 'instructblip', such as "
@@ -429,13 +429,6 @@ def _sliced_model(folder: Path, layers: str | Sequence[int]):
         )
     config = InstructBlipConfig.from_pretrained(folder)
     return empty_model(slice_config(config, decoder_layers(layers)))
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} can't be read ({error}): copy it again") from error
 
 
 def _check_shards(found: Findings, folder: Path, local: bool) -> None:
@@ -446,7 +439,7 @@ def _check_shards(found: Findings, folder: Path, local: bool) -> None:
 
     index = {"weight_map": {"": SINGLE_FILE}}
     if (folder / INDEX_FILE).is_file():
-        index = _read_json(folder / INDEX_FILE)
+        index = read_json(folder / INDEX_FILE)
     files = sorted(set(index["weight_map"].values()))
     absent = [file for file in files if not (folder / file).is_file()]
     what = f"{len(absent)} of {len(files)} weights files"

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from bridgeblip import InputError
+from bridgeblip.files import write_text
 
 HOLD_FILE = ".held-{}"
 BEAT_SECONDS = 20  # between two signs of life
@@ -106,7 +107,7 @@ def _host() -> str:
 def _beat(path: Path, ended: threading.Event) -> None:
     while not ended.wait(BEAT_SECONDS):
         try:
-            path.write_text(json.dumps(_sign()), encoding="utf-8")
+            write_text(path, json.dumps(_sign()))  # whole, or the sign before stays
         except OSError:
             continue  # a full disk or a Drive that is away: training has its own word on that
 
@@ -124,7 +125,10 @@ def _refuse_if_alive(folder: Path, path: Path) -> None:
             break
         if sign and sign["alive"] != first["alive"]:
             break
-        said = sign["alive"] if sign else path.stat().st_mtime
+        try:
+            said = sign["alive"] if sign else path.stat().st_mtime
+        except FileNotFoundError:  # let go of just now
+            return
         if time.time() - said > STALE_SECONDS or time.monotonic() > until:
             return
         if not told:
@@ -155,5 +159,5 @@ def _is_process(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
         return abs(process.create_time() - started) < 2 and process.status() != "zombie"
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return False

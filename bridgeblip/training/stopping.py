@@ -13,10 +13,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from bridgeblip import InputError
-from bridgeblip.machine import NonFiniteError
+from bridgeblip.files import FULL
+from bridgeblip.machine import NonFiniteError, is_out_of_memory
 from bridgeblip.training.state import STATE_FOLDER
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # words of torch.save on a full disk
 
 
@@ -94,7 +94,12 @@ def in_one_line(folder: Path) -> Iterator[None]:
         if "Traceback" not in str(error):
             raise
         raise InputError(_words(error)) from error
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise InputError(
+                f"no memory for a training step ({_words(error)}): halve --batch-size and double "
+                f"--accumulation, the steps stay the same; delete {folder / STATE_FOLDER} first"
+            ) from error
         remedy = _remedy(error)
         if remedy is None:
             raise

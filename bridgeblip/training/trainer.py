@@ -166,6 +166,9 @@ class BridgeTrainer(Trainer):
 def tensor_floats() -> Iterator[None]:
     """Let a GPU multiply fp32 matrices, here the adapters', in TF32 for the time of a block."""
     products = torch.backends.cuda.matmul
+    if not hasattr(products, "fp32_precision"):  # torch before 2.9: it stays in fp32
+        yield
+        return
     before, products.fp32_precision = products.fp32_precision, "tf32"
     try:
         yield

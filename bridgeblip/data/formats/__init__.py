@@ -24,11 +24,12 @@ class Entry(NamedTuple):
     choices: list[str]  # in order; an empty text is no choice
     answer: int | None  # index of the right choice
     source: str = ""  # what goes before the ID if another entry has the same
+    problem: str = ""  # what else keeps it from being used
 
 
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, with or without byte order mark; of JSON lines, a list."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
-        text = f"[{','.join(text.splitlines())}]"
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     return json.loads(text)

@@ -22,6 +22,6 @@ def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
     for number, problem in read_json(path).items():
         split, image = problem["split"], problem["image"]
         picture = images / split / number / image if image else None
-        question = f"{problem['hint']}\n{problem['question']}"
+        question = f"{problem['hint']} {problem['question']}"
         answer, choices = problem["answer"], problem["choices"]
         yield Entry(f"scienceqa-{number}", split, picture, question, choices, answer)
