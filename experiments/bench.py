@@ -326,13 +326,6 @@ def matrix_products(config, plan: SimpleNamespace, tokens: int) -> list[tuple]:
 # ---------------------------------------------------------------- measuring
 
 
-def warmed(plan: SimpleNamespace, run: Callable):
-    """What ``run`` returns; on a GPU the second time, when its kernels are loaded and chosen."""
-    if plan.device != "cpu":
-        run()
-    return run()
-
-
 def measure_rate(plan: SimpleNamespace, out: Path) -> dict:
     """Operations a second of this machine in the model's own matrix products, in their own shares
     and number format."""
@@ -435,8 +428,10 @@ def train_peft(plan: SimpleNamespace, out: Path) -> list[float]:
 
 
 def train_epochs(way: Callable, plan: SimpleNamespace, out: Path) -> dict:
+    """Train that ``way``; on a GPU twice, the second time with its kernels loaded and chosen."""
     with PeakMemory() as peak:
-        first, *later = warmed(plan, partial(way, plan, out))
+        for _ in range(1 if plan.device == "cpu" else 2):
+            first, *later = way(plan, out)
     return {
         "first epoch, s": first,
         "later epochs, s": statistics.median(later),
@@ -541,7 +536,7 @@ def measure(out: Path, name: str, turn: int) -> dict:
     path = out / "rounds" / f"{name} {turn}.json"
     if not path.is_file():
         print(f"{time.strftime('%H:%M:%S')} {path.stem}", flush=True)
-        log, script = path.with_suffix(".log"), "bench" if name in WORKERS else "contenders"
+        script = "bench" if name in WORKERS else "contenders"
         command = [sys.executable, str(Path(__file__).with_name(f"{script}.py"))]
         command += ["--measure"] * (script == "bench") + [name, str(out)]
         # Of the bundle's file nothing is remembered; "bundle, orders" finds its digest known.
@@ -549,17 +544,13 @@ def measure(out: Path, name: str, turn: int) -> dict:
         if name == "bundle":
             shutil.rmtree(cache, ignore_errors=True)
         environment = os.environ | {"BRIDGEBLIP_CACHE": str(cache)}
-        with open(log, "w") as file:
-            command.append(repr(time.time()))
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
-            )
+        command.append(repr(time.time()))
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(
-                f"{path.stem} failed with exit code {done.returncode}:\n{log.read_text()[-3000:]}"
+                f"{path.stem} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}"
             )
         write_text(path, done.stdout.splitlines()[-1])
-        log.unlink()
     return json.loads(path.read_text(encoding="utf-8"))
 
 

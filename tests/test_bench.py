@@ -34,7 +34,6 @@ from experiments.bench import (
     page,
     run_bench,
     stored_parameters,
-    warmed,
     write_photo_questions,
 )
 
@@ -174,12 +173,16 @@ def test_another_bench_in_the_same_folder_is_refused(out, capsys):
     assert "holds another bench (other pictures)" in capsys.readouterr().err
 
 
-def test_on_a_gpu_everything_is_done_once_before_it_is_timed():
-    calls = []
-    warmed(SimpleNamespace(device="cpu"), lambda: calls.append(1))
-    assert len(calls) == 1
-    warmed(SimpleNamespace(device="cuda:0"), lambda: calls.append(1))
-    assert len(calls) == 3
+def test_on_a_gpu_everything_is_done_once_before_it_is_timed(tmp_path):
+    for device, times in (("cpu", 1), ("cuda:0", 2)):
+        calls = []
+
+        def train(plan, out, calls=calls):
+            calls.append(1)
+            return [9.0, len(calls)]
+
+        found = bench.train_epochs(train, SimpleNamespace(device=device), tmp_path)
+        assert len(calls) == found["later epochs, s"] == times
 
 
 def test_sizes_follow_the_device(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import INDEX_FILE, LM_HEAD
+from bridgeblip.bridge.base import INDEX_FILE, LM_HEAD, TensorReader
 from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
@@ -181,6 +181,20 @@ def test_logits_depend_on_picture_and_prompt(folder):
     first, other_picture, other_prompt = model(**prompts, pixel_values=torch.stack(pictures)).logits
     assert torch.isfinite(first).all() and first.std() > 0.1
     assert (first - other_picture).abs().max() > 1e-3 and (first - other_prompt).abs().max() > 1e-3
+
+
+def test_no_more_is_asked_of_the_files_than_is_kept(folder, monkeypatch):
+    readers = []
+
+    class Watched(TensorReader):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            readers.append(self)
+
+    monkeypatch.setattr("bridgeblip.bridge.model.TensorReader", Watched)
+    model = load_sliced(folder, QuestionProcessor.from_base(folder).letter_ids, [0, 3])
+    kept = sum(p.nbytes for p in model.parameters())
+    assert 0.999 * kept <= sum(reader.bytes_read for reader in readers) <= 1.01 * kept
 
 
 def test_refusals_are_one_line(folder, tmp_path, monkeypatch, capsys):

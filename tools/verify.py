@@ -111,21 +111,6 @@ def check_tests(name: str) -> list[tuple[str, str, str, bool]]:
     return rows
 
 
-def check_intervals() -> list[tuple[str, str, str, bool]]:
-    """How often the intervals hold the truth, by simulation; the tool prints the cells."""
-    done = subprocess.run([sys.executable, "tools/interval_coverage.py"], cwd=ROOT)
-    met = not done.returncode
-    return [("intervals that hold the truth", "0.93 in every cell", "met" if met else "not", met)]
-
-
-def check_step() -> list[tuple[str, str, str, bool]]:
-    """What a training step asks of a GPU and of its host."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    from count_step import check_step
-
-    return check_step()
-
-
 def check_ablation() -> list[tuple[str, str, str, bool]]:
     """The layer-selection experiment from nothing, in one command."""
     work = Path(tempfile.mkdtemp())
@@ -196,14 +181,13 @@ TESTS = {
         ("tables come back", "reading_properties.py", "BRIDGEBLIP_EXAMPLES", 2000),
         ("pictures", "pictures.py", "BRIDGEBLIP_EXAMPLES", 2000),
     ],
+    "intervals": [("intervals that hold the truth", "metrics.py", "BRIDGEBLIP_RUNS", 1000)],
     "install": [("installed elsewhere", "install.py", "BRIDGEBLIP_EXAMPLES", 100)],
 }  # fmt: skip
 CHECKS = {
     "tiny_base": check_tiny_base,
     "demo": check_demo,
     **{name: partial(check_tests, name) for name in TESTS},
-    "intervals": check_intervals,
-    "step": check_step,
     "ablation": check_ablation,
     "full_size": check_full_size,
     "speed": check_speed,

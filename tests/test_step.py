@@ -1,7 +1,5 @@
 """What a training step asks of a GPU and of its host, counted without a GPU.
 
-python tools/count_step.py
-
 Operations are counted on ``meta`` at true size: what is no view is a kernel on a GPU. Waits are
 counted in a whole ``train()`` on the tiny base: a number read from a tensor, which on a GPU waits
 for it.
@@ -9,26 +7,35 @@ for it.
 
 import contextlib
 import copy
-import sys
-import tempfile
 import traceback
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import InstructBlipConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from bridgeblip.bridge import ahead
+from bridgeblip.bridge.base import stored_dtype
+from bridgeblip.bridge.config import slice_config
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import empty_model
+from bridgeblip.bridge.settings import BridgeSettings
+from bridgeblip.bridge.train import train
+from bridgeblip.embedded.digits import write_competition
+from bridgeblip.training.callbacks import Averages
+from bridgeblip.training.settings import TrainSettings
+from tools.make_full_size_base import FULL_SIZE_CONFIG
+from tools.verify_gpu import LAUNCHES, WAITS
 
 BATCH, TOKENS, PROMPT = 16, 110, 78
-MOST_OPERATIONS = 2900
 VIEWS = (
     *("view", "expand", "permute", "transpose", "slice", "select", "unsqueeze", "squeeze"),
     *("detach", "t.default", "as_strided", "alias", "unbind", "split", "_unsafe_view"),
     *("empty", "sym_", "size", "stride"),
 )
+# What happens on the host in any case.
+HOST = {"collate", "_get_value", "_multi_tensor_adamw", "_single_tensor_adamw", "_adamw"}
 
 
 class Operations(TorchDispatchMode):
@@ -50,15 +57,6 @@ class Operations(TorchDispatchMode):
 
 def meta_model(dtype: torch.dtype):
     """The sliced and bridged model at true size, without memory."""
-    from make_full_size_base import FULL_SIZE_CONFIG
-    from transformers import InstructBlipConfig
-
-    from bridgeblip.bridge.base import stored_dtype
-    from bridgeblip.bridge.config import slice_config
-    from bridgeblip.bridge.lora import attach_bridge
-    from bridgeblip.bridge.model import empty_model
-    from bridgeblip.bridge.settings import BridgeSettings
-
     whole = InstructBlipConfig.from_dict(copy.deepcopy(FULL_SIZE_CONFIG))
     model = empty_model(slice_config(whole, range(0, 24, 3)))
     for name, p in model.named_parameters():
@@ -71,8 +69,6 @@ def meta_model(dtype: torch.dtype):
 
 def count_operations() -> dict[str, float]:
     """Kernels of a step at batch 16 and 110 tokens, in bfloat16, by what makes them."""
-    from bridgeblip.bridge import ahead
-
     model = meta_model(torch.bfloat16).train()
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -123,10 +119,6 @@ def count_operations() -> dict[str, float]:
     return counts
 
 
-# What happens on the host in any case.
-HOST = {"collate", "_get_value", "_multi_tensor_adamw", "_single_tensor_adamw", "_adamw"}
-
-
 class Reads(TorchDispatchMode):
     """Counts the numbers that are read from tensors, but for what is on the host in any case."""
 
@@ -136,50 +128,28 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if str(function).startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.equal")):
-            callers = {frame.name for frame in traceback.extract_stack()}
+            callers = {frame.f_code.co_name for frame, _ in traceback.walk_stack(None)}
             self.found += not callers & HOST
         return function(*args, **kwargs or {})
 
 
-def count_waits() -> float:
-    """Waits of a training step on the tiny base."""
-    from bridgeblip.bridge.train import train
-    from bridgeblip.embedded.digits import write_competition
-    from bridgeblip.training.callbacks import Averages
-    from bridgeblip.training.settings import TrainSettings
+def test_a_step_has_few_kernels():
+    counts = count_operations()
+    assert 1000 < sum(counts.values()) <= LAUNCHES, counts
 
+
+def test_a_step_hardly_waits(tmp_path, monkeypatch):
     counts, reads = [], Reads()
-    settings = TrainSettings(batch_size=16, validation_fraction=0.1, save_minutes=1e6)
 
     def on_step_begin(self, args, state, control, **kwargs):
         counts.append(reads.found)
 
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work)
-        write_competition(folder, folder / "answers.csv", {"train": 64, "test": 1})
-        with reads, mock.patch.object(Averages, "on_step_begin", on_step_begin):
-            out, features = folder / "out", folder / "features"
-            train(folder / "train.csv", "tiny", out, settings, features=features)
+    monkeypatch.setattr(Averages, "on_step_begin", on_step_begin)
+    write_competition(tmp_path, tmp_path / "answers.csv", {"train": 64, "test": 1})
+    settings = TrainSettings(batch_size=16, validation_fraction=0.1, save_minutes=1e6)
+    out, features = tmp_path / "out", tmp_path / "features"
+    with reads:
+        train(tmp_path / "train.csv", "tiny", out, settings, features=features)
     # Eight steps, in which all that is done for a block of them is done once; the self-check is
     # over.
-    return (counts[-2] - counts[-10]) / 8
-
-
-def check_step() -> list[tuple[str, str, str, bool]]:
-    """Operations and waits of a training step."""
-    counts = count_operations()
-    parts = ", ".join(f"{name} {count:.0f}" for name, count in counts.items())
-    rows = []
-    for what, most, found in (
-        (f"operations of a step ({parts})", MOST_OPERATIONS, sum(counts.values())),
-        ("waits for the GPU", 2, count_waits()),
-    ):
-        rows.append((what, f"at most {most}", f"{found:.2f}", found <= most))
-    return rows
-
-
-if __name__ == "__main__":
-    rows = check_step()
-    for row in rows:
-        print(*row, sep=" | ")
-    sys.exit(not all(row[-1] for row in rows))
+    assert reads.found and counts[-2] - counts[-10] <= 8 * WAITS
