@@ -40,7 +40,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import InstructBlipConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import InstructBlipConfig, Trainer, TrainingArguments
 from transformers.initialization import no_init_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -73,6 +73,7 @@ from bridgeblip.training.weights import save_weights, trained_tensors
 from experiments.contenders import (
     Generating,
     PeakMemory,
+    clock,
     markdown,
     plan_of,
     prompt_of,
@@ -344,31 +345,9 @@ def measure_rate(plan: SimpleNamespace, out: Path) -> dict:
     return {"operations a second": operations / seconds}
 
 
-class EpochTimer(TrainerCallback):
-    """Seconds of each epoch, from its beginning to the end of its last step."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.began = time.perf_counter()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.began)
-
-
-def timed_epochs(trainer: Trainer) -> list[float]:
-    timer = EpochTimer()
-    trainer.add_callback(timer)
-    trainer.train()
-    return timer.seconds
-
-
-def train_bridge(plan: SimpleNamespace, out: Path) -> list[float]:
-    """Train the bridge as ``train`` sets it up, measuring and writing nothing. The first epoch
-    includes filling the cache of image features, which begins empty."""
+def train_bridge(plan: SimpleNamespace, out: Path) -> float:
+    """Seconds of training the bridge as ``train`` sets it up, measuring and writing nothing;
+    filling the cache of image features, which begins empty, is part of it."""
     work, processor = out / "work" / "training", QuestionProcessor.from_base(plan.base)
     questions = questions_of(out, "train.csv")[: plan.training_pictures * EACH]
     settings = TrainSettings(epochs=EPOCHS, batch_size=plan.training_batch)
@@ -393,13 +372,12 @@ def train_bridge(plan: SimpleNamespace, out: Path) -> list[float]:
         optimizers=(optimizer(model, settings), None),
         average=settings.average,
     )
-    first, *others = timed_epochs(trainer)
-    return [first + filled, *others]
+    return filled + clock(trainer.train)
 
 
-def train_peft(plan: SimpleNamespace, out: Path) -> list[float]:
-    """The usual recipe: LoRA on q and v of the whole language model, the letter as the text to
-    generate."""
+def train_peft(plan: SimpleNamespace, out: Path) -> float:
+    """Seconds of the usual recipe: LoRA on q and v of the whole language model, the letter as the
+    text to generate."""
     peer = Generating(plan.base, plan.device, plan.dtype, plan.batch_size)
 
     def collate(rows):
@@ -424,20 +402,15 @@ def train_peft(plan: SimpleNamespace, out: Path) -> list[float]:
     )
     questions = questions_of(out, "train.csv")[: plan.training_pictures * EACH]
     settings = {"train_dataset": questions, "data_collator": collate}
-    return timed_epochs(Trainer(get_peft_model(peer.model, lora), arguments, **settings))
+    return clock(Trainer(get_peft_model(peer.model, lora), arguments, **settings).train)
 
 
 def train_epochs(way: Callable, plan: SimpleNamespace, out: Path) -> dict:
     """Train that ``way``; on a GPU twice, the second time with its kernels loaded and chosen."""
     with PeakMemory() as peak:
         for _ in range(1 if plan.device == "cpu" else 2):
-            first, *later = way(plan, out)
-    return {
-        "first epoch, s": first,
-        "later epochs, s": statistics.median(later),
-        f"{EPOCHS} epochs, s": first + sum(later),
-        "own memory, GB": peak.own,
-    }
+            seconds = way(plan, out)
+    return {f"{EPOCHS} epochs, s": seconds, "own memory, GB": peak.own}
 
 
 WORKERS = {
@@ -614,8 +587,8 @@ def page(results: dict) -> str:
         f"{prepared['floor'] / questions / 1e9:.4g} GFLOP a row (each picture once, no padding, "
         f"the kept decoder layers) at the rate that the machine reached in the matrix products of "
         f"vision tower and encoder, in the same run. With four orders the bundle asked "
-        f"{prepared['counts']['bundle, orders']['asked again']:.0%} of the rows again. The first "
-        f"epoch of the bridge includes encoding the pictures.",
+        f"{prepared['counts']['bundle, orders']['asked again']:.0%} of the rows again. Training "
+        f"the bridge includes encoding the pictures.",
     ]
     for part, contenders in results["measured"].items():
         rows = []

@@ -116,8 +116,7 @@ def test_every_part_is_measured(out, results):
     for name, part in measured["inference"].items():
         assert part["first answer, s"]["median"] > 0 and part["own memory, GB"]["median"] > 0, name
     for part in measured["training"].values():
-        sums = part["first epoch, s"]["median"] + part["later epochs, s"]["median"]
-        assert part["5 epochs, s"]["median"] > sums > 0
+        assert part["5 epochs, s"]["median"] > 0 and part["own memory, GB"]["median"] > 0
     assert measured["training"]["PEFT, generative"]["times as fast as PEFT"]["median"] == 1
     text = (out / "bench.md").read_text()
     assert text == page(results)
@@ -179,10 +178,10 @@ def test_on_a_gpu_everything_is_done_once_before_it_is_timed(tmp_path):
 
         def train(plan, out, calls=calls):
             calls.append(1)
-            return [9.0, len(calls)]
+            return len(calls)
 
         found = bench.train_epochs(train, SimpleNamespace(device=device), tmp_path)
-        assert len(calls) == found["later epochs, s"] == times
+        assert len(calls) == found["5 epochs, s"] == times
 
 
 def test_sizes_follow_the_device(tmp_path, monkeypatch):
