@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 class PeakMemory:
     """Most memory in use while the block runs, in GB, polled 50 times a second.
 
-    ``own`` is this process's without mapped files, ``resident`` with the parts of them that it has
-    read; ``gpu`` is what all processes take of the GPU beyond what was taken before, None on a CPU.
+    ``own`` is this process's without mapped files, ``added`` what came to that within the block,
+    ``resident`` all with the parts of mapped files that it has read; ``gpu`` is what all processes
+    take of the GPU beyond what was taken before, None on a CPU.
     """
 
     def __init__(self, device: str = "cpu"):
@@ -28,7 +29,8 @@ class PeakMemory:
         self.gpu = None if device == "cpu" else 0.0
 
     def __enter__(self):
-        self._before, self._done = self._taken(), threading.Event()
+        self._measure()
+        self._own_before, self._before, self._done = self.own, self._taken(), threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._thread.start()
         return self
@@ -41,12 +43,19 @@ class PeakMemory:
         free, total = torch.cuda.mem_get_info(self.device)
         return (total - free) / 1e9
 
-    def _poll(self):
+    @property
+    def added(self) -> float:
+        return self.own - self._own_before
+
+    def _measure(self) -> None:
+        words = Path("/proc/self/status").read_text().split()
+        own, resident = (int(words[words.index(f"{key}:") + 1]) for key in ("RssAnon", "VmRSS"))
+        self.own = max(self.own, own * 1024 / 1e9)
+        self.resident = max(self.resident, resident * 1024 / 1e9)
+
+    def _poll(self) -> None:
         while not self._done.wait(0.02):
-            words = Path("/proc/self/status").read_text().split()
-            own, resident = (int(words[words.index(f"{key}:") + 1]) for key in ("RssAnon", "VmRSS"))
-            self.own = max(self.own, own * 1024 / 1e9)
-            self.resident = max(self.resident, resident * 1024 / 1e9)
+            self._measure()
             if self.gpu is not None:
                 self.gpu = max(self.gpu, self._taken() - self._before)
 

@@ -7,6 +7,7 @@ for it.
 
 import contextlib
 import copy
+import inspect
 import traceback
 from collections import Counter
 from unittest import mock
@@ -128,7 +129,9 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if str(function).startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.equal")):
-            callers = {frame.f_code.co_name for frame, _ in traceback.walk_stack(None)}
+            callers = {
+                frame.f_code.co_name for frame, _ in traceback.walk_stack(inspect.currentframe())
+            }
             self.found += not callers & HOST
         return function(*args, **kwargs or {})
 

@@ -116,7 +116,7 @@ class Loaded:
     parameters: int
     seconds: float  # from the first byte read to the logits
     memory_gb: float  # peak of this process, mapped weights included
-    own_gb: float  # the same without them
+    added_gb: float  # what loading and asking took of memory, without them
     kept_gb: float  # of the model's tensors
     gpu_gb: float | None
     logits: torch.Tensor  # (B, 4), fp32
@@ -177,7 +177,7 @@ def ask(run: Run, load: Callable, letters: Callable, inputs: dict[str, torch.Ten
     kept = sum(p.nbytes for p in model.parameters()) / 1e9
     del model
     release()
-    return Loaded(count, seconds, peak.resident, peak.own, kept, peak.gpu, logits)
+    return Loaded(count, seconds, peak.resident, peak.added, kept, peak.gpu, logits)
 
 
 def ask_hugging_face(run: Run, inputs: dict[str, torch.Tensor]) -> Loaded:
