@@ -118,7 +118,9 @@ class Check:
     def base(self) -> str:
         if self.tiny:
             return "tiny"
-        folder = Path(os.environ.get("FULL_SIZE_BASE", self.work / "base"))
+        if "FULL_SIZE_BASE" in os.environ:
+            return os.environ["FULL_SIZE_BASE"]
+        folder = self.work / "base"
         if not (folder / "model.safetensors.index.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             try:
