@@ -21,7 +21,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
+from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -80,7 +82,7 @@ from bridgeblip.training.trainer import (
     optimizer,
     training_arguments,
 )
-from experiments.tables import markdown
+from experiments.contenders import markdown
 
 CLAIMED = "0,3,...,21"
 FROZEN = (
@@ -139,12 +141,8 @@ class EncodedQuestions:
         self.cache, self.key_of_picture = cache, key_of_picture
 
     def key(self, question: Question) -> str:
-        text = json.dumps(
-            [
-                self.key_of_picture[question.image],
-                render_prompt(question.question, question.choices),
-            ]
-        )
+        prompt = render_prompt(question.question, question.choices)
+        text = json.dumps([self.key_of_picture[question.image], prompt])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
@@ -208,6 +206,35 @@ def encode_questions(
     return encoded, len(missing)
 
 
+class SlicedLoader:
+    """Loads the base with an arm's decoder layers, on the machine's device in its number format.
+
+    Raises:
+        InputError: if the base has not the layers of every arm.
+    """
+
+    def __init__(self, base: str | Path, arms: Sequence[Arm]):
+        folder = resolve_base(base)
+        self.folder, self.processor = folder, QuestionProcessor.from_base(folder)
+        config = InstructBlipConfig.from_pretrained(folder)
+        for arm in reversed(arms):
+            sliced = slice_config(config, decoder_layers(arm.layers))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        parameters = sum(count_parts(empty_model(sliced)).values())
+        self.dtype = choose_precision(self.device, parameters).dtype
+
+    def load(self, arm: Arm) -> BridgeBlipForMultipleChoice:
+        letters, layers = self.processor.letter_ids, decoder_layers(arm.layers)
+        head = arm.bridge.head_init
+        return load_sliced(self.folder, letters, layers, head, self.dtype, self.device)
+
+    def made_by(self) -> dict[str, str]:
+        """Machine and versions."""
+        versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "peft")]
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, {self.device}, {self.dtype}"
+        return {"machine": machine, "versions": ", ".join(versions)}
+
+
 def ablate(
     train_csv: str | Path | None,
     base: str | Path,
@@ -215,7 +242,6 @@ def ablate(
     also: Sequence[str] = (),
     seeds: int = 3,
     settings: TrainSettings = TrainSettings(),
-    revision: str | None = None,
 ) -> pd.DataFrame:
     """Train every arm with every seed for one epoch, on the same questions in the same order, and
     compare them.
@@ -226,17 +252,13 @@ def ablate(
     Args:
         train_csv: questions with answers; None takes the embedded ones.
         also: names of ``FURTHER``, arms beside the four selections.
-        seeds: how many; a seed sets the order of the questions, the adapters' start and their
-            dropout.
-        settings: rates and batch size; one epoch, without label smoothing, so that the loss is the
-            cross-entropy.
+        seeds: how many; one sets the order of the questions, the adapters' start and dropout.
+        settings: rates and batch size; one epoch, its loss the bare cross-entropy.
 
-    Returns:
-        One row an arm, as ``summarise`` gives it.
+    Returns what ``summarise`` gives.
 
     Raises:
-        InputError: if the questions or the base can't be used, or the frozen part's states don't
-            fit on the disk.
+        InputError: if questions or base can't be used, or the disk is too small for the states.
     """
     out = Path(out)
     require_writable(out)
@@ -247,71 +269,37 @@ def ablate(
     questions = read_questions(train_csv or _embedded_questions(), need_answers=True)
     training, validation = split_by_picture(questions, VALIDATION_FRACTION, ORDER_SEED)
     training = TrainingQuestions(training, ORDER_SEED, settings.shuffle_choices)
+    loader = SlicedLoader(base, arms)
     shown = [training[row] for row in range(len(training))] + validation
-    folder = resolve_base(base, revision)
-    processor = QuestionProcessor.from_base(folder)
-    configs = [
-        slice_config(InstructBlipConfig.from_pretrained(folder), decoder_layers(arm.layers))
-        for arm in arms
-    ]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = choose_precision(device, sum(count_parts(empty_model(configs[0])).values())).dtype
-
-    def sliced(arm: Arm) -> BridgeBlipForMultipleChoice:
-        layers = decoder_layers(arm.layers)
-        return load_sliced(
-            base, processor.letter_ids, layers, arm.bridge.head_init, dtype, device, revision
-        )
-
-    encoded, computed = encode_questions(sliced(arms[0]), processor, shown, settings.batch_size)
-    print(
-        f"the frozen part has run on {computed} questions; {len(arms)} arms of {seeds} seeds share "
-        f"what it gave"
+    encoded, computed = encode_questions(
+        loader.load(arms[0]), loader.processor, shown, settings.batch_size
     )
+    shared = f"{len(arms)} arms of {seeds} seeds share what it gave"
+    print(f"the frozen part has run on {computed} questions; {shared}")
     rows = json.dumps([[encoded.key(question), question.answer] for question in shown])
-    made_by = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}, {dtype}",
-        "versions": ", ".join(
-            f"{name} {version(name)}" for name in ("torch", "transformers", "peft")
-        ),
-    }
-    common = made_by | {
+    common = loader.made_by() | {
         "base": str(base),
-        "revision": revision,
         "encoder": encoded.cache.folder.name,
         "questions": hashlib.sha256(rows.encode()).hexdigest(),
     }
     runs = []
-    for seed, arm in tqdm(
-        [(seed, arm) for seed in range(seeds) for arm in arms], "arms", unit="run"
-    ):
+    for seed, arm in tqdm(list(product(range(seeds), arms)), "arms", unit="run"):
         seeded = replace(settings, seed=seed)
         cut = {"name": arm.name, "layers": decoder_layers(arm.layers), "bridge": asdict(arm.bridge)}
         identity = json.loads(json.dumps(common | {"arm": cut, "settings": asdict(seeded)}))
         path = out / "runs" / f"{arm.name.replace(' ', '-')}.{seed}.json"
-        run = _kept_run(path, identity)
-        if run is None:
-            gc.collect()  # the arm before, and its optimizer
-            torch.cuda.empty_cache()
-            set_seed(seed)
-            run = _train_arm(
-                attach_bridge(sliced(arm), arm.bridge), encoded, training, validation, seeded, dtype
-            )
-            write_text(path, json.dumps({"identity": identity, **run}))
-        runs.append({"arm": arm.name, "seed": seed, **run})
+        train = partial(_train_arm, loader, arm, encoded, training, validation, seeded)
+        runs.append({"arm": arm.name, "seed": seed, **_kept_run(path, identity, train)})
     runs = pd.DataFrame(runs)
     summary = summarise(runs, picture_groups(validation))
-    words = ["python", "experiments/ablation.py", "--base", base, "--seeds", seeds]
-    words += ["--train-csv", train_csv] * bool(train_csv) + ["--also", *also] * bool(also)
-    words += ["--batch-size", settings.batch_size, "--learning-rate", settings.learning_rate]
-    facts = {
-        "command": f"`{shlex.join(map(str, words))}`",
-        "date": date.today().isoformat(),
-        **made_by,
-        "questions": f"{len(training)} trained on, {len(validation)} about other pictures to "
-        f"measure",
-    }
     verdict = judge_claim(runs, summary, guessing(validation))
+    counted = f"{len(training)} trained on, {len(validation)} about other pictures to measure"
+    facts = {
+        "command": f"`{_command(train_csv, base, also, seeds, settings)}`",
+        "date": date.today().isoformat(),
+        **loader.made_by(),
+        "questions": counted,
+    }
     ablation_figure(runs, arms, verdict).savefig(out / "ablation.png", dpi=150)
     write_text(out / "ablation.md", _page(summary, verdict, facts))
     print(verdict)
@@ -324,27 +312,40 @@ def _embedded_questions() -> Path:
     return folder / "train.csv"
 
 
-def _kept_run(path: Path, identity: dict) -> dict | None:
-    """The run that a file holds, if it is whole and of the same experiment."""
-    if not path.is_file():
-        return None
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        run = {}
-    if run.pop("identity", None) != identity:
+def _command(train_csv, base, also, seeds: int, settings: TrainSettings) -> str:
+    words = ["python", "experiments/ablation.py", "--base", base, "--seeds", seeds]
+    words += ["--train-csv", train_csv] * bool(train_csv) + ["--also", *also] * bool(also)
+    words += ["--batch-size", settings.batch_size, "--learning-rate", settings.learning_rate]
+    return shlex.join(map(str, words))
+
+
+def _kept_run(path: Path, identity: dict, train: Callable[[], dict]) -> dict:
+    """The run that a file holds, if it is whole and of the same experiment; else a new one, kept
+    there."""
+    if path.is_file():
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            run = {}
+        if run.pop("identity", None) == identity:
+            return run
         print(
             f"passing over {path}: torn, or of another base, question file, setting, machine or "
             f"version"
         )
-        return None
+    run = train()
+    write_text(path, json.dumps({"identity": identity, **run}))
     return run
 
 
-def _train_arm(model, encoded, training, validation, settings, dtype) -> dict:
+def _train_arm(loader, arm, encoded, training, validation, settings) -> dict:
     """Train one epoch; return what is kept of it."""
+    gc.collect()  # the arm before, and its optimizer
+    torch.cuda.empty_cache()
+    set_seed(settings.seed)
+    model = attach_bridge(loader.load(arm), arm.bridge)
     with TemporaryDirectory() as folder:
-        arguments = training_arguments(folder, settings, dtype)
+        arguments = training_arguments(folder, settings, loader.dtype)
         arguments.eval_strategy = "no"
         trainer = BridgeTrainer(
             model,
@@ -362,15 +363,14 @@ def _train_arm(model, encoded, training, validation, settings, dtype) -> dict:
         trainer.train()
         seconds = time.perf_counter() - began
         history = history_table(trainer.state.log_history)
-        right = trainer.answer(validation).argmax(-1) == [
-            question.answer for question in validation
-        ]
+        answers = trainer.answer(validation).argmax(-1)
+    truth = [question.answer for question in validation]
     return {
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(seconds, 1),
         "before": float(history["accuracy"].iloc[0]),
         "losses": history["loss"].dropna().round(5).tolist(),
-        "right": right.astype(int).tolist(),
+        "right": (answers == truth).astype(int).tolist(),
     }
 
 
@@ -387,30 +387,24 @@ def summarise(runs: pd.DataFrame, groups: np.ndarray) -> pd.DataFrame:
             ``right``.
         groups: (validation questions,), as ``picture_groups`` gives them.
     """
-    runs = runs.assign(**_curve_measures(runs))
-    right = {
-        arm: np.mean(rows["right"].tolist(), axis=0)
-        for arm, rows in runs.groupby("arm", sort=False)
-    }
-    means = runs.groupby("arm", sort=False)[
-        ["before", "start", "drop", "mean", "spread", "trained", "seconds"]
-    ].mean()
+    runs = runs.join(runs["losses"].apply(_curve_measures))
+    by_arm = runs.groupby("arm", sort=False)
+    means = by_arm[["before", "start", "drop", "mean", "spread", "trained", "seconds"]].mean()
+    right = {}
+    for arm, rows in by_arm["right"]:
+        right[arm] = np.mean(rows.tolist(), axis=0)
+    claimed = right[CLAIMED]
     means["accuracy"] = [clustered_mean(right[arm], groups) for arm in means.index]
-    means["against"] = [
-        clustered_difference(right[arm] - right[CLAIMED], groups) for arm in means.index
-    ]
+    means["against"] = [clustered_difference(right[arm] - claimed, groups) for arm in means.index]
     return means
 
 
-def _curve_measures(runs: pd.DataFrame) -> dict[str, list[float]]:
-    curves = [smoothed(pd.Series(losses)) for losses in runs["losses"]]
-    quarter = len(curves[0]) // 4
-    return {
-        "start": [curve.iloc[0] for curve in curves],
-        "drop": [curve.iloc[0] - curve.iloc[quarter] for curve in curves],
-        "mean": [curve.mean() for curve in curves],
-        "spread": [curve.iloc[quarter:].std() for curve in curves],
-    }
+def _curve_measures(losses: list[float]) -> pd.Series:
+    curve = smoothed(pd.Series(losses))
+    quarter = len(curve) // 4
+    drop = curve.iloc[0] - curve.iloc[quarter]
+    spread = curve.iloc[quarter:].std()
+    return pd.Series({"start": curve.iloc[0], "drop": drop, "mean": curve.mean(), "spread": spread})
 
 
 COLUMNS = (
@@ -439,25 +433,24 @@ def judge_claim(runs: pd.DataFrame, summary: pd.DataFrame, guessing: float) -> s
             f"This can't tell: after the epoch no arm answers better than guessing "
             f"({guessing:.2f}), beyond noise. It takes more questions or a higher learning rate."
         )
-    runs = runs.assign(**_curve_measures(runs))
+    runs = runs.join(runs["losses"].apply(_curve_measures))
     four = runs[runs["arm"].isin([arm.name for arm in SELECTIONS])].set_index("arm").groupby("seed")
-    winners = {
+    seeds = runs["seed"].nunique()
+    wins, named = {}, {}
+    best = {
         "drop": four["drop"].idxmax(),
         "mean": four["mean"].idxmin(),
         "spread": four["spread"].idxmin(),
     }
-    seeds = runs["seed"].nunique()
-    wins = {key: int((won == CLAIMED).sum()) for key, won in winners.items()}
+    for key, winners in best.items():
+        counts = winners.value_counts()
+        wins[key] = counts.get(CLAIMED, 0)
+        named[key] = " and ".join(f"{arm} in {n}" for arm, n in counts.items())
+    finding = "The claim holds in part here."
     if wins["drop"] == wins["spread"] == seeds:
         finding = "The claim holds here."
     elif wins["drop"] + wins["spread"] == 0:
         finding = "The claim does not hold here."
-    else:
-        finding = "The claim holds in part here."
-    named = {
-        key: " and ".join(f"{arm} in {n}" for arm, n in won.value_counts().items())
-        for key, won in winners.items()
-    }
     by_seed = runs.pivot(index="seed", columns="arm", values="mean")
     below = [arm for arm in summary.index if (by_seed[arm] < by_seed[CLAIMED]).all()]
     apart = summary["against"].drop(CLAIMED)
@@ -508,9 +501,8 @@ def _draw_curves(axes: Axes, runs: pd.DataFrame, arms: Sequence[Arm], title: str
 
 
 def _interval(found: Estimate, show: Callable[[float], str]) -> str:
-    if found.low is None:  # too few pictures
-        return show(found.value)
-    return f"{show(found.value)} ({show(found.low)} to {show(found.high)})"
+    around = "" if found.low is None else f" ({show(found.low)} to {show(found.high)})"
+    return show(found.value) + around  # nothing around it where pictures are too few
 
 
 def _page(summary: pd.DataFrame, verdict: str, facts: dict[str, str]) -> str:

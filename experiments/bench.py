@@ -40,14 +40,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import InstructBlipConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import InstructBlipConfig, Trainer, TrainingArguments
 from transformers.initialization import no_init_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
 from bridgeblip.bridge.ahead import AheadTrainer
-from bridgeblip.bridge.base import resolve_base
+from bridgeblip.bridge.base import INDEX_FILE, resolve_base
 from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.export import TraceableModel, export_bundle
 from bridgeblip.bridge.features import CachedPictures, FeatureCache, encoder_key, fill
@@ -58,7 +58,7 @@ from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.gate import PARITY_BOUND, RELOADING_SHARE
 from bridgeblip.bundle.predict import predict
-from bridgeblip.data.pictures import load_ahead, picture_keys
+from bridgeblip.data.pictures import picture_keys
 from bridgeblip.evidence.answers import margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import best_device, choose_precision
@@ -70,8 +70,16 @@ from bridgeblip.training.trainer import (
     training_arguments,
 )
 from bridgeblip.training.weights import save_weights, trained_tensors
-from experiments.contenders import Generating, PeakMemory, clock, plan_of, prompt_of, questions_of
-from experiments.tables import markdown
+from experiments.contenders import (
+    Generating,
+    PeakMemory,
+    clock,
+    markdown,
+    plan_of,
+    prompt_of,
+    questions_of,
+)
+from tools.make_full_size_base import FULL_SIZE_CONFIG, write_base
 
 ROOT = Path(__file__).resolve().parent.parent
 EACH = 4  # questions a picture, as in the official file
@@ -85,15 +93,12 @@ EPOCHS = 5
 PARTS = {
     "inference": ["rate", "generate", "generate, sliced", "bundle", "bundle, orders"],
     "training": ["bridge, cached features", "PEFT, generative"],
-    "preprocessing": ["preprocessing"],
-    "start": ["start"],
 }
 # By device: a GPU that gets as little as a CPU would be measured while it warms up.
 SIZES = {
     "cpu": {"pictures": 5, "batch_size": 8, "training_pictures": 2, "training_batch": 4},
     "cuda": {"pictures": 213, "batch_size": 32, "training_pictures": 64, "training_batch": 16},
 }
-FULL_SIZE = {"disk": 16, "memory": 20}  # GB: the stand-in and its bundle
 
 
 # ---------------------------------------------------------------- questions
@@ -199,58 +204,52 @@ def prepare(plan: SimpleNamespace, out: Path) -> dict:
         write_photo_questions(work / "questions", plan.pictures, EACH, share)
         questions, share = questions_of(out), share / 2
     write_bundle(plan.base, work, plan.dtype)
-    write_bundle("tiny", work / "tiny", torch.float32)
-    config = InstructBlipConfig.from_pretrained(plan.base)
-    lengths = processor.count_tokens([prompt_of(question) for question in questions])
-    found = {"median tokens": round(statistics.median(lengths)), "counts": {}}
+    bundle, counts, margin = load_bundle(work / "torchscript.pt", plan.device), {}, 0.0
+    for name in ("bundle", "bundle, orders"):
+        answers, watched = [], Watched(bundle.model)
+        counted = replace(bundle, model=watched)
+        run = partial(predict, counted, questions, plan.batch_size, permute_below=margin)
+        counts[name] = _counts(watched, lambda run=run, answers=answers: answers.append(run()))
+        again = sum("permuted" in flags for flags in answers[0].flags) / len(questions)
+        counts[name]["asked again"] = again
+        margin = margin or float(np.quantile(margins(answers[0].probabilities), UNSURE))
     batch = processor.collate(questions[:EACH])
     batch.pop("choice_mask")
     batch = {name: tensor.to(plan.device) for name, tensor in batch.items()}
     with torch.inference_mode():
-        for name, sliced in (("generate", False), ("generate, sliced", True)):
+        ours = bundle.model(**batch).float()
+        del bundle, watched, counted, run
+        for name in ("generate", "generate, sliced"):
+            sliced = name.endswith("sliced")
             peer = Generating(plan.base, plan.device, plan.dtype, plan.batch_size, sliced)
-            expected = peer.logits(questions[:EACH], processor.letter_ids)
-            peer.model = Watched(peer.model)
-            operations = count_operations(lambda peer=peer: peer.answer(questions))
-            found["counts"][name] = _counts(peer.model, operations)
-            held = peer.parameters
-            del peer
-            if sliced:
-                ours = load_bundle(work / "torchscript.pt", plan.device).model(**batch)
-            else:
-                found["parameters"] = held
-                layers = range(config.text_config.num_decoder_layers)
-                kept = {"dtype": plan.dtype, "device": plan.device}
-                model = load_sliced(plan.base, processor.letter_ids, layers, **kept)
-                ours = model(**batch).logits
-                del model
-            agree(name, ours.float(), expected, plan.dtype)
-    if found["parameters"] != stored_parameters(plan.base):
+            theirs = peer.logits(questions[:EACH], processor.letter_ids)
+            peer.model = watched = Watched(peer.model)
+            counts[name] = _counts(watched, partial(peer.answer, questions))
+            counts[name]["parameters"] = peer.parameters
+            del peer, watched
+    agree("generate, sliced", ours, theirs, plan.dtype)
+    parameters, stored = counts["generate"]["parameters"], stored_parameters(plan.base)
+    if parameters != stored:
         raise InputError(
-            f"the peer holds {found['parameters']:,} parameters, its files "
-            f"{stored_parameters(plan.base):,}: nothing was timed"
+            f"the peer holds {parameters:,} parameters, its files {stored:,}: nothing was timed"
         )
-    bundle, found["margin"] = load_bundle(work / "torchscript.pt", plan.device), 0.0
-    for name in ("bundle", "bundle, orders"):
-        answers, watched = [], Watched(bundle.model)
-        counted = replace(bundle, model=watched)
-        settings = {"batch_size": plan.batch_size, "permute_below": found["margin"]}
-        operations = count_operations(
-            lambda: answers.append(predict(counted, questions, **settings))  # noqa: B023
-        )
-        again = sum("permuted" in flags for flags in answers[0].flags) / len(questions)
-        found["counts"][name] = _counts(watched, operations) | {"asked again": again}
-        # the margin that the least sure fifth of the rows lies below
-        unsure = sorted(margins(answers[0].probabilities))
-        count = round(UNSURE * len(unsure))
-        found["margin"] = found["margin"] or float(unsure[count - 1] + unsure[count]) / 2
-    sliced = slice_config(config, DEFAULT_DECODER_LAYERS)
-    products = matrix_products(sliced, plan, plan.batch_size * found["median tokens"])
-    picture, texts = count_floor(sliced, processor, questions)
-    return found | {"floor": plan.pictures * picture + texts, "products": products}
+    config = slice_config(InstructBlipConfig.from_pretrained(plan.base), DEFAULT_DECODER_LAYERS)
+    lengths = processor.count_tokens([prompt_of(question) for question in questions])
+    tokens = round(statistics.median(lengths))
+    picture, texts = count_floor(config, processor, questions)
+    return {
+        "parameters": parameters,
+        "counts": counts,
+        "margin": margin,
+        "median tokens": tokens,
+        "floor": plan.pictures * picture + texts,
+        "products": matrix_products(config, plan, plan.batch_size * tokens),
+    }
 
 
-def _counts(watched: Watched, operations: int) -> dict:
+def _counts(watched: Watched, run: Callable) -> dict:
+    """What ``run`` asks of the watched model."""
+    operations = count_operations(run)
     padding = 1 - watched.tokens / watched.padded
     return {"operations": operations, "padding": padding, "pictures": watched.pictures}
 
@@ -328,13 +327,6 @@ def matrix_products(config, plan: SimpleNamespace, tokens: int) -> list[tuple]:
 # ---------------------------------------------------------------- measuring
 
 
-def warmed(plan: SimpleNamespace, run: Callable):
-    """What ``run`` returns; on a GPU the second time, when its kernels are loaded and chosen."""
-    if plan.device != "cpu":
-        run()
-    return run()
-
-
 def measure_rate(plan: SimpleNamespace, out: Path) -> dict:
     """Operations a second of this machine in the model's own matrix products, in their own shares
     and number format."""
@@ -353,47 +345,21 @@ def measure_rate(plan: SimpleNamespace, out: Path) -> dict:
     return {"operations a second": operations / seconds}
 
 
-class EpochTimer(TrainerCallback):
-    """Seconds of each epoch, from its beginning to the end of its last step."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.began = time.perf_counter()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.began)
-
-
-def timed_epochs(trainer: Trainer) -> list[float]:
-    timer = EpochTimer()
-    trainer.add_callback(timer)
-    trainer.train()
-    return timer.seconds
-
-
-def bridge_epochs(
-    base, questions: list, settings, dtype, work: Path, cached: bool, device="cpu"
-) -> list[float]:
-    """Train the bridge as ``train`` sets it up, measuring and writing nothing; return seconds an
-    epoch.
-
-    The first one includes filling the cache of image features, which begins empty.
-    """
-    processor, pictures, filled = QuestionProcessor.from_base(base), None, 0.0
-    sliced = load_sliced(base, processor.letter_ids, dtype=dtype, device=device)
-    if cached:
-        shutil.rmtree(work / "features", ignore_errors=True)
-        start, keys = time.perf_counter(), picture_keys(q.image for q in questions)
-        cache = FeatureCache(work / "features", encoder_key(sliced, processor))
-        paths = {key: path for path, key in keys.items()}
-        fill(cache, sliced, processor, paths)
-        pictures, filled = CachedPictures(cache, keys, device), time.perf_counter() - start
+def train_bridge(plan: SimpleNamespace, out: Path) -> float:
+    """Seconds of training the bridge as ``train`` sets it up, measuring and writing nothing;
+    filling the cache of image features, which begins empty, is part of it."""
+    work, processor = out / "work" / "training", QuestionProcessor.from_base(plan.base)
+    questions = questions_of(out, "train.csv")[: plan.training_pictures * EACH]
+    settings = TrainSettings(epochs=EPOCHS, batch_size=plan.training_batch)
+    kept = {"dtype": plan.dtype, "device": plan.device}
+    sliced = load_sliced(plan.base, processor.letter_ids, **kept)
+    shutil.rmtree(work / "features", ignore_errors=True)
+    began, keys = time.perf_counter(), picture_keys(q.image for q in questions)
+    cache = FeatureCache(work / "features", encoder_key(sliced, processor))
+    fill(cache, sliced, processor, {key: path for path, key in keys.items()})
+    pictures, filled = CachedPictures(cache, keys, plan.device), time.perf_counter() - began
     model = attach_bridge(sliced, BridgeSettings())
-    arguments = training_arguments(work, settings, dtype)
+    arguments = training_arguments(work, settings, plan.dtype)
     arguments.eval_strategy = "no"
     trainer = AheadTrainer(
         model,
@@ -406,20 +372,12 @@ def bridge_epochs(
         optimizers=(optimizer(model, settings), None),
         average=settings.average,
     )
-    first, *others = timed_epochs(trainer)
-    return [first + filled, *others]
+    return filled + clock(trainer.train)
 
 
-def train_bridge(plan: SimpleNamespace, out: Path) -> list[float]:
-    questions = questions_of(out, "train.csv")[: plan.training_pictures * EACH]
-    settings = TrainSettings(epochs=EPOCHS, batch_size=plan.training_batch)
-    work = out / "work" / "training"
-    return bridge_epochs(plan.base, questions, settings, plan.dtype, work, True, plan.device)
-
-
-def train_peft(plan: SimpleNamespace, out: Path) -> list[float]:
-    """The usual recipe: LoRA on q and v of the whole language model, the letter as the text to
-    generate."""
+def train_peft(plan: SimpleNamespace, out: Path) -> float:
+    """Seconds of the usual recipe: LoRA on q and v of the whole language model, the letter as the
+    text to generate."""
     peer = Generating(plan.base, plan.device, plan.dtype, plan.batch_size)
 
     def collate(rows):
@@ -444,54 +402,15 @@ def train_peft(plan: SimpleNamespace, out: Path) -> list[float]:
     )
     questions = questions_of(out, "train.csv")[: plan.training_pictures * EACH]
     settings = {"train_dataset": questions, "data_collator": collate}
-    return timed_epochs(Trainer(get_peft_model(peer.model, lora), arguments, **settings))
+    return clock(Trainer(get_peft_model(peer.model, lora), arguments, **settings).train)
 
 
 def train_epochs(way: Callable, plan: SimpleNamespace, out: Path) -> dict:
+    """Train that ``way``; on a GPU twice, the second time with its kernels loaded and chosen."""
     with PeakMemory() as peak:
-        first, *later = warmed(plan, partial(way, plan, out))
-    return {
-        "first epoch, s": first,
-        "later epochs, s": statistics.median(later),
-        f"{EPOCHS} epochs, s": first + sum(later),
-        "own memory, GB": peak.bytes / 1e9,
-    }
-
-
-def preprocess(plan: SimpleNamespace, out: Path) -> dict:
-    """Pictures a second and core: ours, and Pillow's bare decoding and resizing; and a second with
-    ours in threads, as ``load_ahead`` feeds the model."""
-    processor = QuestionProcessor.from_base(plan.base)
-
-    def bare(path):
-        with Image.open(path) as image:
-            image.resize(processor.image_size[::-1], Image.Resampling.BICUBIC)
-
-    paths = [question.image for question in questions_of(out)[::EACH]] * 3
-    ours, pillow = 0.0, 0.0
-    for path in paths:  # in turns
-        ours += clock(partial(processor.load_pixels, path))
-        pillow += clock(partial(bare, path))
-    threaded = clock(lambda: list(load_ahead(processor.load_pixels, [paths])))
-    return {
-        "pictures a second and core": len(paths) / ours,
-        "over Pillow's bare decoding and resizing": pillow / ours,
-        "pictures a second in threads": len(paths) / threaded,
-    }
-
-
-def start_up(plan: SimpleNamespace, out: Path) -> dict:
-    """Seconds of cold processes: ``--help``, and the first answer of the tiny bundle."""
-    one = write_photo_questions(out / "work" / "one", 1)
-    files = ["--model", out / "work" / "tiny" / "torchscript.pt", "--csv", one / "test.csv"]
-    commands = {"--help": ["--help"], "first answer of the tiny bundle": ["predict", *files]}
-    commands["first answer of the tiny bundle"] += ["--out", one / "submission.csv"]
-    found = {}
-    for name, words in commands.items():
-        command = [sys.executable, "-m", "bridgeblip", *map(str, words)]
-        run = partial(subprocess.run, command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        found[f"{name}, s"] = clock(run)
-    return found
+        for _ in range(1 if plan.device == "cpu" else 2):
+            seconds = way(plan, out)
+    return {f"{EPOCHS} epochs, s": seconds, "own memory, GB": peak.own}
 
 
 WORKERS = {
@@ -499,8 +418,6 @@ WORKERS = {
     "rate": measure_rate,
     "bridge, cached features": partial(train_epochs, train_bridge),
     "PEFT, generative": partial(train_epochs, train_peft),
-    "preprocessing": preprocess,
-    "start": start_up,
 }
 
 
@@ -511,7 +428,6 @@ def run_bench(
     base: str | Path | None = None,
     out: str | Path = "bench",
     rounds: int = 5,
-    training_rounds: int | None = None,
     only: str | None = None,
     command: str = "python experiments/bench.py",
     **sizes: int | None,
@@ -522,8 +438,7 @@ def run_bench(
     Run again with the same arguments, it goes on where it stopped; with more rounds, it adds them.
 
     Args:
-        base: a folder or "tiny"; by default the stand-in of the real model's size, if there is room
-            for it.
+        base: a folder or "tiny"; by default the stand-in of the real model's size.
         only: one of ``PARTS``; by default all.
         sizes: what is to differ from ``SIZES``.
 
@@ -537,8 +452,7 @@ def run_bench(
     prepared = measure(out, "prepare", 0)
     write_text(out / "plan.json", json.dumps(plan | prepared, indent=2))
     for part in [only] if only else PARTS:
-        count = training_rounds if part == "training" and training_rounds else rounds
-        for turn in range(count):
+        for turn in range(rounds):
             for name in order_of(PARTS[part], turn):
                 measure(out, name, turn)
     results = plan | {
@@ -554,30 +468,21 @@ def run_bench(
 
 
 def _base_folder(base: str | Path | None, out: Path) -> Path:
-    """The folder of the base; by default the stand-in, written if there is room for it, else the
-    tiny base."""
+    """The folder of the base; by default the stand-in of the real size, written if need be."""
     if base:
         return resolve_base(base).resolve()
     standin = out / "work" / "base"
-    if not (standin / "model.safetensors.index.json").is_file():
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        here = {"disk": shutil.disk_usage(out).free // 10**9, "memory": memory // 10**9}
-        if any(here[what] < needed for what, needed in FULL_SIZE.items()):
-            print(f"the real size takes {FULL_SIZE} GB, here are {here}: measuring the tiny base")
-            return resolve_base("tiny").resolve()
-        tool = str(ROOT / "tools" / "make_full_size_base.py")
-        subprocess.run([sys.executable, tool, "--out", str(standin)], check=True)
-    print(f"measuring the stand-in of the real size in {standin}")
+    if not (standin / INDEX_FILE).is_file():
+        write_base(FULL_SIZE_CONFIG, standin)
     return standin
 
 
 def keep_plan(base: Path, out: Path, sizes: dict[str, int | None]) -> dict:
     """What all processes have in common, kept in the folder; refuse a folder that has another."""
-    device, files = best_device(), sorted(base.glob("*.safetensors"))
+    device = best_device()
     dtype = choose_precision(device, stored_parameters(str(base))).dtype
     plan = {
         "base": str(base),
-        "base_files": [[path.name, path.stat().st_mtime_ns] for path in files],
         "device": device,
         "machine": platform.machine() if device == "cpu" else torch.cuda.get_device_name(device),
         "cores": torch.get_num_threads(),
@@ -604,7 +509,7 @@ def measure(out: Path, name: str, turn: int) -> dict:
     path = out / "rounds" / f"{name} {turn}.json"
     if not path.is_file():
         print(f"{time.strftime('%H:%M:%S')} {path.stem}", flush=True)
-        log, script = path.with_suffix(".log"), "bench" if name in WORKERS else "contenders"
+        script = "bench" if name in WORKERS else "contenders"
         command = [sys.executable, str(Path(__file__).with_name(f"{script}.py"))]
         command += ["--measure"] * (script == "bench") + [name, str(out)]
         # Of the bundle's file nothing is remembered; "bundle, orders" finds its digest known.
@@ -612,17 +517,13 @@ def measure(out: Path, name: str, turn: int) -> dict:
         if name == "bundle":
             shutil.rmtree(cache, ignore_errors=True)
         environment = os.environ | {"BRIDGEBLIP_CACHE": str(cache)}
-        with open(log, "w") as file:
-            command.append(repr(time.time()))
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
-            )
+        command.append(repr(time.time()))
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(
-                f"{path.stem} failed with exit code {done.returncode}:\n{log.read_text()[-3000:]}"
+                f"{path.stem} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}"
             )
         write_text(path, done.stdout.splitlines()[-1])
-        log.unlink()
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -641,14 +542,14 @@ def summarize(plan: dict, prepared: dict, out: Path) -> dict:
     for part, names in PARTS.items():
         turns = {}
         for name in names:
-            count = range(len(list((out / "rounds").glob(f"{name} [0-9]*.json"))))
-            turns[name] = pd.DataFrame([measure(out, name, turn) for turn in count])
+            files = sorted((out / "rounds").glob(f"{name} [0-9]*.json"))
+            turns[name] = pd.DataFrame([json.loads(file.read_text()) for file in files])
         if turns[names[-1]].empty:
             continue
         if part == "inference":
-            rate, peer = turns.pop("rate")["operations a second"], turns["generate"].copy()
+            rate, peer = turns.pop("rate")["operations a second"], turns["generate"]
             for name, own in turns.items():
-                counts, seconds = prepared["counts"][name], own.pop("seconds")
+                counts, seconds = prepared["counts"][name], own["seconds"]
                 own["rows a second"] = rows / seconds
                 own["over generate"] = peer["seconds"] / seconds
                 first = own["first answer, s"] / peer["first answer, s"]
@@ -656,8 +557,8 @@ def summarize(plan: dict, prepared: dict, out: Path) -> dict:
                 own["share of the floor"] = prepared["floor"] / rate / seconds
                 own["GFLOP a row"] = counts["operations"] / rows / 1e9
                 own["padding, %"] = 100 * counts["padding"]
-        if part == "training":
-            peer = turns["PEFT, generative"][f"{EPOCHS} epochs, s"].copy()
+        else:
+            peer = turns["PEFT, generative"][f"{EPOCHS} epochs, s"]
             for own in turns.values():
                 own["times as fast as PEFT"] = peer / own[f"{EPOCHS} epochs, s"]
         found[part] = {}
@@ -682,18 +583,17 @@ def page(results: dict) -> str:
         f"{results['training_batch']}. Each measurement is a process of its own; medians of the "
         f"rounds, least and most in brackets; ratios are taken within a round.",
         f"Before anything was timed, the bundle's letter logits were held against those of the "
-        f"sliced peer, and those of our unsliced model against the whole peer's. The floor is "
+        f"sliced peer. The floor is "
         f"{prepared['floor'] / questions / 1e9:.4g} GFLOP a row (each picture once, no padding, "
         f"the kept decoder layers) at the rate that the machine reached in the matrix products of "
         f"vision tower and encoder, in the same run. With four orders the bundle asked "
-        f"{prepared['counts']['bundle, orders']['asked again']:.0%} of the rows again. The first "
-        f"epoch of the bridge includes encoding the pictures.",
+        f"{prepared['counts']['bundle, orders']['asked again']:.0%} of the rows again. Training "
+        f"the bridge includes encoding the pictures.",
     ]
     for part, contenders in results["measured"].items():
         rows = []
         for name, measures in contenders.items():
-            cells = {measure: cell(spread) for measure, spread in measures.items()}
-            rows.append({part: name} | cells)
+            rows.append({part: name} | {what: cell(found) for what, found in measures.items()})
         parts += [f"## {part.capitalize()}", markdown(rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -716,7 +616,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", help="folder, or tiny; by default a stand-in of the real size")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="gets tables and rounds")
     parser.add_argument("--rounds", type=int, default=5, help="run again to go on or add some (5)")
-    parser.add_argument("--training-rounds", type=int, help="by default as many")
     parser.add_argument("--pictures", type=int, help="four questions each (5; on a GPU 213)")
     parser.add_argument("--batch-size", type=int, help="for every contender (8; on a GPU 32)")
     parser.add_argument("--only", choices=PARTS, help="measure one part")

@@ -6,7 +6,6 @@ The time to the first answer counts imports, so each imports only what it needs,
 """
 
 import json
-import resource
 import sys
 import threading
 import time
@@ -18,23 +17,59 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 class PeakMemory:
-    """Peak anonymous memory of this process, in bytes, while the block runs; polled 50 times a
-    second."""
+    """Most memory in use while the block runs, in GB, polled 50 times a second.
+
+    ``own`` is this process's without mapped files, ``added`` what came to that within the block,
+    ``resident`` all with the parts of mapped files that it has read; ``gpu`` is what all processes
+    take of the GPU beyond what was taken before, None on a CPU.
+    """
+
+    def __init__(self, device: str = "cpu"):
+        self.device, self.own, self.resident = device, 0.0, 0.0
+        self.gpu = None if device == "cpu" else 0.0
 
     def __enter__(self):
-        self.bytes, self._done = 0, threading.Event()
+        self._measure()
+        self._own_before, self._before, self._done = self.own, self._taken(), threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._thread.start()
         return self
 
-    def _poll(self):
+    def _taken(self) -> float:
+        if self.gpu is None:
+            return 0.0
+        import torch
+
+        free, total = torch.cuda.mem_get_info(self.device)
+        return (total - free) / 1e9
+
+    @property
+    def added(self) -> float:
+        return self.own - self._own_before
+
+    def _measure(self) -> None:
+        words = Path("/proc/self/status").read_text().split()
+        own, resident = (int(words[words.index(f"{key}:") + 1]) for key in ("RssAnon", "VmRSS"))
+        self.own = max(self.own, own * 1024 / 1e9)
+        self.resident = max(self.resident, resident * 1024 / 1e9)
+
+    def _poll(self) -> None:
         while not self._done.wait(0.02):
-            status = Path("/proc/self/status").read_text()
-            self.bytes = max(self.bytes, int(status.split("RssAnon:")[1].split()[0]) * 1024)
+            self._measure()
+            if self.gpu is not None:
+                self.gpu = max(self.gpu, self._taken() - self._before)
 
     def __exit__(self, *_):
         self._done.set()
         self._thread.join()
+
+
+def markdown(rows: Sequence[dict[str, object]]) -> str:
+    """A table with a line for each of ``rows``, which all have the same keys."""
+    lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
+    for row in rows:
+        lines.append(f"| {' | '.join(map(str, row.values()))} |")
+    return "\n".join(lines)
 
 
 def clock(run: Callable) -> float:
@@ -121,17 +156,17 @@ def _keep_layers(model):
     return model
 
 
-def generating(plan: SimpleNamespace, sliced: bool) -> Callable:
-    """Answers by Hugging Face's own class."""
-    return Generating(plan.base, plan.device, plan.dtype, plan.batch_size, sliced).answer
-
-
-def bundled(plan: SimpleNamespace, out: Path, margin: float) -> Callable:
-    """Answers by the bundle; in every order those of a smaller ``margin``."""
+def answerer(name: str, plan: SimpleNamespace, out: Path) -> Callable:
+    """What answers questions: Hugging Face's own class, or the bundle; "bundle, orders" in every
+    order those below the plan's margin."""
+    if name.startswith("generate"):
+        sliced = name.endswith("sliced")
+        return Generating(plan.base, plan.device, plan.dtype, plan.batch_size, sliced).answer
     from bridgeblip.bundle.format import load_bundle
     from bridgeblip.bundle.predict import predict
 
     bundle = load_bundle(out / "work" / "torchscript.pt", plan.device)
+    margin = plan.margin if name.endswith("orders") else 0
     return lambda rows: predict(bundle, rows, plan.batch_size, permute_below=margin)
 
 
@@ -140,10 +175,7 @@ def main(name: str, out: Path, began: float) -> dict:
     time, when its kernels are loaded and chosen."""
     with PeakMemory() as peak:
         plan, questions = plan_of(out), questions_of(out)
-        if name.startswith("generate"):
-            answer = generating(plan, sliced=name.endswith("sliced"))
-        else:
-            answer = bundled(plan, out, plan.margin if name.endswith("orders") else 0)
+        answer = answerer(name, plan, out)
         answer(questions[:1])
         first = time.time() - began
         for _ in range(1 if plan.device == "cpu" else 2):
@@ -151,8 +183,8 @@ def main(name: str, out: Path, began: float) -> dict:
     return {
         "first answer, s": first,
         "seconds": seconds,
-        "own memory, GB": peak.bytes / 1e9,
-        "with mapped files, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "own memory, GB": peak.own,
+        "with mapped files, GB": peak.resident,
     }
 
 

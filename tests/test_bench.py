@@ -34,7 +34,6 @@ from experiments.bench import (
     page,
     run_bench,
     stored_parameters,
-    warmed,
     write_photo_questions,
 )
 
@@ -117,20 +116,12 @@ def test_every_part_is_measured(out, results):
     for name, part in measured["inference"].items():
         assert part["first answer, s"]["median"] > 0 and part["own memory, GB"]["median"] > 0, name
     for part in measured["training"].values():
-        sums = part["first epoch, s"]["median"] + part["later epochs, s"]["median"]
-        assert part["5 epochs, s"]["median"] > sums > 0
+        assert part["5 epochs, s"]["median"] > 0 and part["own memory, GB"]["median"] > 0
     assert measured["training"]["PEFT, generative"]["times as fast as PEFT"]["median"] == 1
-    assert measured["preprocessing"]["preprocessing"]["pictures a second and core"]["median"] > 0
     text = (out / "bench.md").read_text()
     assert text == page(results)
     for part in PARTS:
         assert f"## {part.capitalize()}" in text
-
-
-def test_start_up_is_quick(results):
-    took = results["measured"]["start"]["start"]
-    assert took["--help, s"]["median"] < 5  # what is asked is 0.5 s, on a machine at rest
-    assert took["first answer of the tiny bundle, s"]["median"] < 30  # asked: 5 s
 
 
 def test_what_answers_first_is_imported_where_it_is_needed():
@@ -144,7 +135,7 @@ def test_what_answers_first_is_imported_where_it_is_needed():
 
 
 def test_many_rows_cost_each_what_few_do(out, tmp_path):
-    bundle = load_bundle(out / "work" / "tiny" / "torchscript.pt")
+    bundle = load_bundle(out / "work" / "torchscript.pt")
     noise, lines, costs = np.random.default_rng(0), ["ID,img_path,Question,A,B,C,D"], []
     for row in range(400):
         if row % EACH == 0:
@@ -164,10 +155,10 @@ def test_many_rows_cost_each_what_few_do(out, tmp_path):
 
 def test_measured_rounds_are_kept_and_more_are_added(out, results):
     before = {path.name: path.stat().st_mtime_ns for path in (out / "rounds").iterdir()}
-    again = run_bench("tiny", out, rounds=2, pictures=2, only="preprocessing")
+    again = run_bench("tiny", out, rounds=2, pictures=2, only="training")
     after = {path.name: path.stat().st_mtime_ns for path in (out / "rounds").iterdir()}
     assert {name: after[name] for name in before} == before
-    assert after.keys() - before.keys() == {"preprocessing 1.json"}
+    assert after.keys() - before.keys() == {f"{name} 1.json" for name in PARTS["training"]}
     assert again["measured"]["inference"] == results["measured"]["inference"]
 
 
@@ -181,12 +172,16 @@ def test_another_bench_in_the_same_folder_is_refused(out, capsys):
     assert "holds another bench (other pictures)" in capsys.readouterr().err
 
 
-def test_on_a_gpu_everything_is_done_once_before_it_is_timed():
-    calls = []
-    warmed(SimpleNamespace(device="cpu"), lambda: calls.append(1))
-    assert len(calls) == 1
-    warmed(SimpleNamespace(device="cuda:0"), lambda: calls.append(1))
-    assert len(calls) == 3
+def test_on_a_gpu_everything_is_done_once_before_it_is_timed(tmp_path):
+    for device, times in (("cpu", 1), ("cuda:0", 2)):
+        calls = []
+
+        def train(plan, out, calls=calls):
+            calls.append(1)
+            return len(calls)
+
+        found = bench.train_epochs(train, SimpleNamespace(device=device), tmp_path)
+        assert len(calls) == found["5 epochs, s"] == times
 
 
 def test_sizes_follow_the_device(tmp_path, monkeypatch):
@@ -200,8 +195,10 @@ def test_sizes_follow_the_device(tmp_path, monkeypatch):
         assert (plan["pictures"], plan["batch_size"]) == (pictures, 7)
 
 
-def test_contenders_that_differ_are_not_timed(out, tmp_path):
-    """Of two letters the LM head's rows are swapped: the bundle answers otherwise."""
+def test_contenders_that_differ_are_not_timed(out, tmp_path, monkeypatch):
+    """Of two letters the LM head's rows are swapped: a bundle of the base as it was answers
+    otherwise."""
+    monkeypatch.setattr(bench, "write_bundle", lambda *arguments: None)
     base = shutil.copytree(TINY_BASE, tmp_path / "base")
     tensors = load_file(base / SINGLE_FILE)
     first, second, *_ = QuestionProcessor.from_base(base).letter_ids

@@ -88,7 +88,7 @@ def test_every_result_is_stored_with_what_it_was_measured_on(first):
     assert score["accuracy"]["value"] == score["right"] / 6
     for name in ("train", "torchscript", "torchscript_inference"):
         assert first[f"notebooks-{name}"]["measured"]["seconds"] > 0
-    assert first["notebooks-torchscript_inference"]["checks"][1]["measured"] == "20"
+    assert first["notebooks-torchscript_inference"]["checks"][1]["measured"] == "40"
 
 
 def test_a_second_run_repeats_nothing_but_what_is_missing_or_changed(first, arguments, capsys):
@@ -193,9 +193,8 @@ def test_known_numbers_are_asked_of_the_real_shape_alone():
 
 def test_unusable_input_is_one_line(tmp_path, capsys):
     assert main(["--base", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert main(["--base", "tiny", "--images", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     messages = capsys.readouterr().err.splitlines()
-    assert len(messages) == 2 and "no config.json" in messages[0] and "no photo in" in messages[1]
+    assert len(messages) == 1 and "no config.json" in messages[0]
     with pytest.raises(SystemExit):
         main(["--base", "tiny", "--aokvqa", "val.json"])
     assert "go together" in capsys.readouterr().err and not (tmp_path / "out").exists()

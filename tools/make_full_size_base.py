@@ -4,9 +4,9 @@ random weights.
     python tools/make_full_size_base.py --out FOLDER
 
 The folder reads like a copy of the hub's repository of 4.02 billion parameters, LM head of its own
-included. It takes 8 GB in bfloat16 and 16 GB in float32; no more than one tensor is in memory at a
-time. Its processor has the real ids and sizes, but letter groups for words; --processor copies a
-real one. The index of the shards is written last: a folder that has one is complete.
+included. It takes 8 GB in bfloat16 and 16 GB in float32; no more than one shard is in memory at a
+time. Its processor has the real ids and sizes, but letter groups for words. The index of the shards
+is written last: a folder that has one is complete.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import (
     BertTokenizer,
@@ -113,9 +114,6 @@ T5_SIZE, T5_SENTINELS = 32100, 100
 BERT_PIECES = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
 BERT_SIZE = 30522
 LETTERS_BY_FREQUENCY = "etaoinsrhldcumfpgwybvkxjqz"
-PROCESSOR_PATTERNS = ("*token*", "*processor_config.json", "*.model")
-
-SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def stored_tensors(config: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -138,7 +136,9 @@ def stored_tensors(config: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     }
 
 
-def draw(name: str, shape: torch.Size, text_config: dict, seed: int) -> torch.Tensor:
+def draw(
+    name: str, shape: torch.Size, text_config: dict, seed: int, device: str = "cpu"
+) -> torch.Tensor:
     """Return the fp32 values of one tensor: the same for the same name, shape and seed, whatever
     else is drawn.
 
@@ -148,40 +148,13 @@ def draw(name: str, shape: torch.Size, text_config: dict, seed: int) -> torch.Te
     """
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-    values = torch.randn(shape, generator=generator)
-    return values.mul_(scale_of(name, shape, text_config))
-
-
-def scale_of(name: str, shape: torch.Size, text_config: dict) -> float:
-    """The standard deviation of a tensor of more than one dimension; see ``draw``."""
+    generator = torch.Generator(device).manual_seed(seed + zlib.crc32(name.encode()))
     if name == "language_model.shared.weight":
-        return 1.0
-    scale = (math.prod(shape[1:]) if len(shape) == 4 else shape[-1]) ** -0.5
-    return scale * (text_config["d_kv"] ** -0.5 if name.endswith("Attention.q.weight") else 1)
-
-
-def write_shard(
-    path: Path, tensors: dict[str, torch.Tensor], values: Iterable[torch.Tensor]
-) -> None:
-    """Write a safetensors file of the meta ``tensors``, taking their ``values`` one by one, in
-    order.
-
-    The library's own writer wants all of a file's tensors at once. The format is an eight-byte
-    length, a JSON header of that length with each tensor's place, and the tensors' bytes end to
-    end.
-    """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        kind = SAFETENSORS_NAMES[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor, value in zip(tensors.values(), values, strict=True):
-            file.write(value.to(tensor.dtype).flatten().view(torch.uint8).numpy())
+        scale = 1.0
+    else:
+        scale = (math.prod(shape[1:]) if len(shape) == 4 else shape[-1]) ** -0.5
+        scale *= text_config["d_kv"] ** -0.5 if name.endswith("Attention.q.weight") else 1
+    return torch.randn(shape, generator=generator, device=device).mul_(scale)
 
 
 def vocabulary(fillers: Iterable[str], places: dict[str, int], size: int) -> list[str]:
@@ -234,22 +207,6 @@ def build_processor(image_size: int, num_query_tokens: int) -> InstructBlipProce
     )
 
 
-def copy_processor(source: Path, out: Path) -> None:
-    """Copy the files of a processor, or of a model folder's processor, and none of the model."""
-    if not source.is_dir():
-        raise InputError(
-            f"processor folder {source} not found: give a folder with processor_config.json"
-        )
-    found = {path for pattern in PROCESSOR_PATTERNS for path in source.glob(pattern)}
-    for path in (
-        file for entry in found for file in (entry.rglob("*") if entry.is_dir() else [entry])
-    ):
-        if path.is_file():
-            target = out / path.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
-
-
 def check_room(out: Path, needed: int) -> None:
     """Refuse a folder that holds weights already, or whose disk has not ``needed`` bytes left."""
     weights = sorted(out.glob("*.safetensors*"))
@@ -265,19 +222,15 @@ def check_room(out: Path, needed: int) -> None:
         )
 
 
-def write_small_files(config: dict, out: Path, dtype: torch.dtype, processor: Path | None) -> None:
+def write_small_files(config: dict, out: Path, dtype: torch.dtype) -> None:
     """Write the configs and the processor, and check that they fit each other."""
     out.mkdir(parents=True, exist_ok=True)
     ids = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
     generation = {"_from_model_config": True} | {name: config["text_config"][name] for name in ids}
     _write_json(out / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     _write_json(out / "generation_config.json", generation)
-    if processor:
-        copy_processor(processor, out)
-    else:
-        build_processor(
-            config["vision_config"]["image_size"], config["num_query_tokens"]
-        ).save_pretrained(out)
+    size, queries = config["vision_config"]["image_size"], config["num_query_tokens"]
+    build_processor(size, queries).save_pretrained(out)
     QuestionProcessor.from_base(out)
 
 
@@ -286,18 +239,17 @@ def write_base(
     out: Path,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-    processor: Path | None = None,
-    max_shard_size: str = "5GB",
+    device: str = "cpu",
+    max_shard_size: str = "2GB",
 ) -> None:
     """Write a base model folder of random weights, as ``save_pretrained`` lays it out.
 
     Args:
         config: what ``config.json`` holds, ``FULL_SIZE_CONFIG`` or a smaller one of the same keys.
-        processor: a folder to copy the processor from; by default one is made.
+        device: where the numbers are drawn; on a GPU it is quick, and the numbers are others.
 
     Raises:
-        InputError: if ``out`` holds weights, its disk is too small, or the processor does not fit
-            the config.
+        InputError: if ``out`` holds weights, or its disk is too small.
     """
     tensors = stored_tensors(config, dtype)
     split = split_torch_state_dict_into_shards(
@@ -305,16 +257,15 @@ def write_base(
     )  # the hub's own rule
     size = sum(tensor.nbytes for tensor in tensors.values())
     check_room(out, size)
-    write_small_files(config, out, dtype, processor)
+    write_small_files(config, out, dtype)
     with tqdm(total=size, desc="writing weights", unit="B", unit_scale=True) as bar:
-
-        def values(names):
-            for name in names:
-                yield draw(name, tensors[name].shape, config["text_config"], seed)
-                bar.update(tensors[name].nbytes)
-
         for file, names in split.filename_to_tensors.items():
-            write_shard(out / file, {name: tensors[name] for name in names}, values(names))
+            shard = {}
+            for name in names:
+                values = draw(name, tensors[name].shape, config["text_config"], seed, device)
+                shard[name] = values.to(dtype).cpu()
+                bar.update(tensors[name].nbytes)
+            save_file(shard, out / file, {"format": "pt"})
     count = sum(tensor.numel() for tensor in tensors.values())
     metadata = {"total_parameters": count, "total_size": size}
     _write_json(out / INDEX_FILE, {"metadata": metadata, "weight_map": split.tensor_to_filename})
@@ -335,15 +286,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights"
     )
-    parser.add_argument(
-        "--processor", type=Path, help="folder of a processor to copy; by default one is made"
-    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     args = parser.parse_args(arguments)
     try:
-        write_base(
-            FULL_SIZE_CONFIG, args.out, getattr(torch, args.dtype), args.seed, args.processor
-        )
+        write_base(FULL_SIZE_CONFIG, args.out, getattr(torch, args.dtype), args.seed)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

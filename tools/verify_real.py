@@ -21,7 +21,6 @@ import platform
 import shlex
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +48,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, SMALL_FILES, resolve_base
-from bridgeblip.bridge.config import BridgeBlipConfig
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import NUM_CHOICES, QuestionProcessor, render_prompt
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
@@ -63,6 +62,7 @@ from bridgeblip.files import write_text
 from bridgeblip.hosting.runtime import local_copy
 from bridgeblip.machine import best_device, choose_precision
 from experiments.bench import write_photo_questions
+from experiments.contenders import PeakMemory
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_PARAMETERS = {"whole": 4_022_969_088, "sliced": 2_916_893_444}
@@ -71,7 +71,6 @@ PUBLISHED_SCORE, PUBLISHED_ROWS = (
     0.79,
     1000,
 )  # of the unsliced model on A-OKVQA's validation questions, by others
-PICTURES = 4  # most that parity is measured on, each with every prompt
 PROMPTS = [
     render_prompt("What is it?", ("temple", "flower", "river", "roof")),
     render_prompt(
@@ -89,8 +88,7 @@ class Check(NamedTuple):
     what: str
     asked: str
     measured: str
-    ok: bool | None
-    """None: not run."""
+    ok: bool | None  # None: not run
 
 
 @dataclass(frozen=True)
@@ -98,10 +96,8 @@ class Run:
     """What every step works on."""
 
     args: argparse.Namespace
-    folder: Path
-    """Of the base, on this machine."""
-    revision: str | None
-    """Of the hub."""
+    folder: Path  # of the base, on this machine
+    revision: str | None  # of the hub
     config: InstructBlipConfig
     processor: QuestionProcessor
     device: str
@@ -118,70 +114,21 @@ class Loaded:
     """What became of a model: loaded, asked once, and let go again."""
 
     parameters: int
-    seconds: float
-    """From the first byte read to the logits."""
-    memory_gb: float
-    """Peak of this process, mapped weights included."""
+    seconds: float  # from the first byte read to the logits
+    memory_gb: float  # peak of this process, mapped weights included
+    added_gb: float  # what loading and asking took of memory, without them
+    kept_gb: float  # of the model's tensors
     gpu_gb: float | None
-    logits: torch.Tensor
-    """(B, 4), fp32."""
+    logits: torch.Tensor  # (B, 4), fp32
 
     def __str__(self) -> str:
         gpu = "" if self.gpu_gb is None else f", {self.gpu_gb:.1f} GB of GPU memory"
         return f"{self.seconds:.0f} s, {self.memory_gb:.1f} GB of memory{gpu}"
 
 
-class Peak:
-    """Most memory in use while the block runs, in GB, polled 20 times a second.
-
-    ``memory`` is this process's, the parts of mapped files that it has read included; ``gpu`` is
-    what all processes take of the GPU beyond what was taken before, None without one.
-    """
-
-    def __init__(self, device: str):
-        self.device, self.memory, self.gpu = device, 0.0, None if device == "cpu" else 0.0
-
-    def _poll(self):
-        while not self._done.wait(0.05):
-            status = Path("/proc/self/status").read_text()
-            self.memory = max(self.memory, int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e9)
-            if self.gpu is not None:
-                self.gpu = max(self.gpu, self._taken() - self._before)
-
-    def _taken(self) -> float:
-        free, total = torch.cuda.mem_get_info(self.device)
-        return (total - free) / 1e9
-
-    def __enter__(self):
-        self._before, self._done = None if self.gpu is None else self._taken(), threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._done.set()
-        self._thread.join()
-
-
 def has_real_shape(config: InstructBlipConfig) -> bool:
-    """Whether the base is as wide and deep as InstructBLIP-FlanT5-XL."""
-    real = BridgeBlipConfig.from_json_file(str(ROOT / "instructblip.config.json"))
-
-    def shape(c: InstructBlipConfig, decoder_layers: int) -> list[int]:
-        parts = (c.vision_config, c.qformer_config)
-        text = [
-            c.text_config.d_model,
-            c.text_config.num_layers,
-            c.text_config.vocab_size,
-            decoder_layers,
-        ]
-        return [
-            size for part in parts for size in (part.hidden_size, part.num_hidden_layers)
-        ] + text
-
-    return shape(config, config.text_config.num_decoder_layers) == shape(
-        real, real.base_decoder_layers
-    )
+    """Whether the base holds as many parameters as InstructBLIP-FlanT5-XL."""
+    return count_parameters(config) == REAL_PARAMETERS
 
 
 def count_parameters(config: InstructBlipConfig) -> dict[str, int]:
@@ -200,22 +147,10 @@ def count_parameters(config: InstructBlipConfig) -> dict[str, int]:
     }
 
 
-def sample_pictures(folder: Path | None) -> list[Path]:
-    """The first pictures of a folder, or scikit-learn's two sample photos."""
-    if folder is None:
-        return [Path(name) for name in load_sample_images().filenames]
-    found = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
-    if not found:
-        raise InputError(f"no photo in {folder}: give a folder with .jpg files as --images")
-    return found[:PICTURES]
-
-
 def model_inputs(run: Run) -> tuple[list[Path], list[str], dict[str, torch.Tensor]]:
     """Every picture with every prompt: the files, the prompts and the batch."""
-    pairs = [
-        (picture, prompt) for picture in sample_pictures(run.args.images) for prompt in PROMPTS
-    ]
-    pictures, prompts = [picture for picture, _ in pairs], [prompt for _, prompt in pairs]
+    pairs = list(product(map(Path, load_sample_images().filenames), PROMPTS))
+    pictures, prompts = (list(column) for column in zip(*pairs, strict=True))
     pixels = torch.stack([run.processor.load_pixels(picture) for picture in pictures])
     return pictures, prompts, run.processor.encode_prompts(prompts) | {"pixel_values": pixels}
 
@@ -230,7 +165,7 @@ def ask(run: Run, load: Callable, letters: Callable, inputs: dict[str, torch.Ten
     """Load a model, ask it once and let it go; ``letters(model, inputs)`` gives (B, 4)."""
     release()
     began = time.perf_counter()
-    with Peak(run.device) as peak:
+    with PeakMemory(run.device) as peak:
         model = load()
         logits = (
             letters(model, {name: tensor.to(run.device) for name, tensor in inputs.items()})
@@ -239,9 +174,10 @@ def ask(run: Run, load: Callable, letters: Callable, inputs: dict[str, torch.Ten
         )
         seconds = time.perf_counter() - began
     count = sum(p.numel() for p in model.parameters())
+    kept = sum(p.nbytes for p in model.parameters()) / 1e9
     del model
     release()
-    return Loaded(count, seconds, peak.memory, peak.gpu, logits)
+    return Loaded(count, seconds, peak.resident, peak.added, kept, peak.gpu, logits)
 
 
 def ask_hugging_face(run: Run, inputs: dict[str, torch.Tensor]) -> Loaded:
@@ -252,13 +188,11 @@ def ask_hugging_face(run: Run, inputs: dict[str, torch.Tensor]) -> Loaded:
         return InstructBlipForConditionalGeneration.from_pretrained(run.folder, **where).eval()
 
     def letters(model, batch):
-        start = torch.full_like(
-            batch["input_ids"][:, :1], run.config.text_config.decoder_start_token_id
-        )
+        start = run.config.text_config.decoder_start_token_id
+        first = torch.full_like(batch["input_ids"][:, :1], start)
         batch = batch | {"pixel_values": batch["pixel_values"].to(run.dtype)}
-        return model(**batch, decoder_input_ids=start, use_cache=False).logits[
-            :, 0, run.processor.letter_ids
-        ]
+        logits = model(**batch, decoder_input_ids=first, use_cache=False).logits
+        return logits[:, 0, run.processor.letter_ids]
 
     return ask(run, load, letters, inputs)
 
@@ -274,10 +208,6 @@ def load_ours(run: Run, layers):
     return load_sliced(
         run.folder, run.processor.letter_ids, layers, dtype=run.dtype, device=run.device
     )
-
-
-def all_layers(run: Run) -> range:
-    return range(run.config.text_config.num_decoder_layers)
 
 
 def hugging_face_processor(folder: Path) -> InstructBlipProcessor:
@@ -298,23 +228,18 @@ def check_weights(run: Run) -> tuple[list[Check], dict]:
         "sliced": ask_ours(run, inputs, DEFAULT_DECODER_LAYERS),
     }
     counts = REAL_PARAMETERS if run.is_real else count_parameters(run.config)
-    found, letters = run.processor.letter_ids, REAL_LETTERS
+    found, asked = run.processor.letter_ids, REAL_LETTERS
     if not run.is_real:
-        letters = hugging_face_processor(run.folder).tokenizer.convert_tokens_to_ids(
-            [f"▁{x}" for x in run.processor.letters]
-        )
-    checks, facts = (
-        [Check("tokens of A, B, C, D", str(letters), str(found), found == letters)],
-        {"letters": found},
-    )
+        tokenizer = hugging_face_processor(run.folder).tokenizer
+        asked = tokenizer.convert_tokens_to_ids([f"▁{x}" for x in run.processor.letters])
+    checks, facts = [Check("tokens of A, B, C, D", str(asked), str(found), found == asked)], {}
     for name, model in models.items():
         count, finite = model.parameters, bool(model.logits.isfinite().all())
-        checks.append(
-            Check(f"{name}: parameters", f"{counts[name]:,}", f"{count:,}", count == counts[name])
-        )
+        what, expected = f"{name}: parameters", counts[name]
+        checks.append(Check(what, f"{expected:,}", f"{count:,}", count == expected))
         checks.append(Check(f"{name}: loaded and asked", "finite logits", str(model), finite))
-        facts[name] = {key: value for key, value in asdict(model).items() if key != "logits"}
-    return checks, facts
+        facts[name] = asdict(model) | {"logits": model.logits.tolist()}
+    return checks, facts | {"letters": found}
 
 
 def check_parity(run: Run) -> tuple[list[Check], dict]:
@@ -326,53 +251,35 @@ def check_parity(run: Run) -> tuple[list[Check], dict]:
     round in other places; see ``bridgeblip.bridge.model``.
     """
     pictures, prompts, inputs = model_inputs(run)
-    processor = hugging_face_processor(run.folder)
-    expected = processor(
-        images=[load_image(str(p)) for p in pictures],
-        text=prompts,
-        padding=True,
-        return_tensors="pt",
-    )
+    images = [load_image(str(path)) for path in pictures]
+    words = {"text": prompts, "padding": True, "return_tensors": "pt"}
+    expected = hugging_face_processor(run.folder)(images=images, **words)
     equal = {name: torch.equal(tensor, expected[name]) for name, tensor in inputs.items()}
-    theirs, ours = (
-        ask_hugging_face(run, inputs).logits,
-        ask_ours(run, inputs, all_layers(run)).logits,
-    )
+    theirs = ask_hugging_face(run, inputs).logits
+    ours = ask_ours(run, inputs, range(run.config.text_config.num_decoder_layers)).logits
     difference = (ours - theirs).abs().max().item()
-    exact = run.dtype == torch.float32
     spread = (theirs.max() - theirs.min()).item()
     step = torch.finfo(run.dtype).eps * theirs.abs().max().item()
-    bound = PARITY_BOUND if exact else MERGING_SHARE * spread + step
-    same = sum(
-        a == b for a, b in zip(ours.argmax(-1).tolist(), theirs.argmax(-1).tolist(), strict=True)
-    )
-    kind, pixels = str(run.dtype).removeprefix("torch."), equal.pop("pixel_values")
-    checks = [
-        Check("pixels, held against "
-              "InstructBlipProcessor's", "equal to the bit", _equal(pixels), pixels),
-        Check("tokens, held against "
-              "InstructBlipProcessor's", "equal to the bit", _equal(*equal.values()),
-              all(equal.values())),
-        Check(f"letter logits of all layers, {kind}: "
-              f"from Hugging Face's", f"at most {bound:.1e}", f"{difference:.1e}",
-              difference <= bound),
-        Check("their spread", "above 0", f"{spread:.2f}", spread > 0),
-    ]  # fmt: skip
-    facts = {
+    bound = MERGING_SHARE * spread + step
+    if run.dtype == torch.float32:
+        bound = max(PARITY_BOUND, 4 * step)
+    checks = []
+    for what, right in (("pixels", equal.pop("pixel_values")), ("tokens", all(equal.values()))):
+        measured = "equal" if right else "different"
+        asked = "equal to the bit"
+        checks.append(Check(f"{what}, InstructBlipProcessor's", asked, measured, right))
+    what, asked = "letter logits of all layers, from Hugging Face's", f"at most {bound:.1e}"
+    checks.append(Check(what, asked, f"{difference:.1e}", difference <= bound))
+    checks.append(Check("their spread", "above 0", f"{spread:.2f}", spread > 0))
+    return checks, {
         "questions": len(prompts),
-        "pictures": sorted({p.name for p in pictures}),
-        "same letter": same,
-    }
-    return checks, facts | {
+        "pictures": sorted({path.name for path in pictures}),
+        "same letter": int((ours.argmax(-1) == theirs.argmax(-1)).sum()),
         "difference": difference,
         "bound": bound,
         "spread": spread,
         "logits": theirs.tolist(),
     }
-
-
-def _equal(*equal: bool) -> str:
-    return "equal" if all(equal) else f"{equal.count(False)} of {len(equal)} tensors differ"
 
 
 def check_zero_shot(run: Run) -> tuple[list[Check], dict]:
@@ -383,25 +290,20 @@ def check_zero_shot(run: Run) -> tuple[list[Check], dict]:
     questions = read_questions(csv, need_answers=True)
     release()
     began = time.perf_counter()
-    with Peak(run.device) as peak:
-        bundle = Bundle(
-            load_ours(run, all_layers(run)), run.processor, {}, torch.device(run.device)
-        )
+    with PeakMemory(run.device) as peak:
+        model = load_ours(run, range(run.config.text_config.num_decoder_layers))
+        bundle = Bundle(model, run.processor, {}, torch.device(run.device))
         probabilities = predict(bundle, questions, permute_below=0).probabilities
         seconds = time.perf_counter() - began
-    measures = measure([q.answer for q in questions], probabilities, picture_groups(questions))
-    asked, ok = judge(measures.accuracy) if run.is_real else ("a score", True)
-    what = f"unsliced, zero-shot, {measures.questions:,} A-OKVQA questions"
-    facts = {
-        "questions": measures.questions,
-        "pictures": measures.pictures,
-        "right": measures.right,
-    }
-    facts |= {
-        "accuracy": asdict(measures.accuracy),
+    found = measure([q.answer for q in questions], probabilities, picture_groups(questions))
+    asked, ok = judge(found.accuracy) if run.is_real else ("a score", True)
+    what = f"unsliced, zero-shot, {found.questions:,} A-OKVQA questions"
+    return [Check(what, asked, str(found.accuracy), ok)], {
+        "questions": found.questions,
+        "pictures": found.pictures,
+        "right": found.right,
+        "accuracy": asdict(found.accuracy),
         "left out": {why: len(rows) for why, rows in summary.left_out.items()},
-    }
-    return [Check(what, asked, str(measures.accuracy), ok)], facts | {
         "seconds": seconds,
         "gpu_gb": peak.gpu,
     }
@@ -417,16 +319,6 @@ def judge(score: Estimate) -> tuple[str, bool]:
     )
 
 
-def write_competition(folder: Path) -> None:
-    """Write questions about parts of the two sample photos; their answers mean nothing."""
-    write_photo_questions(folder)
-    table = read_table(folder / "train.csv")  # a split needs more of a letter than this holds
-    more = table.assign(
-        ID="MORE_" + table["ID"], Question="Which of these fits this part of the photo?"
-    )
-    pd.concat([table, more]).to_csv(folder / "train.csv", index=False)
-
-
 def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
     """Run a notebook in a process of its own; the GPU memory is what that process takes, its cache
     included."""
@@ -434,13 +326,11 @@ def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
 
     work, base = run.args.work.resolve(), str(run.args.base)
     now = hashlib.sha256(json.dumps(circumstances(run, ("competition",))).encode()).hexdigest()[:8]
-    checkpoint, submission = (
-        work / f"checkpoint-{now}",
-        work / f"submission-{now}.csv",
-    )  # never another run's
+    checkpoint = work / f"checkpoint-{now}"  # never another run's
+    submission = work / f"submission-{now}.csv"
     competition = (run.args.competition or work / "competition").resolve()
     if not run.args.competition:
-        write_competition(competition)
+        write_photo_questions(competition, each=2)  # of twenty a split makes too little
     data = {"COMPETITION_DIR": str(competition), "CHECKPOINT_DIR": str(checkpoint)}
     parameters = {
         "train.ipynb": data | {"BASE": str(Path(base).resolve()) if Path(base).is_dir() else base},
@@ -449,28 +339,19 @@ def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
     }[name]
     goes_on = name == "train.ipynb" and (checkpoint / "state").exists()
     release()
-    with tempfile.TemporaryDirectory() as cache, Peak(run.device) as peak:
-        os.environ["BRIDGEBLIP_CACHE"] = (
-            cache  # features and copies of an earlier day would cost no time
-        )
+    with tempfile.TemporaryDirectory() as cache, PeakMemory(run.device) as peak:
+        # features and copies of an earlier day would cost no time
+        os.environ["BRIDGEBLIP_CACHE"] = cache
         began = time.perf_counter()
         run_notebook(name, parameters, work / "notebooks" / name)
         seconds = time.perf_counter() - began
         questions = read_questions(local_copy(competition / "test.csv"), strict=False)
     took = f"{seconds:.0f} s" + ("" if peak.gpu is None else f", {peak.gpu:.1f} GB of GPU memory")
-    checks = [
-        Check(
-            name,
-            "runs to its end",
-            took + (", going on from a saved state" if goes_on else ""),
-            True,
-        )
-    ]
+    took += ", going on from a saved state" if goes_on else ""
+    checks = [Check(name, "runs to its end", took, True)]
     if name == "torchscript_inference.ipynb":
-        count = len(read_table(submission))
-        checks.append(
-            Check(f"{name}: answers", f"{len(questions)}", f"{count}", count == len(questions))
-        )
+        count, asked = len(read_table(submission)), len(questions)
+        checks.append(Check(f"{name}: answers", str(asked), str(count), count == asked))
     files = [path for path in (*sorted(checkpoint.glob("*.pt")), submission) if path.is_file()]
     sizes = {path.name: path.stat().st_size / 1e6 for path in files}
     return checks, {"seconds": seconds, "gpu_gb": peak.gpu, "goes on": goes_on, "MB": sizes}
@@ -478,8 +359,8 @@ def check_notebook(name: str, run: Run) -> tuple[list[Check], dict]:
 
 # result -> (what measures it, the arguments that change it)
 RESULTS: dict[str, tuple[Callable[[Run], tuple[list[Check], dict]], tuple[str, ...]]] = {
-    "weights": (check_weights, ("dtype", "images")),
-    "parity": (check_parity, ("dtype", "images")),
+    "weights": (check_weights, ("dtype",)),
+    "parity": (check_parity, ("dtype",)),
     "zero-shot": (check_zero_shot, ("dtype", "aokvqa", "coco")),
 } | {
     f"notebooks-{Path(name).stem}": (partial(check_notebook, name), ("competition",))
@@ -492,16 +373,16 @@ def circumstances(run: Run, arguments: tuple[str, ...]) -> dict:
     code = hashlib.sha256()
     for path in sorted([*(ROOT / "bridgeblip").rglob("*.py"), Path(__file__)]):
         code.update(path.read_bytes())
-    is_gpu = run.device != "cpu"
+    device = f"{os.cpu_count()} cores, {platform.machine()}"
+    if run.device != "cpu":
+        device = torch.cuda.get_device_name(run.device)
+    versions = {name: version(name) for name in PACKAGES}
     values = vars(run.args) | {"dtype": str(run.dtype).removeprefix("torch.")}
     return {
         "base": str(run.args.base),
         "revision": run.revision,
-        "device": torch.cuda.get_device_name(run.device)
-        if is_gpu
-        else f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in PACKAGES},
+        "device": device,
+        "versions": {"python": platform.python_version()} | versions,
         "code": code.hexdigest(),
     } | {name: str(values[name]) for name in arguments if values[name]}
 
@@ -522,11 +403,9 @@ def record(run: Run, name: str) -> list[Check]:
         checks, facts = measure_it(run)
     except Exception as error:  # a step that breaks has failed; the others still tell something
         traceback.print_exc()
-        lines = str(error).splitlines() or [""]
-        checks, facts = (
-            [Check(name, "runs to its end", f"{type(error).__name__}: {lines[0]}", False)],
-            {},
-        )
+        first, *_ = str(error).splitlines() or [""]
+        failure = f"{type(error).__name__}: {first}"
+        checks, facts = [Check(name, "runs to its end", failure, False)], {}
     content = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
@@ -550,7 +429,6 @@ def open_run(args: argparse.Namespace) -> Run:
     config, device = InstructBlipConfig.from_pretrained(folder), best_device()
     count = count_parameters(config)["whole"]
     dtype = getattr(torch, args.dtype) if args.dtype else choose_precision(device, count).dtype
-    sample_pictures(args.images)  # refused now if there are none
     return Run(args, folder, revision, config, QuestionProcessor.from_base(folder), device, dtype)
 
 
@@ -573,18 +451,16 @@ def main(arguments: list[str] | None = None) -> int:
         default=Path("checkpoint/real"),
         help="gets what the notebooks write, 6 GB",
     )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        help="folder of photos (.jpg) for parity; by default scikit-learn's two",
-    )
     parser.add_argument("--aokvqa", type=Path, help="aokvqa_v1p0_val.json")
     parser.add_argument(
         "--coco", type=Path, help="folder that holds val2017/, the pictures of COCO 2017"
     )
-    parser.add_argument("--competition", type=Path, help="the organiser's files, for the "
-                                                         "notebooks; by default twenty "
-                        "questions about parts of the sample photos")  # fmt: skip
+    parser.add_argument(
+        "--competition",
+        type=Path,
+        help="the organiser's files, for the notebooks; by default forty questions about parts of "
+        "the sample photos",
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="by default as training chooses"
     )
@@ -601,24 +477,14 @@ def main(arguments: list[str] | None = None) -> int:
         if name.startswith(tuple(args.skip)):
             continue
         if name == "zero-shot" and not args.aokvqa:
-            checks = [
-                Check(
-                    "unsliced, zero-shot",
-                    "a score",
-                    "not run: give --aokvqa FILE --coco FOLDER",
-                    None,
-                )
-            ]
+            missing = "not run: give --aokvqa FILE --coco FOLDER"
+            checks = [Check("unsliced, zero-shot", "a score", missing, None)]
         else:
             checks = record(run, name)
         rows += [(name, *check) for check in checks]
-    table = pd.DataFrame(rows, columns=["result", *Check._fields]).replace(
-        {"ok": {None: "not run"}}
-    )
-    print(
-        f"\n{args.base} on "
-        f"{circumstances(run, ())['device']}\n{table.to_string(index=False, max_colwidth=90)}"
-    )
+    table = pd.DataFrame(rows, columns=["result", *Check._fields])
+    table = table.replace({"ok": {None: "not run"}}).to_string(index=False, max_colwidth=90)
+    print(f"\n{args.base} on {circumstances(run, ())['device']}\n{table}")
     return 1 if any(row[-1] is False for row in rows) else 0
 
 

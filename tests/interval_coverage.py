@@ -1,16 +1,10 @@
-"""How often the intervals of ``evidence.metrics`` hold the truth, by simulation.
+"""How often the intervals of ``evidence.metrics`` hold the truth, by simulation."""
 
-python tools/interval_coverage.py
-"""
-
-import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bridgeblip.evidence.metrics import clustered_difference, clustered_mean
 
 PICTURES = (10, 20)
@@ -67,10 +61,3 @@ def difference_grid(runs=1000, seed=0) -> pd.DataFrame:
 def _summary(drawn, truth) -> tuple[float, float]:
     low, high = np.array([(estimate.low, estimate.high) for estimate in drawn]).T
     return ((low <= truth) & (truth <= high)).mean(), (high - low).mean()
-
-
-if __name__ == "__main__":
-    grids = coverage_grid(), difference_grid()
-    for grid in grids:
-        print(grid.round(3).to_string(index=False))
-    sys.exit(any((grid["coverage"] < WANTED).any() for grid in grids))
