@@ -236,7 +236,7 @@ def test_no_broken_input_ends_in_a_traceback(home, monkeypatch, capfd, name):
 
 
 @pytest.mark.parametrize("which", ["train", "export", "predict"])
-@pytest.mark.parametrize("seconds", [0.5, 5.0])
+@pytest.mark.parametrize("seconds", [3.0])
 def test_ctrl_c_at_any_moment_is_one_line_and_130(home, which, seconds):
     command = [sys.executable, "-m", "bridgeblip", *verb(home, which)]
     command += ["--epochs", "200"] if which == "train" else []
