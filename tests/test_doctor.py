@@ -293,7 +293,7 @@ BROKEN = [  # name, stage, what breaks it, what must be found
     ),
     ("cut shard", TRAIN, cut("base/model-*"), "model-00001.* can't be read .*: copy it again"),
     ("empty shard", TRAIN, cut("base/model-*", 0), "model-00001.* can't be read .*: copy it again"),
-    ("cut index", TRAIN, cut("base/*.index.json"), "index.json can't be read .*: copy it again"),
+    ("cut index", TRAIN, cut("base/*.index.json"), "index.json is no JSON .*copy it again"),
     (
         "no tokenizer",
         TRAIN,
