@@ -270,7 +270,7 @@ def run_until_done(arguments: list[str], kills: int, rng: random.Random, spoil=N
 def test_killed_and_resumed_ends_with_the_same_tensors(base, competition, tmp_path):
     """Shuffling, averaging, dropout and the moments of saving included; torn states are passed
     over."""
-    kills = int(os.environ.get("BRIDGEBLIP_KILLS", 3))
+    kills = int(os.environ.get("BRIDGEBLIP_KILLS", 2))
     epochs = kills  # long enough to be killed so often
     arguments = [str(competition / "train.csv"), str(base), str(epochs)]
     run_until_done(
