@@ -152,14 +152,14 @@ def read_rows(path: str | Path, need_answers: bool) -> list[Question]:
             Question(cells["id"], image, question, choices, answer, small, row.line, problem)
         )
         if any(text[:1] == " " and f",{text}" in row.raw for text in texts):
-            spaced.append(len(questions) - 1)
-    if len(spaced) <= len(questions) / 2:  # else all commas of the file have a space behind them
-        for index in spaced:
-            problem = questions[index].problem or (
-                "a choice begins with a space: if it is the rest of a text with a comma, put that "
-                "text in quotes, else take the space out"
-            )
-            questions[index] = replace(questions[index], problem=problem)
+            spaced.append(questions[-1])
+    if 0 < len(spaced) <= len(questions) / 2:  # else all commas have a space behind them
+        warnings.warn(
+            f"{path}: in {len(spaced)} rows a choice begins with a space, the first in line "
+            f"{spaced[0].line} (ID {spaced[0].id}): if it is the rest of a text with a comma, put "
+            f"that text in quotes",
+            stacklevel=2,
+        )
     return questions
 
 
