@@ -216,7 +216,7 @@ def test_a_disk_that_fills_is_one_line_and_nothing_is_lost(pair, made):
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         last = done.stderr.strip().splitlines()[-1]
-        assert done.returncode == 2 and last.startswith("error: "), done.stderr
+        assert done.returncode == 2 and last.startswith("error: "), (share, done.stderr)
         assert "Traceback" not in done.stderr and "terminate" not in done.stderr
         assert {path.name: path.read_bytes() for path in pair.parent.iterdir()} == before
 

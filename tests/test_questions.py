@@ -178,7 +178,7 @@ def test_a_comma_hidden_by_a_missing_choice_is_named(tmp_path):
 
 def test_short_rows_lack_their_last_choices(tmp_path):
     (short,) = read(tmp_path, HEADER + "1,a.png,What?,a,b\n")
-    assert short.choices == ("a", "b") and "ends within" not in short.problem
+    assert short.choices == ("a", "b", "", "") and "ends within" not in short.problem
     _, cut = read(tmp_path, HEADER + ROW + "2,a.png,What?,apple,ban")
     assert cut.problem.startswith("the file ends within this row")
     with pytest.raises(InputError, match="ends in the middle of a character"):

@@ -126,8 +126,6 @@ def read_rows(path: str | Path, need_answers: bool) -> list[Question]:
     small = {"a", "b"} <= {name.strip() for name in header}
     listing = functools.cache(_listing)
     used = _choice_names(names)
-    while len(used) > 2 and not any(row.cells[names.index(used[-1])].strip() for row in rows):
-        used.pop()  # a column that nobody has filled in
     questions, spaced = [], []
     for row in rows:
         cells = dict(zip(names, row.cells, strict=True))

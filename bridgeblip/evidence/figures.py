@@ -128,6 +128,8 @@ def _caption(question: Question, probabilities: np.ndarray | None) -> tuple[str,
     given = None if probabilities is None else int(probabilities.argmax())
     lines = textwrap.wrap(question.question, LINE)
     for j, choice in enumerate(question.choices):
+        if not choice:
+            continue
         sure = "" if probabilities is None else f"  {probabilities[j]:.0%}"
         mark = {given: "▶ "}.get(j, "") + ("✓ " if j == question.answer else "")
         lines += textwrap.wrap(f"{mark}{letter(j)}. {choice}{sure}", LINE)
