@@ -165,6 +165,7 @@ def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:
         plan.revision,
     )
     sliced.label_smoothing = plan.settings.label_smoothing
+    sliced.random_state = torch.get_rng_state()
     return sliced
 
 
@@ -176,7 +177,7 @@ def build_bridge(plan: Plan, sliced: BridgeBlipForMultipleChoice) -> nn.Module:
     """
     if any(isinstance(module, LoraLayer) for module in sliced.modules()):
         raise InputError("the slice has its bridge already: load the slice anew, then bridge it")
-    set_seed(plan.settings.seed)
+    torch.set_rng_state(sliced.random_state)  # whatever was done between
     return attach_bridge(sliced, plan.bridge)
 
 
