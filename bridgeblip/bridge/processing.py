@@ -177,8 +177,8 @@ class QuestionProcessor:
 
     def choice_mask(self, question: Question) -> list[bool]:
         """Which of the model's letters can be the answer; all where no choice is filled in."""
-        filled = [bool(choice) for choice in question.choices[:NUM_CHOICES]]
-        filled += [False] * (NUM_CHOICES - len(filled))
+        padded = (*question.choices, *[""] * NUM_CHOICES)
+        filled = [bool(choice) for choice in padded[:NUM_CHOICES]]
         return filled if any(filled) else [True] * NUM_CHOICES
 
     @property
@@ -248,7 +248,7 @@ class QuestionProcessor:
         for shorten in (_last, _first, _both_ends, _from_difference(question.choices)):
             cut = partial(_cut_choices, question, shorten)
             fitted = cut(max(0, self._most(cut, longest)))
-            if still_differ(fitted, question):
+            if len(set(fitted.choices)) == len(set(question.choices)):
                 break
         return fitted
 
@@ -356,11 +356,6 @@ def _from_difference(choices: Sequence[str]) -> Callable[[str, int], str]:
 def _cut_choices(question: Question, shorten: Callable[[str, int], str], length: int) -> Question:
     choices = tuple(shorten(choice, length) for choice in question.choices)
     return replace(question, question="...", choices=choices)
-
-
-def still_differ(fitted: Question, question: Question) -> bool:
-    """Whether choices that differ in a question do so after it was cut."""
-    return len(set(fitted.choices)) == len(set(question.choices))
 
 
 def _stack(encodings) -> tuple[torch.Tensor, torch.Tensor]:

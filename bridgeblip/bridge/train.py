@@ -22,7 +22,6 @@ from bridgeblip.bridge.budget import BUDGET_LIMIT
 from bridgeblip.bridge.features import (
     CachedPictures,
     FeatureCache,
-    default_folder,
     encoder_key,
     fill,
 )
@@ -33,7 +32,7 @@ from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
-from bridgeblip.files import copy_missing, copy_verified, require_writable
+from bridgeblip.files import cache_folder, copy_missing, copy_verified, require_writable
 from bridgeblip.machine import process_rank
 from bridgeblip.training.callbacks import (
     Patience,
@@ -269,7 +268,7 @@ def _cached_pictures(
     cache."""
     if features is None:
         return None
-    folder = default_folder() if features == "default" else features
+    folder = cache_folder() if features == "default" else features
     require_writable(folder, "set $BRIDGEBLIP_CACHE to another one, or keep no cache (--no-cache)")
     cache = FeatureCache(folder, encoder_key(sliced, plan.processor))
     pictures = {key: path for path, key in reversed(plan.picture_keys.items())}
