@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from bridgeblip import InputError
 from bridgeblip.data.pictures import as_seen, open_picture
 from bridgeblip.data.questions import Question, letters
-from bridgeblip.files import read_json
+from bridgeblip.files import read_json, read_text
 
 NUM_CHOICES = 4
 """Letters that the head answers with: A, B, C, D."""
@@ -111,8 +111,8 @@ class QuestionProcessor:
                 f"the settings in {folder} lack {error}: copy the whole folder of the base model"
             ) from error
         files = {
-            "tokenizer.json": _read(folder / "tokenizer.json"),
-            "qformer_tokenizer.json": _read(folder / "qformer_tokenizer" / "tokenizer.json"),
+            "tokenizer.json": read_text(folder / "tokenizer.json"),
+            "qformer_tokenizer.json": read_text(folder / "qformer_tokenizer" / "tokenizer.json"),
             "processor.json": json.dumps(processor_settings),
         }
         try:
@@ -311,16 +311,6 @@ class QuestionProcessor:
         if all(q.answer is not None for q in questions):
             batch["labels"] = torch.tensor([q.answer for q in questions])
         return batch
-
-
-def _read(path: Path) -> str:
-    remedy = "copy the whole folder of the base model, processor included"
-    if not path.is_file():
-        raise InputError(f"{path} is missing: {remedy}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read ({error}): {remedy}") from error
 
 
 def _tokenizer(text: str, pad_token: str) -> Tokenizer:
