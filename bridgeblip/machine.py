@@ -117,7 +117,8 @@ def process_rank() -> tuple[int, int]:
     Raises:
         InputError: if the environment names no such process.
     """
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    world = os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", "0" if world == "1" else "none")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise InputError(
             f"RANK={rank} of WORLD_SIZE={world} in the environment is no process: unset both, or "

@@ -22,11 +22,9 @@ from tokenizers import Tokenizer
 
 from bridgeblip import InputError
 from bridgeblip.data.pictures import as_seen, open_picture
-from bridgeblip.data.questions import Question, letters
+from bridgeblip.data.questions import NUM_CHOICES, Question, letters
 from bridgeblip.files import read_json, read_text
 
-NUM_CHOICES = 4
-"""Letters that the head answers with: A, B, C, D."""
 PROMPT_TEMPLATE = "Question: {question} Options: {options} Short answer:"
 PLAIN = {"'": "‘’‚‛′", '"': "“”„‟″«»", "-": "‐‑‒–—―−", "...": "…", "x": "×"}
 """Typographic characters that a vocabulary may lack, by what a typewriter has for them."""
