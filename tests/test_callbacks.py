@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LAYERS, ROOT
+from conftest import LAYERS, ROOT, Script
 
 from bridgeblip import InputError
 from bridgeblip.bridge.lora import attach_bridge
@@ -159,12 +159,16 @@ except InputError as error:
 """
 
 
-def run(competition, base, folder, plan="", workers=0, features="None", **options):
-    command = [sys.executable, "-c", RUN.format(plan=plan, workers=workers, features=features)]
-    return subprocess.Popen(
-        [*command, str(competition / "train.csv"), str(base), str(folder)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
-    )  # fmt: skip
+def run(competition, base, folder, plan="", workers=0, features="None") -> Script:
+    code = RUN.format(plan=plan, workers=workers, features=features)
+    return Script(code, competition / "train.csv", base, folder)
+
+
+def run_on(competition, base, folder, **how) -> str:
+    """Run it again, as whoever is told to does; return what it printed."""
+    code, output = run(competition, base, folder, **how).end()
+    assert code == 0 and "going on from" in output, output
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -180,25 +184,15 @@ def assert_same_end(folder, whole):
         assert all(torch.equal(tensors[name], whole[epoch][name]) for name in whole[epoch])
 
 
-def wait_for(path, process, timeout=90):
-    until = time.monotonic() + timeout
-    while not path():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_goes_on_later(number, base, competition, tmp_path, whole):
     process = run(competition, base, tmp_path)
-    wait_for(lambda: list(tmp_path.glob("state/step-*")), process)
-    process.send_signal(number)
-    output = process.communicate()[0]
-    assert process.returncode == 1 and "stopped on request after step" in output, output
+    process.wait_for(lambda: list(tmp_path.glob("state/step-*")))
+    process.send(number)
+    code, output = process.end()
+    assert code == 1 and "stopped on request after step" in output, output
     assert not (tmp_path / "weights-1.pt").exists()
-    output = run(competition, base, tmp_path, workers=1).communicate()[
-        0
-    ]  # with a loader process, too
-    assert "going on from" in output
+    run_on(competition, base, tmp_path, workers=1)  # with a loader process, too
     assert_same_end(tmp_path, whole)
 
 
@@ -214,11 +208,10 @@ training.StateKeeper.on_step_end = on_step_end
 
 
 def test_asked_to_stop_in_the_last_step_of_an_epoch(base, competition, tmp_path, whole):
-    process = run(competition, base, tmp_path, LAST_STEP)
-    output = process.communicate()[0]
-    assert process.returncode == 1 and "stopped on request after step" in output, output
+    code, output = run(competition, base, tmp_path, LAST_STEP).end()
+    assert code == 1 and "stopped on request after step" in output, output
     assert (tmp_path / "weights-0.pt").exists() and not (tmp_path / "weights-1.pt").exists()
-    assert "going on from" in run(competition, base, tmp_path).communicate()[0]
+    run_on(competition, base, tmp_path)
     assert_same_end(tmp_path, whole)
 
 
@@ -271,14 +264,12 @@ def test_what_breaks_in_the_middle_loses_nothing(
     data = tmp_path / "competition"
     subprocess.run(["cp", "-r", str(competition), str(data)], check=True)
     folder = tmp_path / "checkpoint"
-    process = run(data, base, folder, plan)
-    output = process.communicate()[0]
-    assert process.returncode != 0 and re.search(expected, output), output
+    code, output = run(data, base, folder, plan).end()
+    assert code != 0 and re.search(expected, output), output
     assert "Traceback" not in output, output
     assert list(folder.glob("state/step-*")), output
     subprocess.run(["cp", "-r", f"{competition}/.", str(data)], check=True)  # the remedy
-    output = run(data, base, folder).communicate()[0]
-    assert "going on from" in output
+    run_on(data, base, folder)
     assert_same_end(folder, whole)
 
 
@@ -313,32 +304,31 @@ training.StateKeeper.on_save = on_save
 def test_a_vanished_cache_is_named_and_filled_again(workers, base, competition, tmp_path):
     features = tmp_path / "features"
     plan = f"features = {str(features)!r}\n" + CACHE_GONE
-    process = run(competition, base, tmp_path, plan, workers, features=repr(str(features)))
-    output = process.communicate()[0]
+    _, output = run(competition, base, tmp_path, plan, workers, repr(str(features))).end()
     assert "the file can be reached again, and run the same again" in output, output
     assert "No such file" in output and "Traceback" not in output, output
-    again = run(competition, base, tmp_path, features=repr(str(features))).communicate()[0]
-    assert "going on from" in again and (tmp_path / "weights-1.pt").exists(), again
+    run_on(competition, base, tmp_path, features=repr(str(features)))
+    assert (tmp_path / "weights-1.pt").exists()
 
 
 def test_a_vanished_copy_has_its_own_remedy(base, competition, tmp_path):
     drive = tmp_path / "drive"
     how = f"None, copy_to={str(drive)!r}"
-    output = run(competition, base, tmp_path, COPY_GONE, features=how).communicate()[0]
+    _, output = run(competition, base, tmp_path, COPY_GONE, features=how).end()
     assert f"the copy in {drive} can't be written" in output and "Traceback" not in output, output
     assert not drive.exists() and (tmp_path / "state" / "step-5").is_dir()
-    again = run(competition, base, tmp_path, features=how).communicate()[0]
-    assert "going on from" in again and (drive / "weights-1.pt").exists(), again
+    run_on(competition, base, tmp_path, features=how)
+    assert (drive / "weights-1.pt").exists()
 
 
 def test_a_signal_to_the_whole_group_saves_first(base, competition, tmp_path, whole):
     """Loaders' processes stay out of the group: they would end at once, and training with them."""
-    process = run(competition, base, tmp_path, workers=2, start_new_session=True)
-    wait_for(lambda: list(tmp_path.glob("state/step-*")), process)
-    os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate()[0]
+    process = run(competition, base, tmp_path, workers=2)
+    process.wait_for(lambda: list(tmp_path.glob("state/step-*")))
+    process.send(signal.SIGTERM, group=True)
+    _, output = process.end()
     assert "stopped on request after step" in output and "Traceback" not in output, output
-    assert "going on from" in run(competition, base, tmp_path).communicate()[0]
+    run_on(competition, base, tmp_path)
     assert_same_end(tmp_path, whole)
 
 
