@@ -356,22 +356,21 @@ if os.environ.get("RANK", "0") == "0":
 """
 
 
-def launch(processes, size, competition, base, folder, kill="no"):
+def launch(competition, base, folder, kill="no"):
+    """Two processes with batches of three."""
     script = folder / "two.py"
     folder.mkdir()
     script.write_text(TWO)
-    command = [sys.executable, str(script)]
-    if processes > 1:
-        # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would
-        # start one process
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
-                   str(script)]  # fmt: skip
+    # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would start
+    # one process
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               str(script)]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [
         str(competition / "train.csv"),
         str(base),
         str(folder / "checkpoint"),
-        str(size),
+        "3",
         kill,
     ]
     return subprocess.run(
@@ -385,12 +384,14 @@ def launch(processes, size, competition, base, folder, kill="no"):
 
 
 def test_two_processes_train_as_one(base, competition, tmp_path):
+    alone = Script(TWO, competition / "train.csv", base, tmp_path / "1/checkpoint", 6, "no")
+    code, printed = alone.end()
+    done = launch(competition, base, tmp_path / "2")
+    assert code == done.returncode == 0, printed + done.stderr[-3000:]
     histories = []
-    for processes, size in ((1, 6), (2, 3)):
-        done = launch(processes, size, competition, base, tmp_path / f"{processes}")
-        assert done.returncode == 0, done.stderr[-3000:]
-        line = next(line for line in done.stdout.splitlines() if line.startswith("HISTORY"))
-        histories.append(json.loads(line.removeprefix("HISTORY ")))
+    for lines in (printed, done.stdout):
+        (history,) = re.findall(r"(?m)^HISTORY (.*)$", lines)
+        histories.append(json.loads(history))
     (one, one_accuracy), (two, two_accuracy) = histories
     assert len(one) == len(two) > 10
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
@@ -406,6 +407,6 @@ def test_two_processes_train_as_one(base, competition, tmp_path):
 
 def test_a_killed_process_ends_the_other(base, competition, tmp_path):
     began = time.monotonic()
-    done = launch(2, 3, competition, base, tmp_path / "killed", "kill")
+    done = launch(competition, base, tmp_path / "killed", "kill")
     assert done.returncode != 0 and "SIGKILL" in done.stderr + done.stdout
     assert time.monotonic() - began < 120
