@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LAYERS, ROOT, Script
+from safetensors import SafetensorError
 
 from bridgeblip import InputError
 from bridgeblip.bridge.lora import attach_bridge
@@ -18,6 +19,7 @@ from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.training.callbacks import Averages, Patience, SelfCheck, TrainingError
 from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.stopping import in_one_line
 from bridgeblip.training.trainer import TrainingQuestions
 from bridgeblip.training.weights import load_weights
 
@@ -267,10 +269,15 @@ def test_what_breaks_in_the_middle_loses_nothing(
     code, output = run(data, base, folder, plan).end()
     assert code != 0 and re.search(expected, output), output
     assert "Traceback" not in output, output
-    assert list(folder.glob("state/step-*")), output
+    assert list(folder.glob("state/step-*")) and not list(folder.glob("state/.*")), output
     subprocess.run(["cp", "-r", f"{competition}/.", str(data)], check=True)  # the remedy
     run_on(data, base, folder)
     assert_same_end(folder, whole)
+
+
+def test_a_writer_that_gives_no_number_may_find_the_disk_full_too(tmp_path):
+    with pytest.raises(InputError, match="os error 28.: free some space"), in_one_line(tmp_path):
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(base, competition, tmp_path):
