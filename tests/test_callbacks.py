@@ -276,7 +276,7 @@ def test_what_breaks_in_the_middle_loses_nothing(
 
 
 def test_a_writer_that_gives_no_number_may_find_the_disk_full_too(tmp_path):
-    with pytest.raises(InputError, match="os error 28.: free some space"), in_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"os error 28.: free some space"), in_one_line(tmp_path):
         raise SafetensorError("Error while serializing: No space left on device (os error 28)")
 
 
