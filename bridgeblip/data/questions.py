@@ -43,6 +43,10 @@ class Question:
     line: int = 0
     # What keeps the row from being used as it stands; empty if nothing does.
     problem: str = ""
+    # Where there are no choices, the texts that count as right: captions, or the answer.
+    references: tuple[str, ...] = ()
+    # Earlier turns of the same dialogue, (asked, answered) each.
+    history: tuple[tuple[str, str], ...] = ()
 
     @property
     def choice_mask(self) -> list[bool]:
