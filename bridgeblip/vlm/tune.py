@@ -24,7 +24,7 @@ from peft import (
 )
 from PIL import Image
 from torch import nn
-from transformers import enable_full_determinism, set_seed
+from transformers import AutoModelForImageTextToText, enable_full_determinism, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from bridgeblip import InputError
@@ -211,7 +211,10 @@ def plan_tuning(
         process.print(f"warning: the model's vocabulary can't read {unread} questions whole")
     # accelerate may say cpu:0
     device = process.device if process.device.type == "cuda" else torch.device("cpu")
-    dtype = choose_precision(device, count_parameters(config)).dtype
+    with torch.device("meta"):
+        empty = AutoModelForImageTextToText.from_config(config)
+    decoder_linears(empty, settings.targets)
+    dtype = choose_precision(device, empty.num_parameters()).dtype
     keys = picture_keys(question.image for question in questions)
     names = ("torch", "transformers", "peft", "accelerate")
     facts = {
