@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -212,18 +213,18 @@ class Batches:
 
     def _check_row(self, question: Question, ids: torch.Tensor, room: int) -> None:
         seen = int((ids == self.image_id).sum()) if self.image_id is not None else 1
-        if not 0 < seen <= max(1, self.most):
+        if not 0 < seen <= self.most + 1:  # its placeholder is counted with the text
             raise InputError(
-                f"{question.id}: its picture takes {seen} tokens, expected 1 to {self.most}: another "
-                f"version of Transformers may read this model's processor as it is meant"
+                f"{question.id}: its picture takes {seen} tokens, expected 1 to {self.most + 1}: "
+                f"take another version of Transformers"
             )
         if len(ids) + room > self.context:
             raise InputError(f"{question.id}: {self._too_long(len(ids) + room)}")
 
     def _too_long(self, length: int) -> str:
         return (
-            f"{length} tokens with picture and answer, more than the {self.context} that this model "
-            f"reads: shorten it, or take fewer pixels"
+            f"{length} tokens with picture and answer, more than the {self.context} that this "
+            f"model reads: shorten it, or take fewer pixels"
         )
 
     def _length(self, question: Question, picture: Image.Image) -> int:
@@ -279,21 +280,17 @@ class Batches:
     ) -> list[str]:
         """Return what a model writes behind the prompts of ``ask``: by so many beams, without
         chance, at most so many tokens."""
-        how = {"eos_token_id": [self.tokenizer.convert_tokens_to_ids(self.end)]}
-        if self.kind == "blip":  # its generate takes away the last column, and knows the end
-            closed = {"input_ids": self.pad_id, "attention_mask": 0}
-            how = {}
-            for name, value in closed.items():
-                batch = batch | {name: torch.nn.functional.pad(batch[name], (0, 1), value=value)}
         begun = batch["input_ids"]
-        made = model.generate(
-            **batch,
-            num_beams=beams,
-            do_sample=False,
-            max_new_tokens=most,
-            pad_token_id=self.pad_id,
-            **how,
-        )
+        ends = [self.tokenizer.convert_tokens_to_ids(self.end)]
+        how = {"eos_token_id": ends, "pad_token_id": self.pad_id}
+        if self.kind == "blip":  # its generate takes a last column away, and has its own ends
+            how = {}
+            for name, value in (("input_ids", self.pad_id), ("attention_mask", 0)):
+                batch = batch | {name: nn.functional.pad(batch[name], (0, 1), value=value)}
+        made = model.generate(**batch, num_beams=beams, do_sample=False, max_new_tokens=most, **how)
+        width = begun.shape[1]
+        if made.shape[1] >= width and bool((made[:, :width] == begun).all()):
+            made = made[:, width:]
         return [
             text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)
         ]

@@ -41,8 +41,8 @@ def load_config(base: str | Path, revision: str | None = None) -> PretrainedConf
         raise InputError(f"no model can be loaded from {base} ({_reason(error)})") from error
     if not known:
         raise InputError(
-            f"{base} is a {config.model_type!r} model, no image-text-to-text model of Transformers: "
-            f"take one such as Qwen/Qwen2.5-VL-3B-Instruct, OpenGVLab/InternVL3-2B-hf"
+            f"{base} is a {config.model_type!r} model, no image-text-to-text model of "
+            f"Transformers: take one such as Qwen/Qwen2.5-VL-3B-Instruct, OpenGVLab/InternVL3-2B-hf"
         )
     if config.is_encoder_decoder or config.get_text_config(decoder=True).is_encoder_decoder:
         raise InputError(
