@@ -12,6 +12,7 @@ from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
 from bridgeblip.data.formats import SOURCES
 from bridgeblip.files import FULL
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
+from bridgeblip.vlm.settings import TuneSettings
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
 with problems; 130 interrupted, run the same again to go on"""
@@ -33,10 +34,12 @@ def options_of(kind: type) -> list[tuple]:
     options = []
     for item in fields(kind):
         few = f"; for few {FEW[item.name]}" if kind is TrainSettings and item.name in FEW else ""
-        known = f" ({item.default}{few})" if item.default is not None else ""
+        known = f" ({item.default}{few})" if item.default not in (None, "", ()) else ""
         how = {"type": type(item.default) if item.default is not None else float}
         if isinstance(item.default, bool):
             how = {"action": argparse.BooleanOptionalAction}
+        if isinstance(item.default, tuple):
+            how = {"nargs": "+"}
         name = f"--{item.name.replace('_', '-')}"
         options.append(option(name, help=f"{item.metadata['help']}{known}", **how))
     return options
@@ -73,6 +76,7 @@ NO_CACHE = option("--no-cache", action="store_true", help="keep no image feature
 WEIGHTS = option("--weights", type=Path, help="what train wrote; by default the best beside --out")
 MODEL = option("--model", type=Path, default="checkpoint/torchscript.pt", help="the bundle")
 SETTINGS = (*options_of(TrainSettings), *options_of(BridgeSettings))
+TUNE_TRAINING = [given for given in options_of(TrainSettings) if "head" not in given[0][0]]
 
 
 @verb(
@@ -146,6 +150,49 @@ def train(args):
         features=None if args.no_cache else "default", copy_to=args.copy_to,
     )  # fmt: skip
     print(f"wrote {', '.join(map(str, result.weights))}")
+
+
+@verb(
+    "--base Qwen/Qwen2.5-VL-3B-Instruct --data competition/train.csv --out runs/qwen",
+    option("--base", required=True, help="hub id or folder of an image-text-to-text model"),
+    option("--revision", help="of the hub's model; by default the newest"),
+    option("--data", type=Path, required=True, help="questions, captions or dialogues"),
+    option("--images", type=Path, help="folder of the pictures; by default beside the data"),
+    option("--split", help="splits of a file that has several, such as train,restval"),
+    option("--out", type=Path, required=True, help="folder of the run"),
+    option("--continue", dest="continue_from", type=Path, metavar="RUN",
+           help="start from another run's best weights"),
+    *options_of(TuneSettings), FEW_OPTION, *TUNE_TRAINING, extras=("train",),
+)  # fmt: skip
+def tune(args):
+    """Tune any vision-language model; writes adapter/ or model/, run.json and a report."""
+    from bridgeblip.data.texts import read_task
+    from bridgeblip.vlm.tune import tune
+
+    values = values_of(TuneSettings, args)
+    if values["targets"] is not None:
+        values["targets"] = tuple(values["targets"])
+    settings = TuneSettings.given(**values)
+    _, questions = read_task(args.data, args.images, settings.task or None, args.split)
+    values = {item.name: getattr(args, item.name, None) for item in fields(TrainSettings)}
+    tune(
+        args.base, args.data, args.out, settings,
+        TrainSettings.choose(args.few, questions, **values),
+        args.revision, args.images, args.split, args.continue_from,
+    )  # fmt: skip
+
+
+@verb(
+    "runs/qwen",
+    option("run", type=Path, metavar="RUN", help="what tune wrote"),
+    option("--out", type=Path, help="the folder to write; by default merged in the run"),
+    extras=("train",),
+)
+def merge(args):
+    """Merge a run's adapter into its base; writes an ordinary model folder."""
+    from bridgeblip.vlm.merge import merge
+
+    print(merge(args.run, args.out))
 
 
 @verb(
