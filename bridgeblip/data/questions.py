@@ -302,7 +302,7 @@ def split_by_picture(
         raise InputError(
             f"{len(set(groups))} distinct pictures can't be split {folds} ways: give more pictures"
         )
-    answers = [q.answer for q in questions]
+    answers = [0 if q.answer is None else q.answer for q in questions]
     if max(map(answers.count, set(answers))) < folds:
         answers = [0] * len(questions)  # a fold could not have one of each
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
