@@ -20,7 +20,7 @@ CAPTION_PROMPT = "Describe the picture in one sentence."
 MARK = "\ue000"  # stands for the answer in a template: private use, and no space to be stripped
 PADS_RIGHT = ("blip",)
 """Families whose positions count from the first column, padding or not."""
-LARGE = Image.new("RGB", (2048, 1536))  # takes as many tokens as a picture can
+SHAPES = (2048, 1536, 1365)  # heights of pictures 2048 wide: one of them takes the most tokens
 BEHIND = {"input_ids": None, "attention_mask": 1, "token_type_ids": 1, "mm_token_type_ids": 0}
 """What a model reads of each token, and the value of an answer's; None: the token itself."""
 
@@ -66,7 +66,9 @@ class Batches:
         if not self.bare:
             self._read_template()
         few = Question("", None, "?", ())
-        self.most = self._length(few, LARGE) - self._text_length(few)
+        large = [Image.new("RGB", (SHAPES[0], height)) for height in SHAPES]
+        lengths = [self._length(few, picture) for picture in large]
+        self.most = max(lengths) - self._text_length(few)  # a picture's tokens, and a few of texts
 
     def _read_template(self) -> None:
         """Find what the template writes between prompt and answer, and behind the answer."""
@@ -233,14 +235,18 @@ class Batches:
     def _text_length(self, question: Question) -> int:
         return len(self.tokenizer(self.render(question), add_special_tokens=False).input_ids)
 
-    def problem(self, question: Question, text: str = "") -> str:
-        """Say why a row can't be asked, or taught with ``text`` as its answer: it is longer than
-        the model's context; empty if it can."""
-        room = len(self.answer_ids(self.render(question), text)) if text else 1
-        if self._text_length(question) + self.most + room <= self.context:
+    def length_bound(self, question: Question) -> int:
+        """At most so many tokens does a prompt have, whatever its picture."""
+        return self._text_length(question) + self.most
+
+    def problem(self, question: Question, room: int = 1) -> str:
+        """Say why a row can't be asked: with ``room`` tokens for its answer it is longer than the
+        model's context; empty if it can."""
+        if self.length_bound(question) + room <= self.context:
             return ""
-        picture = open_picture(question.image) if question.image else LARGE
-        length = self._length(question, picture) + room
+        length = self.length_bound(question) + room
+        if question.image:
+            length = self._length(question, open_picture(question.image)) + room
         return self._too_long(length) if length > self.context else ""
 
     def check(
@@ -261,10 +267,11 @@ class Batches:
         if most:
             self.letter_ids(most)
         for place, question in enumerate(questions):
-            if texts and not texts[place].strip():
-                fault = "its answer is empty"
-            else:
-                fault = self.problem(question, texts[place] if texts else "")
+            room, fault = 1, ""
+            if texts:
+                room = len(self.answer_ids(self.render(question), texts[place]))
+                fault = "" if texts[place].strip() else "its answer is empty"
+            fault = fault or self.problem(question, room)
             if fault:
                 raise InputError(f"{csv}, line {question.line} (ID {question.id}): {fault}")
 
@@ -280,6 +287,24 @@ class Batches:
     ) -> list[str]:
         """Return what a model writes behind the prompts of ``ask``: by so many beams, without
         chance, at most so many tokens."""
+        if self.padding_side == "left":
+            made = self._generate(model, batch, beams, most)
+        else:  # behind padding nothing can be written: rows of one length at a time
+            lengths, made = batch["attention_mask"].sum(1), [None] * len(batch["input_ids"])
+            for length in lengths.unique():
+                rows = (lengths == length).nonzero().flatten()
+                part = {name: tensor[rows] for name, tensor in batch.items()}
+                for name in ("input_ids", "attention_mask"):
+                    part[name] = part[name][:, :length]
+                for row, ids in zip(rows, self._generate(model, part, beams, most), strict=True):
+                    made[row] = ids
+        return [
+            text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        ]
+
+    def _generate(
+        self, model: PreTrainedModel, batch: dict, beams: int, most: int, **more
+    ) -> torch.Tensor:
         begun = batch["input_ids"]
         ends = [self.tokenizer.convert_tokens_to_ids(self.end)]
         how = {"eos_token_id": ends, "pad_token_id": self.pad_id}
@@ -287,13 +312,11 @@ class Batches:
             how = {}
             for name, value in (("input_ids", self.pad_id), ("attention_mask", 0)):
                 batch = batch | {name: nn.functional.pad(batch[name], (0, 1), value=value)}
-        made = model.generate(**batch, num_beams=beams, do_sample=False, max_new_tokens=most, **how)
-        width = begun.shape[1]
+        made = model.generate(**batch, num_beams=beams, do_sample=False, max_new_tokens=most, **how, **more)
+        width = begun.shape[1]  # some families repeat the prompt
         if made.shape[1] >= width and bool((made[:, :width] == begun).all()):
             made = made[:, width:]
-        return [
-            text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        ]
+        return made
 
 
 def letter_logits(

@@ -122,6 +122,17 @@ def image_tokens(processor: ProcessorMixin, picture: Image.Image) -> int:
     return list(batch["input_ids"][0]).count(token)
 
 
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model without weights, to be counted and looked at."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """How many numbers a model has, each counted once."""
+    return sum(parameter.numel() for parameter in empty_model(config).parameters())
+
+
 def load_model(
     base: str | Path,
     revision: str | None = None,
@@ -145,8 +156,7 @@ def load_model(
             raise InputError(
                 "4 bits need bitsandbytes, not installed here: pip install bitsandbytes"
             )
-        with torch.device("meta"):
-            empty = AutoModelForImageTextToText.from_config(config)
+        empty = empty_model(config)
         decoder = set(decoder_linears(empty))
         linears = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear)]
         how["quantization_config"] = BitsAndBytesConfig(
