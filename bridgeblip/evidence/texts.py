@@ -187,6 +187,14 @@ def write_text_report(
     return facts
 
 
+def score_texts(
+    task: str, questions: Sequence[Question], texts: Sequence[str]
+) -> dict[str, float]:
+    """Return the scores of a task's texts: of ``score_captions``, or ``score_answers``."""
+    references = [question.references for question in questions]
+    return (score_captions if task == "caption" else score_answers)(references, texts)
+
+
 def _rows(task: str, references: Sequence[Sequence[str]], texts: Sequence[str]) -> np.ndarray:
     """The task's main measure, row by row."""
     if task == "answer":
