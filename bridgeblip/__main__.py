@@ -366,8 +366,8 @@ def blend(args):
 @verb(
     "probabilities.csv --csv validation.csv --out report.html",
     option("results", type=Path, nargs="*", metavar="RESULT",
-           help="captions.json, probabilities.csv, or a folder that holds it: one to judge, two to compare; none "
-                "lets --model answer"),
+           help="probabilities.csv, a folder that holds it, or captions.json: one to judge, two to "
+                "compare; none lets --model answer"),
     MODEL,
     option("--csv", type=Path, required=True, help="questions with answers"),
     IMAGES, SPLIT,

@@ -43,7 +43,7 @@ def labelled(batch, tokenizer):
 
 
 def test_labels_are_the_answer_and_its_end(family):
-    name, model, batches = family
+    _, model, batches = family
     batch = batches.teach(ASKED, TEXTS, PICTURES)
     found = labelled(batch, batches.tokenizer)
     for text, said in zip(TEXTS, found, strict=True):
@@ -89,13 +89,12 @@ def test_a_batch_scores_as_single_rows(family):
 
 
 def test_letters_are_what_restricted_generation_says(family):
-    name, model, batches = family
+    _, model, batches = family
     ids = batches.letter_ids(4)
     for question, picture in zip(ASKED, PICTURES, strict=True):
         batch = batches.ask([question], [picture])
         with torch.inference_mode():
             best = letters(4)[letter_logits(model, batch, ids).argmax()]
-        model.generation_config.renormalize_logits = False
         allowed = {"prefix_allowed_tokens_fn": lambda row, so_far: ids}
         made = batches._generate(model, batch, beams=1, most=1, **allowed)
         assert batches.tokenizer.decode(made[0]).strip().upper() == best
@@ -106,7 +105,6 @@ def test_letters_are_the_tokens_that_the_template_writes(family):
     tokens = batches.tokenizer.convert_ids_to_tokens(batches.letter_ids(2))
     behind_space = [token.startswith(("Ġ", "▁")) for token in tokens]
     assert behind_space == [name in LETTER_BEHIND_SPACE] * 2
-    batches.tokenizer.decode(batches.letter_ids(4))
 
 
 def test_writing_leaves_the_prompt_out_and_knows_its_place(family):
@@ -121,7 +119,7 @@ def test_writing_leaves_the_prompt_out_and_knows_its_place(family):
 def test_adapters_go_into_the_decoder_only(family):
     from peft import LoraConfig, get_peft_model
 
-    _, model, batches = family
+    _, model, _ = family
     names = decoder_linears(model)
     assert names and all(name.startswith(decoder_name(model) + ".") for name in names)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names))
@@ -140,8 +138,9 @@ def test_special_tokens_and_earlier_turns_of_a_text(family):
     rendered = batches.render(question)
     assert rendered.count(str(image)) == (0 if name in ("blip", "blip2", "instructblip") else 1)
     assert rendered.index("which?") < rendered.index("this one") < rendered.index("what")
-    counted = (batches.ask([question], PICTURES[:1])["input_ids"] == batches.image_id).sum()
-    assert counted == (batches.ask(ASKED[:1], PICTURES[:1])["input_ids"] == batches.image_id).sum()
+    if batches.image_id is not None:
+        rows = [batches.ask([one], PICTURES[:1])["input_ids"][0] for one in (question, ASKED[0])]
+        assert (rows[0] == batches.image_id).sum() == (rows[1] == batches.image_id).sum()
 
 
 def test_rows_over_the_context_are_refused_and_never_cut(family):
@@ -149,7 +148,7 @@ def test_rows_over_the_context_are_refused_and_never_cut(family):
     long = Question("7", None, "which digit " * 9000, ("one", "two"), line=8)
     with pytest.raises(InputError, match=r"q\.csv, line 8 \(ID 7\): \d+ tokens with picture"):
         batches.check([*ASKED, long], "q.csv")
-    with pytest.raises(InputError, match="7: .* tokens with picture and answer, more than the"):
+    with pytest.raises(InputError, match=r"7: .* tokens with picture and answer, more than the"):
         batches.ask([long], PICTURES[:1])
     assert not any(batches.problem(question) for question in ASKED)
     with pytest.raises(InputError, match="tokens with picture"):
@@ -199,14 +198,14 @@ def test_unusable_bases_are_one_line(tmp_path, base):
     with pytest.raises(InputError, match="processor") as caught:
         load_processor(folder)
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="encoder-decoder language model.*there is train"):
+    with pytest.raises(InputError, match=r"encoder-decoder language model.*there is train"):
         load_config(base)
     from transformers import BertConfig
 
     BertConfig().save_pretrained(tmp_path / "bert")
     with pytest.raises(InputError, match="'bert' model, no image-text-to-text model"):
         load_config(tmp_path / "bert")
-    with pytest.raises(InputError, match="no model can be loaded from .*nowhere"):
+    with pytest.raises(InputError, match=r"no model can be loaded from .*nowhere"):
         load_config(tmp_path / "nowhere")
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(InputError, match="can't be loaded"):

@@ -312,7 +312,9 @@ class Batches:
             how = {}
             for name, value in (("input_ids", self.pad_id), ("attention_mask", 0)):
                 batch = batch | {name: nn.functional.pad(batch[name], (0, 1), value=value)}
-        made = model.generate(**batch, num_beams=beams, do_sample=False, max_new_tokens=most, **how, **more)
+        made = model.generate(
+            **batch, num_beams=beams, do_sample=False, max_new_tokens=most, **how, **more
+        )
         width = begun.shape[1]  # some families repeat the prompt
         if made.shape[1] >= width and bool((made[:, :width] == begun).all()):
             made = made[:, width:]
