@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,27 @@ def write_atomically(
         return verified
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_folder(folder: str | Path, fill: Callable[[Path], Any]) -> None:
+    """Have ``fill`` write a temporary folder, flush its files, and let it take ``folder``'s place;
+    an interrupted or failed write leaves what was there before."""
+    folder = Path(folder)
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        fill(partial)
+        for path in filter(Path.is_file, partial.rglob("*")):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def cache_folder() -> Path:

@@ -75,7 +75,7 @@ from bridgeblip.machine import choose_precision
 from bridgeblip.training.callbacks import Progress, SelfCheck, history_table
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.trainer import (
-    BridgeTrainer,
+    AveragingTrainer,
     TrainingQuestions,
     accuracy,
     optimizer,
@@ -346,7 +346,7 @@ def _train_arm(loader, arm, encoded, training, validation, settings) -> dict:
     with TemporaryDirectory() as folder:
         arguments = training_arguments(folder, settings, loader.dtype)
         arguments.eval_strategy = "no"
-        trainer = BridgeTrainer(
+        trainer = AveragingTrainer(
             model,
             arguments,
             train_dataset=training,

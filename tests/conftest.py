@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision_shim  # noqa: F401  (before transformers)
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from bridgeblip.bridge.base import TINY_BASE

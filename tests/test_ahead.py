@@ -16,7 +16,7 @@ from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.trainer import BridgeTrainer
+from bridgeblip.training.trainer import AveragingTrainer
 from bridgeblip.training.weights import load_weights
 
 BRIDGE = BridgeSettings(rank=192, layers=LAYERS)
@@ -54,7 +54,7 @@ def test_rows_get_their_own_states_whatever_their_neighbours(size, base, process
 def test_ahead_and_step_by_step_learn_the_same(base, competition, tmp_path, monkeypatch):
     """The same letters, and log-probabilities within 1e-5, in fp32."""
 
-    class StepByStep(BridgeTrainer):
+    class StepByStep(AveragingTrainer):
         def __init__(self, *args, pictures, **kwargs):
             super().__init__(*args, **kwargs)
 

@@ -28,7 +28,8 @@ WRITTEN_BY_HAND = {
 WRITTEN_BY_NOTEBOOKS = {"checkpoint/", "checkpoint/torchscript.pt", "torchscript.pt", "torchscript.pt.sha256",
                         f"checkpoint/{BEST_FILE}", BEST_FILE, f"checkpoint/{STATE_FOLDER}/", f"{STATE_FOLDER}/",
                         f"checkpoint/{weights_path('', 0)}", "checkpoint/weights-N.pt", REPORT_FILE, "tensorboard/",
-                        "submission.csv", PROBABILITIES_FILE, PROBLEMS_FILE}  # fmt: skip
+                        "submission.csv", PROBABILITIES_FILE, PROBLEMS_FILE,
+                        "runs/tuned/adapter/", "runs/tuned/merged/", "runs/tuned/model/", "run.json", "captions.json"}  # fmt: skip
 SHOWN_IN_TEXT = {
     "bridgeblip",
     "MyDrive/bridgeblip",
@@ -39,11 +40,16 @@ SHOWN_IN_TEXT = {
     "BASE = None",
     "DTYPE = None",
     "float32",
+    "lora",
+    "qlora",
+    "full",
+    "evaluate",
 }  # code that is neither
+TUNE = "tune.ipynb"  # stands alone
 WORDS_WITH_DIGITS = {"A100", "InstructBLIP-FlanT5-XL"}  # names, not figures
 
 
-@pytest.fixture(params=NOTEBOOKS)
+@pytest.fixture(params=[*NOTEBOOKS, TUNE])
 def notebook(request):
     return nbformat.read(ROOT / request.param, as_version=4)
 
@@ -149,11 +155,11 @@ def test_the_form_leaves_every_default_to_the_project():
 
 
 def test_set_up_is_the_same_in_all():
-    found = [nbformat.read(ROOT / name, as_version=4).cells[1:3] for name in NOTEBOOKS]
+    found = [nbformat.read(ROOT / name, as_version=4).cells[1:3] for name in [*NOTEBOOKS, TUNE]]
     found[2][1].source = found[2][1].source.replace('set_up("notebooks")', "set_up()")
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1] == found[2] == found[3]
     assert "google.colab" in found[0][1].source
-    endings = [nbformat.read(ROOT / name, as_version=4).cells[-3:-1] for name in NOTEBOOKS]
+    endings = [nbformat.read(ROOT / name, as_version=4).cells[-3:-1] for name in [*NOTEBOOKS, TUNE]]
     assert (
         len({cell.source for _, cell in endings}) == len({text.source for text, _ in endings}) == 1
     )
@@ -161,7 +167,7 @@ def test_set_up_is_the_same_in_all():
 
 
 def test_set_up_comes_before_any_other_import():
-    for name in NOTEBOOKS:
+    for name in [*NOTEBOOKS, TUNE]:
         first, *later = trees(nbformat.read(ROOT / name, as_version=4))
         before = [
             alias.name
@@ -217,7 +223,7 @@ def test_text_names_only_paths_and_settings_that_exist(notebook):
         | WRITTEN_BY_NOTEBOOKS
         | SHOWN_IN_TEXT
         | settings_of(notebook).keys()
-        | set(NOTEBOOKS)
+        | {*NOTEBOOKS, TUNE}
     )
     for text in texts(notebook):
         for span in re.findall(r"`([^`]+)`", text):

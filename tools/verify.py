@@ -6,6 +6,7 @@ fails.
 
 import json
 import os
+import random
 import resource
 import shutil
 import subprocess
@@ -111,6 +112,39 @@ def check_tests(name: str) -> list[tuple[str, str, str, bool]]:
     return rows
 
 
+def check_captions() -> list[tuple[str, str, str, bool]]:
+    """BLEU, ROUGE-L and CIDEr against pycocoevalcap's, on the same tokens: where it is
+    installed."""
+    from bridgeblip.evidence import captions
+
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError:
+        return [("caption scores", "pycocoevalcap", "not installed: nothing shown", False)]
+    chance = random.Random(0)
+    words = [f"word{number}" for number in range(60)]
+    right, given = [], []
+    for _ in range(400):
+        row = [chance.choices(words, k=chance.randint(1, 14)) for _ in range(chance.randint(1, 5))]
+        near = [*chance.choice(row), *chance.choices(words, k=chance.randint(0, 3))]
+        right.append(row)
+        given.append(chance.choice([near, [], row[0], chance.choices(words, k=6)]))
+    truth = {i: [" ".join(text) for text in row] for i, row in enumerate(right)}
+    said = {i: [" ".join(text)] for i, text in enumerate(given)}
+    theirs = Bleu(4).compute_score(truth, said, verbose=0)[0]
+    theirs += [measure().compute_score(truth, said)[0] for measure in (Rouge, Cider)]
+    ours = captions.bleu(right, given)
+    for measure in (captions.rouge, captions.cider):
+        values = measure(right, given)
+        ours.append(sum(values) / len(values))
+    apart = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
+    return [
+        ("caption scores, farthest from pycocoevalcap's", "1e-9", f"{apart:.1e}", apart <= 1e-9)
+    ]
+
+
 def check_ablation() -> list[tuple[str, str, str, bool]]:
     """The layer-selection experiment from nothing, in one command."""
     work = Path(tempfile.mkdtemp())
@@ -188,6 +222,7 @@ CHECKS = {
     "tiny_base": check_tiny_base,
     "demo": check_demo,
     **{name: partial(check_tests, name) for name in TESTS},
+    "captions": check_captions,
     "ablation": check_ablation,
     "full_size": check_full_size,
     "speed": check_speed,

@@ -14,15 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from bridgeblip.bridge.features import CachedPictures
-from bridgeblip.training.trainer import BridgeTrainer
+from bridgeblip.training.trainer import AveragingTrainer
 
 STEPS_AHEAD = 8  # optimizer steps in a block
 ROWS_AT_ONCE = 64  # most that the encoder is given, or a whole batch; at most four batches
 TEXTS = ("qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
 
 
-class AheadTrainer(BridgeTrainer):
-    """``BridgeTrainer`` that trains the decoder on states encoded a block of steps ahead.
+class AheadTrainer(AveragingTrainer):
+    """``AveragingTrainer`` that trains the decoder on states encoded a block of steps ahead.
 
     A block begins where the optimizer step is a multiple of ``STEPS_AHEAD``, holds whole
     accumulation groups and ends with the epoch; each process has its own. A run that goes on in the

@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,6 +26,7 @@ from bridgeblip.bridge.base import EMBEDDINGS, LM_HEAD, TensorReader, source_nam
 from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
 from bridgeblip.machine import NonFiniteError, first_non_finite_module
+from bridgeblip.training.losses import choice_loss
 
 
 class SingleTokenSelfAttention(T5Attention):
@@ -255,22 +255,6 @@ def without_autocast(model: nn.Module) -> torch.autocast:
     """Every weight has the format it computes well in: autocast would take T5's ``wo`` from fp32
     back to fp16, where it overflows."""
     return torch.autocast(next(model.parameters()).device.type, enabled=False)
-
-
-def choice_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """Mean cross-entropy of logits (B, choices) at ``labels`` (B,); minus infinity marks a choice
-    that isn't there.
-
-    Label smoothing (Szegedy et al. 2016) spreads over the choices that are: torch's own would give
-    infinity.
-    """
-    logs = logits.log_softmax(-1)
-    right = F.nll_loss(logs, labels)
-    if not smoothing:
-        return right
-    there = logits.isfinite()
-    even = (logs.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)).mean()
-    return (1 - smoothing) * right - smoothing * even
 
 
 AutoConfig.register("bridgeblip", BridgeBlipConfig)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,24 +70,48 @@ def predict(
         permute_below = bundle.manifest.get("trained", {}).get("permute_below") or 0
     if blank_images:
         questions = [replace(question, image=None) for question in questions]
+    width = len(bundle.processor.letters)
+    answer = partial(_answer_window, bundle, batch_size, permute_below)
+    load = partial(_pixels_or_blank, bundle.processor)
+    settings = [bundle.fingerprint, batch_size, permute_below]
+    return as_answers(questions, in_windows(questions, load, answer, settings, out), width)
+
+
+def in_windows(
+    questions: Sequence[Question],
+    load: Callable[[Path | None], Any],
+    answer: Callable[[list[list[Question]], list[Any], tqdm], list],
+    settings: list,
+    out: str | Path | None = None,
+) -> list:
+    """Return what ``answer`` makes of each question, in order; each distinct picture is loaded
+    once.
+
+    Args:
+        load: gives what the model takes of a picture's file, or of none.
+        answer: answers questions grouped by picture, beside the pictures; what it makes of each,
+            in order, must be fit for JSON. It moves the bar on.
+        settings: what tells this run from another that would answer otherwise.
+        out: as for ``predict``.
+    """
     rank, world = process_rank()
     processes = _join_processes() if world > 1 else None
     keys = _picture_keys(questions, quiet=rank > 0)
     windows = _windows(keys)
 
     # What an interrupted run has left is taken only if the same would be done again.
-    fingerprint = _fingerprint(bundle, questions, keys, [batch_size, permute_below])
+    fingerprint = _fingerprint(questions, keys, settings)
     mine = range(rank, len(windows), world)
     done = _read_kept(kept_folder(out), fingerprint, mine) if out else {}
     to_do = [index for index in mine if index not in done]
 
     pictures = [[questions[rows[0]].image for rows in windows[index]] for index in to_do]
-    loaded = load_ahead(partial(_pixels_or_blank, bundle.processor), pictures)
+    loaded = load_ahead(load, pictures)
     rows_to_do = sum(len(rows) for index in to_do for rows in windows[index])
     with tqdm(total=rows_to_do, desc="answering", unit="row", disable=rank > 0) as bar:
-        for index, pixels in zip(to_do, loaded, strict=True):
+        for index, group in zip(to_do, loaded, strict=True):
             asked = [[questions[row] for row in rows] for rows in windows[index]]
-            done[index] = _answer_window(bundle, asked, pixels, batch_size, permute_below, bar)
+            done[index] = answer(asked, group, bar)
             if out:
                 content = {"fingerprint": fingerprint, "answers": done[index]}
                 write_text(kept_folder(out) / f"{index}.json", json.dumps(content))
@@ -95,7 +120,13 @@ def predict(
     if world > 1:
         parts = [None] * world
         torch.distributed.all_gather_object(parts, done, processes)
-    return _put_together(questions, windows, parts)
+    answers = [None] * len(questions)
+    for part in parts:
+        for index, made in part.items():
+            rows = [row for rows in windows[index] for row in rows]
+            for row, one in zip(rows, made, strict=True):
+                answers[row] = one
+    return answers
 
 
 def _join_processes():
@@ -122,27 +153,25 @@ def _windows(keys: Sequence[str]) -> list[list[list[int]]]:
     return [groups[i : i + PICTURES_A_WINDOW] for i in range(0, len(groups), PICTURES_A_WINDOW)]
 
 
-def _fingerprint(bundle: Bundle, questions: Sequence[Question], keys, settings: list) -> str:
+def _fingerprint(questions: Sequence[Question], keys, settings: list) -> str:
     """Tell one run from another that would answer otherwise."""
-    settings = [bundle.fingerprint, *settings, PICTURES_A_WINDOW, TOKENS_A_BATCH]
+    settings = [*settings, PICTURES_A_WINDOW, TOKENS_A_BATCH]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for key, question in zip(keys, questions, strict=True):
-        digest.update(json.dumps([key, question.question, question.choices]).encode())
+        asked = [key, question.question, question.choices, question.history]
+        digest.update(json.dumps(asked).encode())
     return digest.hexdigest()
 
 
-def _put_together(questions: Sequence[Question], windows, parts: Sequence[dict]) -> Answers:
-    """Return the answers in the order of the questions, from the windows that each process did."""
-    probabilities = [[]] * len(questions)
-    flags = [[]] * len(questions)
-    problems = [question.problem for question in questions]
-    for part in parts:
-        for index, answers in part.items():
-            rows = [row for rows in windows[index] for row in rows]
-            for row, (given, words, problem) in zip(rows, answers, strict=True):
-                probabilities[row], flags[row] = given, words
-                problems[row] = "; ".join(filter(None, [problems[row], problem]))
-    return Answers(np.array(probabilities, dtype=np.float32), flags, problems)
+def as_answers(questions: Sequence[Question], made: Sequence[tuple], width: int) -> Answers:
+    """Put probabilities, flags and problem of each question together, in so many columns."""
+    probabilities = np.zeros((len(made), width), dtype=np.float32)
+    flags, problems = [], []
+    for row, (question, (given, words, problem)) in enumerate(zip(questions, made, strict=True)):
+        probabilities[row] = given
+        flags.append(words)
+        problems.append("; ".join(filter(None, [question.problem, problem])))
+    return Answers(probabilities, flags, problems)
 
 
 def _picture_keys(questions: Sequence[Question], quiet: bool) -> list[str]:
@@ -194,10 +223,10 @@ def _pixels_or_blank(processor, path: Path | None) -> tuple[torch.Tensor, str]:
 @as_traced()
 def _answer_window(
     bundle: Bundle,
-    groups: list[list[Question]],
-    pictures: list[tuple[torch.Tensor, str]],
     batch_size: int,
     permute_below: float,
+    groups: list[list[Question]],
+    pictures: list[tuple[torch.Tensor, str]],
     bar: tqdm,
 ) -> list[tuple[list[float], list[str], str]]:
     """Answer questions grouped by picture: probabilities, flags and problem of each, in order."""
@@ -207,33 +236,61 @@ def _answer_window(
     asked = [question for group in groups for question in group]
     places = [place for place, group in enumerate(groups) for _ in group]  # in embeds
     fitted = [processor.fit(question) for question in asked]
-    single = _score(bundle, embeds, places, fitted, batch_size, bar)
-    unsure = np.flatnonzero(margins(single) < permute_below)
 
-    def ask(rows: Sequence[int], shown: Sequence[Question]) -> np.ndarray:
+    def score(rows: Sequence[int], shown: Sequence[Question], bar: tqdm | None = None):
         shown = [processor.fit(question) for question in shown]
-        return _score(bundle, embeds, [places[row] for row in rows], shown, batch_size)
+        return _score(bundle, embeds, [places[row] for row in rows], shown, batch_size, bar)
 
-    views = ask_in_orders(asked, single, unsure, ask)
-    answers = []
-    for question, shown, place, seen in zip(asked, fitted, places, views, strict=True):
-        fault, problems = faults[place], []
-        if fault:
-            problems.append(f"picture {question.image} can't be read ({fault})")
+    def note(row: int) -> tuple[set[str], str]:
+        question, shown = asked[row], fitted[row]
+        words, problem = set(), ""
         if len(set(shown.choices)) < len(set(question.choices)):
-            problems.append(
+            problem = (
                 f"its choices differ only in what goes beyond the {processor.prompt_limit} tokens "
                 f"that this model reads"
             )
-        true = {
-            "blank": bool(fault) or not question.image,
-            "unread": bool(processor.unread(processor.prompt(question))),
-            "shortened": shown is not question,
-            "permuted": len(seen) > 1,
-            "order": len({int(view.argmax()) for view in seen}) > 1,
-        }
-        flags = [flag for flag in FLAGS if true[flag]]
-        answers.append((np.mean(seen, axis=0).tolist(), flags, "; ".join(problems)))
+        if processor.unread(processor.prompt(question)):
+            words.add("unread")
+        if shown is not question:
+            words.add("shortened")
+        return words, problem
+
+    faults = [faults[place] for place in places]
+    return weigh(asked, faults, score, permute_below, note, bar)
+
+
+def weigh(
+    asked: Sequence[Question],
+    faults: Sequence[str],
+    score: Callable[..., np.ndarray],
+    permute_below: float,
+    note: Callable[[int], tuple[set[str], str]],
+    bar: tqdm,
+) -> list[tuple[list[float], list[str], str]]:
+    """Return probabilities, flags and problem of each question, the unsure ones averaged over the
+    orders of their choices.
+
+    Args:
+        faults: what is wrong with each question's picture; empty if nothing is.
+        score: gives the probabilities (rows, choices) of rows, shown as questions beside them.
+        note: flags of a row, and its problem, that only the model's family knows.
+    """
+    single = score(range(len(asked)), asked, bar)
+    unsure = np.flatnonzero(margins(single) < permute_below)
+    views = ask_in_orders(asked, single, unsure, score)
+    answers = []
+    for row, (question, fault, seen) in enumerate(zip(asked, faults, views, strict=True)):
+        words, problem = note(row)
+        lost = f"picture {question.image} can't be read ({fault})" if fault else ""
+        if fault or not question.image:
+            words.add("blank")
+        if len(seen) > 1:
+            words.add("permuted")
+        if len({int(view.argmax()) for view in seen}) > 1:
+            words.add("order")
+        problem = "; ".join(filter(None, [lost, problem]))
+        flags = [flag for flag in FLAGS if flag in words]
+        answers.append((np.mean(seen, axis=0).tolist(), flags, problem))
     return answers
 
 
@@ -249,7 +306,7 @@ def _encode_pictures(
 
     rows = range(len(pixels))
     return torch.cat(
-        [_in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]]
+        [in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]]
     )
 
 
@@ -271,10 +328,33 @@ def _score(
         texts = {name: tensor.to(bundle.device) for name, tensor in texts.items()}
         return bundle.model.score(embeds[[places[row] for row in rows]], **texts).float().cpu()
 
-    logits = torch.empty(len(shown), len(bundle.processor.letters))
     lengths = bundle.processor.count_tokens([bundle.processor.prompt(q) for q in shown])
-    for rows in _batches(lengths, batch_size):
-        logits[rows] = _in_halves(score, rows)
+    masks = [bundle.processor.choice_mask(q) for q in shown]
+    return probabilities_of(shown, lengths, masks, score, batch_size, bar)
+
+
+def probabilities_of(
+    shown: Sequence[Question],
+    lengths: Sequence[int],
+    masks: Sequence[Sequence[bool]],
+    score: Callable[[Sequence[int]], torch.Tensor],
+    batch_size: int,
+    bar: tqdm | None = None,
+) -> np.ndarray:
+    """Return the probabilities (rows, letters) of questions, scored in batches that fit.
+
+    Args:
+        lengths: tokens of each.
+        masks: which letters can be the answer to each.
+        score: gives the logits (rows, letters) of rows, on the CPU.
+
+    Raises:
+        InputError: if a logit is no finite number.
+    """
+    masks = torch.tensor(masks, dtype=torch.bool).reshape(len(shown), -1)
+    logits = torch.empty(masks.shape)
+    for rows in batches_of(lengths, batch_size):
+        logits[rows] = in_halves(score, rows)
         if bar is not None:
             bar.update(len(rows))
     wrong = (~logits.isfinite()).any(-1).nonzero().flatten().tolist()
@@ -283,11 +363,10 @@ def _score(
             f"the model gives {shown[wrong[0]].id} no finite number: export it as bfloat16 or "
             f"float32"
         )
-    masks = torch.tensor([bundle.processor.choice_mask(q) for q in shown], dtype=torch.bool)
-    return logits.masked_fill(~masks.reshape(logits.shape), float("-inf")).softmax(-1).numpy()
+    return logits.masked_fill(~masks, float("-inf")).softmax(-1).numpy()
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def batches_of(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Yield the rows, like lengths together, so that there is little padding; the longest first."""
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     while rows:
@@ -296,9 +375,12 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         rows = rows[size:]
 
 
-def _in_halves(run: Callable[[Sequence[int]], torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
-    """Return ``run(rows)``, put together from halves where the memory does not suffice for all at
-    once."""
+def in_halves(
+    run: Callable[[Sequence[int]], Any],
+    rows: Sequence[int],
+    join: Callable[[list], Any] = torch.cat,
+) -> Any:
+    """Return ``run(rows)``, joined from halves where the memory does not do for all."""
     try:
         return run(rows)
     except RuntimeError as error:
@@ -309,4 +391,4 @@ def _in_halves(run: Callable[[Sequence[int]], torch.Tensor], rows: Sequence[int]
     )
     torch.cuda.empty_cache()
     half = len(rows) // 2
-    return torch.cat([_in_halves(run, rows[:half]), _in_halves(run, rows[half:])])
+    return join([in_halves(run, rows[:half], join), in_halves(run, rows[half:], join)])

@@ -45,6 +45,10 @@ class Question:
     line: int = 0
     # What keeps the row from being used as it stands; empty if nothing does.
     problem: str = ""
+    # Where there are no choices, the texts that count as right: captions, or the answer.
+    references: tuple[str, ...] = ()
+    # Earlier turns of the same dialogue, (asked, answered) each.
+    history: tuple[tuple[str, str], ...] = ()
 
     @property
     def choice_mask(self) -> list[bool]:
@@ -295,7 +299,7 @@ def split_by_picture(
         raise InputError(
             f"{len(set(groups))} distinct pictures can't be split {folds} ways: give more pictures"
         )
-    answers = [q.answer for q in questions]
+    answers = [0 if q.answer is None else q.answer for q in questions]
     if max(map(answers.count, set(answers))) < folds:
         answers = [0] * len(questions)  # a fold could not have one of each
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)

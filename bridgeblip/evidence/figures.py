@@ -133,6 +133,8 @@ def _caption(question: Question, probabilities: np.ndarray | None) -> tuple[str,
         sure = "" if probabilities is None else f"  {probabilities[j]:.0%}"
         mark = {given: "▶ "}.get(j, "") + ("✓ " if j == question.answer else "")
         lines += textwrap.wrap(f"{mark}{letter(j)}. {choice}{sure}", LINE)
+    for text in question.references[:2]:
+        lines += textwrap.wrap(f"✓ {text}", LINE)
     if given is None or question.answer is None:
         return "\n".join(lines), NEUTRAL
     return "\n".join(lines), RIGHT if given == question.answer else WRONG

@@ -72,13 +72,13 @@ def write_report(
     blank = None
     if blank_probabilities is not None:
         blank = metrics.compare(answers, blank_probabilities, probabilities, groups)
-    manifest, learned = _learned(manifest, questions)
+    manifest, learned = learned_pictures(manifest, questions)
     best = np.sort(probabilities, axis=1)[:, ::-1]
     sure, margin = best[:, 0], best[:, 0] - best[:, 1]
     mistakes = [i for i in np.argsort(-sure, kind="stable") if not right[i]][:SHOWN]
     unsure = np.argsort(margin, kind="stable")[:SHOWN]
     facts = {
-        "about": _about(manifest, questions, data),
+        "about": model_and_data(manifest, questions, data),
         "measures": metrics.measure(answers, probabilities, groups, weights),
         "chance": _chance(questions),
         "references": references,
@@ -98,11 +98,11 @@ def write_report(
     mistaken = [(questions[i], probabilities[i], 100 * sure[i]) for i in mistakes]
     uncertain = [(questions[i], probabilities[i], 100 * margin[i]) for i in unsure]
     shown = _shown(facts, questions, probabilities)
-    _write(out, "report", facts, **shown, mistaken=mistaken, uncertain=uncertain)
+    write_page(out, "report", facts, **shown, mistaken=mistaken, uncertain=uncertain)
     return facts
 
 
-def _about(
+def model_and_data(
     manifest: dict[str, Any] | None, questions: Sequence[Question], data: str | Path
 ) -> dict[str, str]:
     """What the title names."""
@@ -113,7 +113,7 @@ def _about(
     return {"model": model, "data": data, "date": f"{date.today():%Y-%m-%d}"}
 
 
-def _learned(
+def learned_pictures(
     manifest: dict[str, Any] | None, questions: Sequence[Question]
 ) -> tuple[dict[str, Any] | None, int | None]:
     """Return the manifest without its long list of training pictures, and how many pictures of the
@@ -332,7 +332,7 @@ def write_comparison(
         "changed": changed,
     }
     title = f"{names[0]} against {names[1]}, {facts['date']}"
-    _write(out, "comparison", facts, title=title, shown=shown, count=SHOWN)
+    write_page(out, "comparison", facts, title=title, shown=shown, count=SHOWN)
     return facts
 
 
@@ -362,7 +362,7 @@ def judge_difference(comparison: Comparison) -> dict[str, str]:
     )
 
 
-def _write(out: str | Path, template: str, facts: dict[str, Any], **shown: Any) -> None:
+def write_page(out: str | Path, template: str, facts: dict[str, Any], **shown: Any) -> None:
     """Write the facts as JSON, and the page of facts and ``shown``."""
     out = Path(out)
     numbers = json.dumps(

@@ -4,7 +4,7 @@ it goes."""
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,10 +138,11 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(whole[tensor.element_size()]).sum()
 
 
-def validations(log: list[dict]) -> tuple[list[float], list[float]]:
-    """The validation accuracy and loss of each epoch so far, by ``Trainer``'s log."""
-    entries = [entry for entry in log if "eval_accuracy" in entry]
-    return [e["eval_accuracy"] for e in entries], [e.get("eval_loss", math.nan) for e in entries]
+def validations(log: list[dict], metric: str = "accuracy") -> tuple[list[float], list[float]]:
+    """A validation metric and the loss of each epoch so far, by ``Trainer``'s log."""
+    entries = [entry for entry in log if f"eval_{metric}" in entry]
+    values = [entry[f"eval_{metric}"] for entry in entries]
+    return values, [entry.get("eval_loss", math.nan) for entry in entries]
 
 
 class WeightsKeeper(TrainerCallback):
@@ -180,6 +181,25 @@ class WeightsKeeper(TrainerCallback):
             with copying_to(folder):
                 copy_verified(path, folder / path.name)
                 save_best(folder, accuracies, losses)
+
+
+class BestKeeper(TrainerCallback):
+    """Writes the model after each validation that is the best so far; the main process alone.
+
+    Args:
+        write: stores the model as it is then, with the averaged tensors.
+        metric: what is validated.
+    """
+
+    def __init__(self, write: Callable[[], None], metric: str):
+        self.write, self.metric = write, metric
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if f"eval_{self.metric}" not in metrics or not state.is_world_process_zero:
+            return
+        values, losses = validations(state.log_history, self.metric)
+        if best_epoch(values, losses) == len(values) - 1:
+            self.write()
 
 
 class StateKeeper(TrainerCallback):
@@ -251,33 +271,31 @@ class Patience(TrainerCallback):
     interruption.
     """
 
-    def __init__(self, epochs: int):
-        self.epochs = epochs
+    def __init__(self, epochs: int, metric: str = "accuracy"):
+        self.epochs, self.metric = epochs, metric
 
     def on_evaluate(self, args, state, control, **kwargs):
-        accuracies, losses = validations(state.log_history)
-        if accuracies and len(accuracies) - 1 - best_epoch(accuracies, losses) >= self.epochs:
+        values, losses = validations(state.log_history, self.metric)
+        if values and len(values) - 1 - best_epoch(values, losses) >= self.epochs:
             control.should_training_stop = True
 
 
-MEASURES = ("accuracy", "low", "high", "pictures")
-
-
-def history_table(log: list[dict]) -> pd.DataFrame:
-    """``Trainer``'s log as a table: ``step``, ``epoch``, ``loss``; where validated ``MEASURES``.
+def history_table(log: list[dict], metric: str = "accuracy") -> pd.DataFrame:
+    """``Trainer``'s log as a table: ``step``, ``epoch``, ``loss``; where validated the metric, its
+    interval ``low`` to ``high``, and ``pictures``.
 
     Epochs are numbered as their weights files are, from 0; -1 is the model before any training.
     """
-    rows = []
+    rows, measures = [], (metric, "low", "high", "pictures")
     for entry in log:
         row = {"step": entry["step"], "epoch": -1, "loss": entry.get("loss")}
         if entry["step"]:
             row["epoch"] = math.ceil(entry["epoch"]) - 1
-        for name in MEASURES:
+        for name in measures:
             row[name] = entry.get(f"eval_{name}", entry.get(f"before_{name}"))
-        if row["loss"] is not None or row["accuracy"] is not None:
+        if row["loss"] is not None or row[metric] is not None:
             rows.append(row)
-    return pd.DataFrame(rows).astype(dict.fromkeys(("loss", *MEASURES), float))
+    return pd.DataFrame(rows).astype(dict.fromkeys(("loss", *measures), float))
 
 
 class Progress(ProgressCallback):

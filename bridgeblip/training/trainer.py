@@ -80,7 +80,7 @@ class Opening(TrainerCallback):
         train_dataloader.dataset.epoch = int(state.epoch)
 
 
-class BridgeTrainer(Trainer):
+class AveragingTrainer(Trainer):
     """``Trainer`` that validates with averaged weights, and whose checkpoints hold the trained
     tensors alone."""
 
@@ -180,12 +180,18 @@ def tensor_floats() -> Iterator[None]:
 
 
 def training_arguments(
-    checkpoint_dir: str | Path, settings: TrainSettings, dtype=torch.float32
+    checkpoint_dir: str | Path,
+    settings: TrainSettings,
+    dtype=torch.float32,
+    bf16: bool = False,
+    report_to: Sequence[str] = (),
 ) -> TrainingArguments:
     """The ``Trainer``'s arguments that follow from the settings.
 
-    No gradient checkpointing: gradients flow through the kept decoder layers alone, for a single
-    token, so that there are hardly any activations to recompute.
+    Args:
+        dtype: of the model; float16 has its loss scaled.
+        bf16: whether products of a float32 model are computed in bfloat16.
+        report_to: services that ``Trainer`` reports to, such as wandb.
     """
     gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -200,6 +206,7 @@ def training_arguments(
         fp16=gpu
         and dtype
         == torch.float16,  # scales the loss; autocast, which comes with it, stops at the model
+        bf16=bf16,
         use_cpu=not gpu,
         eval_strategy="epoch",
         save_strategy="no",  # StateKeeper says when
@@ -211,7 +218,7 @@ def training_arguments(
         accelerator_config={"non_blocking": gpu},  # what is pinned needs no waiting for
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=[],
+        report_to=list(report_to),
         seed=settings.seed,
         full_determinism=settings.deterministic,
     )

@@ -1,0 +1,1 @@
+"""Any other vision-language model that Transformers loads, on the same questions."""

@@ -1,0 +1,362 @@
+"""Questions to a model's inputs, for any family: prompts, answers as labels, letters."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+
+from bridgeblip import InputError
+from bridgeblip.data.pictures import open_picture
+from bridgeblip.data.questions import Question, letters
+from bridgeblip.vlm.families import BARE, image_kwargs
+
+LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
+CAPTION_PROMPT = "Describe the picture in one sentence."
+MARK = "\ue000"  # stands for the answer in a template: private use, and no space to be stripped
+PADS_RIGHT = ("blip",)
+"""Families whose positions count from the first column, padding or not."""
+SHAPES = (2048, 1536, 1365)  # heights of pictures 2048 wide: one of them takes the most tokens
+BEHIND = {"input_ids": None, "attention_mask": 1, "token_type_ids": 1, "mm_token_type_ids": 0}
+"""What a model reads of each token, and the value of an answer's; None: the token itself."""
+
+
+class Batches:
+    """Turns questions and their pictures into batches of one model's family.
+
+    Args:
+        system: what a system message says; the template's own if empty.
+        prompt: said behind every question; by default what asks for a letter, or a caption where
+            the question is empty.
+
+    Raises:
+        InputError: if the family has no system messages, or its template does not write the answer
+            where it asks for it.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        model_config: PretrainedConfig,
+        system: str = "",
+        prompt: str = "",
+    ):
+        self.processor, self.config = processor, model_config
+        self.tokenizer = tokenizer = processor.tokenizer
+        self.kind = model_config.model_type
+        self.system, self.prompt = system, prompt
+        self.bare = self.kind in BARE
+        self.padding_side = "right" if self.kind in PADS_RIGHT else "left"
+        self.context = model_config.get_text_config(decoder=True).max_position_embeddings
+        self.end = tokenizer.sep_token if self.kind == "blip" else tokenizer.eos_token
+        self.pad_id = tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = tokenizer.convert_tokens_to_ids(self.end)
+        added = tokenizer.added_tokens_decoder.values()
+        special = [re.escape(token.content) for token in added if token.special]
+        self.special = re.compile("|".join(special))
+        self.image_id = getattr(model_config, "image_token_id", None)
+        if self.bare and system:
+            raise InputError(f"a {self.kind!r} model has no system message: say it in the prompt")
+        self.between = {"paligemma": "", "blip": ""}.get(self.kind, " ")
+        if not self.bare:
+            self._read_template()
+        few = Question("", None, "?", ())
+        large = [Image.new("RGB", (SHAPES[0], height)) for height in SHAPES]
+        lengths = [self._length(few, picture) for picture in large]
+        self.most = max(lengths) - self._text_length(few)  # a picture's tokens, and a few of texts
+
+    def _read_template(self) -> None:
+        """Find what the template writes between prompt and answer, and behind the answer."""
+        turns = [_turn("user", "?", picture=True)]
+        head = self._apply(turns, add_generation_prompt=True)
+        whole = self._apply([*turns, _turn("assistant", MARK)])
+        if not whole.startswith(head) or MARK not in whole:
+            raise InputError(
+                "the chat template does not write an answer where it asks for one: take a version "
+                "of the model that answers at once"
+            )
+        self.between, after = whole[len(head) :].split(MARK)
+        if self.special.search(after):  # else the template leaves it to the model to end
+            self.end = after.rstrip()
+
+    def _apply(self, turns: list[dict], **how) -> str:
+        return self.processor.apply_chat_template(turns, tokenize=False, **how)
+
+    def text(self, question: Question) -> str:
+        """What the user says: the question, its choices and the prompt, a line each."""
+        lines = [question.question]
+        for name, choice in zip(letters(len(question.choices)), question.choices, strict=True):
+            if choice:
+                lines.append(f"{name}. {choice}")
+        asking = LETTER_PROMPT if question.choices else ""
+        if not question.choices and not question.question and not self.bare:
+            asking = CAPTION_PROMPT
+        lines.append(self.prompt or asking)
+        return self._plain("\n".join(filter(None, lines)))
+
+    def _plain(self, text: str) -> str:
+        """Only the template writes special tokens: one in a text, such as ``<image>``, is taken
+        apart."""
+        return self.special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text.strip())
+
+    def render(self, question: Question) -> str:
+        """Return the whole prompt, up to where the answer begins."""
+        earlier = [(self._plain(asked), self._plain(said)) for asked, said in question.history]
+        if self.bare:
+            text = "\n".join([*(line for pair in earlier for line in pair), self.text(question)])
+            return f"<image>{text}" if self.kind == "paligemma" else text
+        turns = [_turn("system", self.system)] if self.system else []
+        asked = [*(asked for asked, _ in earlier), self.text(question)]
+        for place, text in enumerate(asked):
+            turns.append(_turn("user", text, picture=place == 0))
+            if place < len(earlier):
+                turns.append(_turn("assistant", earlier[place][1]))
+        return self._apply(turns, add_generation_prompt=True)
+
+    def answer_ids(self, prompt: str, text: str) -> list[int]:
+        """Return the tokens of an answer and its end, as they stand behind a rendered prompt.
+
+        Raises:
+            InputError: if the answer's beginning would change the tokens of the prompt.
+        """
+        prompt += "\n" if self.kind == "paligemma" else ""  # as its processor does
+        between = self.between if prompt else ""
+        before = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        whole = f"{prompt}{between}{self._plain(text)}{self.end}"
+        ids = self.tokenizer(whole, add_special_tokens=False).input_ids
+        if ids[: len(before)] != before:
+            raise InputError(f"the answer {text[:40]!r} runs into the prompt's last token")
+        return ids[len(before) :]
+
+    def letter_ids(self, count: int) -> list[int]:
+        """Return the token that says each of so many letters, as this model's template writes it.
+
+        Raises:
+            InputError: if two letters begin with the same token.
+        """
+        prompt = self.render(Question("", None, "?", ("one", "two")))
+        ids = [self.answer_ids(prompt, name)[0] for name in letters(count)]
+        if len(set(ids)) < count:
+            raise InputError(f"the letters {', '.join(letters(count))} have no tokens of their own")
+        return ids
+
+    def ask(
+        self, questions: Sequence[Question], pictures: Sequence[Image.Image]
+    ) -> dict[str, torch.Tensor]:
+        """Return a batch that ends where the answers begin, padded on ``padding_side``.
+
+        Raises:
+            InputError: if a row is longer than the model's context, or without its picture.
+        """
+        return self._batch(questions, pictures, [[]] * len(questions), self.padding_side)
+
+    def teach(
+        self,
+        questions: Sequence[Question],
+        texts: Sequence[str],
+        pictures: Sequence[Image.Image],
+    ) -> dict[str, torch.Tensor]:
+        """Return a training batch: prompts with the answers behind them, ``labels`` (B, L) of the
+        answers and their ends and -100 elsewhere; padded on the right.
+
+        Raises:
+            InputError: as ``ask`` does.
+        """
+        answers = []
+        for question, text in zip(questions, texts, strict=True):
+            answers.append(self.answer_ids(self.render(question), text))
+        batch = self._batch(questions, pictures, answers, "right")
+        rows = []
+        for mask, answer in zip(batch["attention_mask"], answers, strict=True):
+            prompt = torch.full([int(mask.sum()) - len(answer)], -100)
+            rows.append(torch.cat([prompt, torch.tensor(answer)]))
+        return batch | {"labels": pad_sequence(rows, True, -100)}
+
+    def _process(self, questions, pictures) -> dict[str, torch.Tensor]:
+        """The processor's own batch."""
+        how = {} if self.bare else {"add_special_tokens": False}  # the template has written them
+        batch = self.processor(
+            images=[[picture] for picture in pictures],
+            text=[self.render(question) for question in questions],
+            padding=True, return_tensors="pt", **how, **image_kwargs(self.processor),
+        )  # fmt: skip
+        if self.kind == "blip":  # as its generate does: [DEC] for [CLS], and no [SEP]
+            last = batch["attention_mask"].sum(1, keepdim=True) - 1
+            batch["attention_mask"] = batch["attention_mask"].scatter(1, last, 0)
+            batch["input_ids"][:, 0] = self.config.text_config.bos_token_id
+        return {name: batch[name] for name in batch if name != "labels"}  # PaliGemma's own
+
+    def _batch(self, questions, pictures, answers, side: str) -> dict[str, torch.Tensor]:
+        """Pad as the family needs it, the Q-Former's texts on the right, answers behind prompts."""
+        raw = self._process(questions, pictures)
+        batch, prompts = dict(raw), []
+        for name, tensor in raw.items():
+            if name.startswith("qformer_"):
+                rows = _kept(tensor, raw["qformer_attention_mask"])
+                batch[name] = pad_sequence(rows, batch_first=True)
+            if name in BEHIND:
+                rows = _kept(tensor, raw["attention_mask"])
+                if name == "input_ids":
+                    prompts = rows
+                rows = [
+                    torch.cat([row, _behind(answer, BEHIND[name])])
+                    for row, answer in zip(rows, answers, strict=True)
+                ]
+                value = self.pad_id if name == "input_ids" else 0
+                batch[name] = pad_sequence(rows, True, value, side)
+        for question, row, answer in zip(questions, prompts, answers, strict=True):
+            self._check_row(question, row, len(answer) or 1)
+        return batch
+
+    def _check_row(self, question: Question, ids: torch.Tensor, room: int) -> None:
+        seen = int((ids == self.image_id).sum()) if self.image_id is not None else 1
+        if not 0 < seen <= self.most + 1:  # its placeholder is counted with the text
+            raise InputError(
+                f"{question.id}: its picture takes {seen} tokens, expected 1 to {self.most + 1}: "
+                f"take another version of Transformers"
+            )
+        if len(ids) + room > self.context:
+            raise InputError(f"{question.id}: {self._too_long(len(ids) + room)}")
+
+    def _too_long(self, length: int) -> str:
+        return (
+            f"{length} tokens with picture and answer, more than the {self.context} that this "
+            f"model reads: shorten it, or take fewer pixels"
+        )
+
+    def _length(self, question: Question, picture: Image.Image) -> int:
+        return int(self._process([question], [picture])["attention_mask"].sum())
+
+    def _text_length(self, question: Question) -> int:
+        return len(self.tokenizer(self.render(question), add_special_tokens=False).input_ids)
+
+    def length_bound(self, question: Question) -> int:
+        """At most so many tokens does a prompt have, whatever its picture."""
+        return self._text_length(question) + self.most
+
+    def problem(self, question: Question, room: int = 1) -> str:
+        """Say why a row can't be asked: with ``room`` tokens for its answer it is longer than the
+        model's context; empty if it can."""
+        if self.length_bound(question) + room <= self.context:
+            return ""
+        length = self.length_bound(question) + room
+        if question.image:
+            length = self._length(question, open_picture(question.image)) + room
+        return self._too_long(length) if length > self.context else ""
+
+    def check(
+        self,
+        questions: Sequence[Question],
+        csv: str | Path = "questions",
+        texts: Sequence[str] = (),
+    ) -> None:
+        """Refuse rows that don't fit, and letters that can't be told apart; nothing is truncated.
+
+        Args:
+            texts: what is to be taught; none: the questions are asked.
+
+        Raises:
+            InputError: naming the first row.
+        """
+        most = max(len(question.choices) for question in questions)
+        if most:
+            self.letter_ids(most)
+        for place, question in enumerate(questions):
+            room, fault = 1, ""
+            if texts:
+                room = len(self.answer_ids(self.render(question), texts[place]))
+                fault = "" if texts[place].strip() else "its answer is empty"
+            fault = fault or self.problem(question, room)
+            if fault:
+                raise InputError(f"{csv}, line {question.line} (ID {question.id}): {fault}")
+
+    def unread(self, question: Question) -> bool:
+        """Whether the vocabulary lacks something of the question, such as its script."""
+        ids = self.tokenizer(self.text(question), add_special_tokens=False).input_ids
+        unknown = self.tokenizer.unk_token_id
+        return unknown is not None and unknown in ids
+
+    @torch.inference_mode()
+    def write(
+        self, model: PreTrainedModel, batch: dict[str, torch.Tensor], beams: int, most: int
+    ) -> list[str]:
+        """Return what a model writes behind the prompts of ``ask``: by so many beams, without
+        chance, at most so many tokens."""
+        if self.padding_side == "left":
+            made = self._generate(model, batch, beams, most)
+        else:  # behind padding nothing can be written: rows of one length at a time
+            lengths, made = batch["attention_mask"].sum(1), [None] * len(batch["input_ids"])
+            for length in lengths.unique():
+                rows = (lengths == length).nonzero().flatten()
+                part = {name: tensor[rows] for name, tensor in batch.items()}
+                for name in ("input_ids", "attention_mask"):
+                    part[name] = part[name][:, :length]
+                for row, ids in zip(rows, self._generate(model, part, beams, most), strict=True):
+                    made[row] = ids
+        return [
+            text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        ]
+
+    def _generate(
+        self, model: PreTrainedModel, batch: dict, beams: int, most: int, **more
+    ) -> torch.Tensor:
+        begun = batch["input_ids"]
+        ends = [self.tokenizer.convert_tokens_to_ids(self.end)]
+        how = {"eos_token_id": ends, "pad_token_id": self.pad_id}
+        if self.kind == "blip":  # its generate takes a last column away, and has its own ends
+            how = {}
+            for name, value in (("input_ids", self.pad_id), ("attention_mask", 0)):
+                batch = batch | {name: nn.functional.pad(batch[name], (0, 1), value=value)}
+        made = model.generate(
+            **batch, num_beams=beams, do_sample=False, max_new_tokens=most, **how, **more
+        )
+        width = begun.shape[1]  # some families repeat the prompt
+        if made.shape[1] >= width and bool((made[:, :width] == begun).all()):
+            made = made[:, width:]
+        return made
+
+
+def letter_logits(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], letter_ids: Sequence[int]
+) -> torch.Tensor:
+    """Return the logits (B, letters), fp32, of the letters where the answers of an ``ask`` batch
+    begin."""
+    if model.config.model_type in PADS_RIGHT:
+        logits = model(**batch).logits
+        last = batch["attention_mask"].sum(1) - 1
+        logits = logits[torch.arange(len(last), device=last.device), last]
+    else:
+        logits = model(**batch, logits_to_keep=1).logits[:, -1]
+    return logits[:, list(letter_ids)].float()
+
+
+def to_model(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch on the model's device, its pixels in the model's format."""
+    moved = {}
+    for name, tensor in batch.items():
+        tensor = tensor.to(model.device)
+        moved[name] = tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+    return moved
+
+
+def _turn(role: str, text: str, picture: bool = False) -> dict:
+    return {
+        "role": role,
+        "content": [{"type": "image"}] * picture + [{"type": "text", "text": text}],
+    }
+
+
+def _kept(tensor: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of a batch without their padding."""
+    return [row[kept.bool()] for row, kept in zip(tensor, mask, strict=True)]
+
+
+def _behind(answer: Sequence[int], value: int | None) -> torch.Tensor:
+    """What stands for an answer's tokens: themselves, or one value for each."""
+    ids = torch.tensor(answer, dtype=torch.long)
+    return ids if value is None else torch.full_like(ids, value)

@@ -1,0 +1,71 @@
+"""The settings of ``tune``; nothing heavy is imported, so that the command line is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridgeblip import InputError
+from bridgeblip.files import read_json
+from bridgeblip.training.settings import Settings, setting
+
+TASKS = ("choice", "caption", "answer")
+METRICS = {"choice": "accuracy", "caption": "CIDEr", "answer": "exact"}
+"""What decides which epoch is best, by task."""
+METHODS = ("lora", "qlora", "full")
+
+
+@dataclass(frozen=True)
+class TuneSettings(Settings):
+    """What is asked of the model, and which of its weights learn."""
+
+    task: str = setting(
+        "", f"what the answers are: {', '.join(TASKS)}; by default what the data is for"
+    )
+    method: str = setting(
+        "lora", "lora: adapters in the decoder; qlora: the same on a decoder in 4 bits; full: all"
+    )
+    rank: int = setting(16, "width of the low-rank update", least=1)
+    alpha: int = setting(32, "LoRA scale: the update is multiplied by alpha / rank", least=1)
+    dropout: float = setting(
+        0.05, "dropout on the input of every adapter while training", least=0, below=1
+    )
+    targets: tuple[str, ...] = setting(
+        (), "last names of the decoder's linears that get adapters, such as query value; else all"
+    )
+    pixels: int = setting(
+        0, "side of a picture in pixels, which decides its tokens; 0 as published", least=0
+    )
+    system: str = setting("", "what a system message says; else the template's own")
+    prompt: str = setting("", "said behind every question; else what asks for a letter")
+    gradient_checkpointing: bool = setting(
+        False, "compute activations again instead of keeping them: less memory, more time"
+    )
+    report_to: str = setting("", "a service that Trainer reports to beside TensorBoard, as wandb")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.task not in ("", *TASKS) or self.method not in METHODS:
+            raise InputError(
+                f"task is {self.task!r} and method {self.method!r}: expected one of "
+                f"{', '.join(TASKS)}, and one of {', '.join(METHODS)}"
+            )
+
+
+RUN_FILE = "run.json"
+ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
+
+
+def read_run(folder: str | Path) -> dict:
+    """Return what ``run.json`` says of a run of ``tune``.
+
+    Raises:
+        InputError: if the folder has none that can be read, or lacks the weights it speaks of.
+    """
+    folder = Path(folder)
+    if not (folder / RUN_FILE).is_file():
+        raise InputError(f"{folder} is no run of tune: it has no {RUN_FILE}")
+    run = read_json(folder / RUN_FILE)
+    weights = folder / (MODEL_FOLDER if run.get("method") == "full" else ADAPTER_FOLDER)
+    if not weights.is_dir():
+        raise InputError(f"{weights} is gone: copy the whole folder of the run, or tune again")
+    return run
