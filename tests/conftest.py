@@ -186,6 +186,8 @@ class Script:
 
 def _run_script(code: str, arguments: list[str], env: dict[str, str], writer) -> None:
     os.setpgrp()
+    usual = multiprocessing.get_all_start_methods()[0]
+    multiprocessing.set_start_method(usual, force=True)  # of loaders' processes, as without us
     for stream in (1, 2):
         os.dup2(writer.fileno(), stream)
     writer.close()
