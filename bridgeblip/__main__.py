@@ -110,10 +110,14 @@ def doctor(args):
     from bridgeblip.hosting.doctor import check, print_findings
 
     csv = args.csv or Path("competition/train.csv")
-    few = args.few if args.stage == "train" and csv.is_file() else "no"
+    few = args.few if args.stage == "train" else "no"
+    given = values_of(TrainSettings, args)
+    try:
+        settings = TrainSettings.choose(few, csv, **given)
+    except InputError:  # of questions that can't be read: the findings say so
+        settings = TrainSettings.choose("no", csv, **given)
     findings = check(
-        args.stage, args.csv, args.base, args.checkpoint_dir,
-        settings=TrainSettings.choose(few, csv, **values_of(TrainSettings, args)),
+        args.stage, args.csv, args.base, args.checkpoint_dir, settings=settings,
         bridge=BridgeSettings.given(**values_of(BridgeSettings, args)),
         copy_to=args.copy_to, cache=not args.no_cache,
     )  # fmt: skip

@@ -201,6 +201,7 @@ BROKEN = {  # name -> verb, what breaks it, exit codes that may be
     "answers into no folder": ("predict", given("--out", "{home}/base/config.json/s.csv"), {2}),
     "answers over the questions": ("predict", given("--out", "{home}/competition/test.csv"), {2}),
     "no cache": ("train", given(BRIDGEBLIP_CACHE="/dev/null"), {2}),
+    "torn questions, doctor": ("doctor", put("competition/train.csv", b'ID,a\n1,"'), {1}),
     "no cache, doctor": ("doctor", given(BRIDGEBLIP_CACHE="/dev/null"), {1}),
     "no place for digests": ("predict", given(BRIDGEBLIP_CACHE="/dev/null"), {0}),
     "processes that are none": ("predict", given(RANK="3", WORLD_SIZE="2"), {2}),
