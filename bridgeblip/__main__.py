@@ -12,6 +12,7 @@ from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
 from bridgeblip.data.formats import SOURCES
 from bridgeblip.files import FULL
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
+from bridgeblip.vlm.settings import TuneSettings
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
 with problems; 130 interrupted, run the same again to go on"""
@@ -33,10 +34,12 @@ def options_of(kind: type) -> list[tuple]:
     options = []
     for item in fields(kind):
         few = f"; for few {FEW[item.name]}" if kind is TrainSettings and item.name in FEW else ""
-        known = f" ({item.default}{few})" if item.default is not None else ""
+        known = f" ({item.default}{few})" if item.default not in (None, "", ()) else ""
         how = {"type": type(item.default) if item.default is not None else float}
         if isinstance(item.default, bool):
             how = {"action": argparse.BooleanOptionalAction}
+        if isinstance(item.default, tuple):
+            how = {"nargs": "+"}
         name = f"--{item.name.replace('_', '-')}"
         options.append(option(name, help=f"{item.metadata['help']}{known}", **how))
     return options
@@ -71,8 +74,16 @@ FEW_OPTION = option(
 COPY_TO = option("--copy-to", type=Path, help="second checkpoint folder, such as one on Drive")
 NO_CACHE = option("--no-cache", action="store_true", help="keep no image features on disk")
 WEIGHTS = option("--weights", type=Path, help="what train wrote; by default the best beside --out")
-MODEL = option("--model", type=Path, default="checkpoint/torchscript.pt", help="the bundle")
+MODEL = option(
+    "--model",
+    type=Path,
+    default="checkpoint/torchscript.pt",
+    help="a bundle, a run of tune, a model folder, or a hub id",
+)
+IMAGES = option("--images", type=Path, help="pictures' folder, where they are not beside --csv")
+SPLIT = option("--split", help="of Karpathy's file, such as test")
 SETTINGS = (*options_of(TrainSettings), *options_of(BridgeSettings))
+TUNE_TRAINING = [given for given in options_of(TrainSettings) if "head" not in given[0][0]]
 
 
 @verb(
@@ -149,6 +160,49 @@ def train(args):
 
 
 @verb(
+    "--base Qwen/Qwen2.5-VL-3B-Instruct --data competition/train.csv --out runs/qwen",
+    option("--base", required=True, help="hub id or folder of an image-text-to-text model"),
+    option("--revision", help="of the hub's model; by default the newest"),
+    option("--data", type=Path, required=True, help="questions, captions or dialogues"),
+    option("--images", type=Path, help="folder of the pictures; by default beside the data"),
+    option("--split", help="splits of a file that has several, such as train,restval"),
+    option("--out", type=Path, required=True, help="folder of the run"),
+    option("--continue", dest="continue_from", type=Path, metavar="RUN",
+           help="start from another run's best weights"),
+    *options_of(TuneSettings), FEW_OPTION, *TUNE_TRAINING, extras=("train",),
+)  # fmt: skip
+def tune(args):
+    """Tune any vision-language model; writes adapter/ or model/, run.json and a report."""
+    from bridgeblip.data.texts import read_task
+    from bridgeblip.vlm.tune import tune
+
+    values = values_of(TuneSettings, args)
+    if values["targets"] is not None:
+        values["targets"] = tuple(values["targets"])
+    settings = TuneSettings.given(**values)
+    _, questions = read_task(args.data, args.images, settings.task or None, args.split)
+    values = {item.name: getattr(args, item.name, None) for item in fields(TrainSettings)}
+    tune(
+        args.base, args.data, args.out, settings,
+        TrainSettings.choose(args.few, questions, **values),
+        args.revision, args.images, args.split, args.continue_from,
+    )  # fmt: skip
+
+
+@verb(
+    "runs/qwen",
+    option("run", type=Path, metavar="RUN", help="what tune wrote"),
+    option("--out", type=Path, help="the folder to write; by default merged in the run"),
+    extras=("train",),
+)
+def merge(args):
+    """Merge a run's adapter into its base; writes an ordinary model folder."""
+    from bridgeblip.vlm.merge import merge
+
+    print(merge(args.run, args.out))
+
+
+@verb(
     "--out checkpoint/torchscript.pt",
     WEIGHTS,
     BASE,
@@ -189,7 +243,7 @@ def _weights(doing, args):
 
 @verb(
     "--model checkpoint/torchscript.pt --csv competition/test.csv --out submission.csv",
-    MODEL, CSV,
+    MODEL, CSV, IMAGES, SPLIT,
     option("--out", type=Path, default="submission.csv", help="the submission to write"),
     option("--sample", type=Path, help="sample submission; by default beside the CSV"),
     option("--batch-size", type=int, help="most rows at a time; halved where memory is short"),
@@ -200,10 +254,10 @@ def _weights(doing, args):
            help="exit with 0 although rows have problems, not 3"),
 )  # fmt: skip
 def predict(args):
-    """Answer a CSV with a bundle; writes submission.csv and probabilities.csv."""
-    from bridgeblip.bundle.format import find_bundle, load_bundle
-    from bridgeblip.bundle.predict import predict
+    """Answer a CSV with a model; writes submission.csv and probabilities.csv, or captions.json."""
+    from bridgeblip.bundle.format import find_bundle
     from bridgeblip.data.questions import read_questions
+    from bridgeblip.data.texts import read_task
     from bridgeblip.evidence.submission import (
         check_out,
         describe,
@@ -211,23 +265,85 @@ def predict(args):
         read_sample,
         write_submission,
     )
-    from bridgeblip.machine import best_device, process_rank
-    from bridgeblip.training.weights import stale_bundle
+    from bridgeblip.machine import process_rank
 
-    find_bundle(args.model)
-    questions = read_questions(args.csv, strict=False)
+    task, how = "choice", {"batch_size": args.batch_size} if args.batch_size is not None else {}
+    if _is_bundle(args.model):
+        find_bundle(args.model)
+        questions = read_questions(args.csv, strict=False)
+    else:
+        task = _run_of(args.model).get("task")
+        reading = {"split": args.split, "need_answers": False, "strict": False}
+        task, questions = read_task(args.csv, args.images, task, **reading)
+    if task != "choice":
+        return _predict_texts(args, questions, how)
     sample = args.sample or find_sample(args.csv)
     read_sample([q.id for q in questions], sample)  # other IDs are refused before the long work
-    check_out(args.out, args.csv, sample, args.model)
-    bundle = load_bundle(args.model, best_device())
-    if process_rank()[0] == 0 and (stale := stale_bundle(args.model, bundle.manifest["trained"])):
-        print(stale)
-    how = {"batch_size": args.batch_size} if args.batch_size is not None else {}
-    answers = predict(bundle, questions, permute_below=args.permute_below, out=args.out, **how)
+    check_out(args.out, args.csv, sample, *[args.model] * _is_bundle(args.model))
+    model, answer = _load(args.model)
+    answers = answer(model, questions, permute_below=args.permute_below, out=args.out, **how)
     if process_rank()[0] > 0:
         return 0  # the first process writes for all
     write_submission(questions, answers, sample, args.out)
     print(describe(questions, answers, args.out))
+    return 3 if any(answers.problems) and not args.allow_problems else 0
+
+
+def _is_bundle(model):
+    return model.suffix == ".pt" or model.is_file()
+
+
+def _run_of(model):
+    """What is known of a run of tune, or of what it merged; nothing of any other model."""
+    from bridgeblip.files import read_json
+
+    path = model / "run.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _load(model):
+    """Return a model, and the function that answers choices with it."""
+    from bridgeblip.machine import best_device, process_rank
+
+    if not _is_bundle(model):
+        _require("a model folder", ("train",))
+        from bridgeblip.vlm.answer import load_tuned, predict
+
+        return load_tuned(model, best_device()), predict
+    from bridgeblip.bundle.format import load_bundle
+    from bridgeblip.bundle.predict import predict
+    from bridgeblip.training.weights import stale_bundle
+
+    bundle = load_bundle(model, best_device())
+    if process_rank()[0] == 0 and (stale := stale_bundle(model, bundle.manifest["trained"])):
+        print(stale)
+    return bundle, predict
+
+
+def _predict_texts(args, questions, how):
+    """Write captions or answers in COCO's result form, and problems.csv beside it."""
+    import shutil
+
+    from bridgeblip.evidence.answers import kept_folder
+    from bridgeblip.evidence.submission import problem_lines, write_problems
+    from bridgeblip.evidence.texts import write_captions
+    from bridgeblip.files import require_writable
+    from bridgeblip.machine import process_rank
+
+    out = args.out if args.out.suffix == ".json" else args.out.with_name("captions.json")
+    if out.resolve() == args.csv.resolve():
+        raise InputError(f"{out} would be overwritten, but is the input: choose another --out")
+    require_writable(out.parent)
+    tuned, _ = _load(args.model)
+    from bridgeblip.vlm.answer import answer_texts
+
+    texts, answers = answer_texts(tuned, questions, out=out, **how)
+    if process_rank()[0] > 0:
+        return 0  # the first process writes for all
+    write_captions(out, questions, texts)
+    write_problems(questions, answers, out)
+    shutil.rmtree(kept_folder(out), ignore_errors=True)
+    print("\n".join([f"wrote {out}: {len(texts)} texts", *problem_lines(questions, answers)]))
     return 3 if any(answers.problems) and not args.allow_problems else 0
 
 
@@ -250,10 +366,11 @@ def blend(args):
 @verb(
     "probabilities.csv --csv validation.csv --out report.html",
     option("results", type=Path, nargs="*", metavar="RESULT",
-           help="probabilities.csv, or a folder that holds it: one to judge, two to compare; none "
-                "lets --model answer"),
+           help="probabilities.csv, a folder that holds it, or captions.json: one to judge, two to "
+                "compare; none lets --model answer"),
     MODEL,
     option("--csv", type=Path, required=True, help="questions with answers"),
+    IMAGES, SPLIT,
     option("--answers", type=Path,
            help="the right answers, if the CSV has none: columns ID and answer"),
     option("--weights-column", metavar="NAME",
@@ -263,8 +380,8 @@ def blend(args):
     extras=("notebooks",),
 )  # fmt: skip
 def evaluate(args):
-    """Judge answers to a CSV that has the right ones, or two results; writes report.html."""
-    from bridgeblip.data.questions import read_questions
+    """Judge answers to a file that has the right ones, or two results; writes report.html."""
+    from bridgeblip.data.texts import read_task
     from bridgeblip.evidence.answers import read_probabilities, read_weights, with_answers
     from bridgeblip.evidence.report import write_comparison, write_report
     from bridgeblip.files import require_writable
@@ -277,7 +394,10 @@ def evaluate(args):
             f".html"
         )
     require_writable(out.parent)
-    questions = read_questions(args.csv, need_answers=not args.answers)
+    wanted = None if args.results else _run_of(args.model).get("task")
+    task, questions = read_task(args.csv, args.images, wanted, args.split, not args.answers)
+    if task != "choice":
+        return _evaluate_texts(args, task, questions, out)
     if args.answers:
         questions = with_answers(questions, args.answers)
     weights = None
@@ -300,28 +420,56 @@ def evaluate(args):
     return 0
 
 
-def _answer(model, questions):
-    """What ``write_report`` wants to know of a bundle's answers."""
+def _evaluate_texts(args, task, questions, out):
+    """Judge captions or answers in texts, those of a file or the model's own, or two files."""
+    from bridgeblip.evidence.texts import read_texts, write_text_report
+    from bridgeblip.machine import process_rank
+
+    if args.answers or args.weights_column:
+        raise InputError("--answers and --weights-column are for choices: leave them out")
+    found, manifest = [read_texts(path, questions) for path in args.results], None
+    if not found:
+        if _is_bundle(args.model):
+            raise InputError(f"{args.model} answers choices only: give a model that writes texts")
+        tuned, _ = _load(args.model)
+        from bridgeblip.vlm.answer import write_texts
+
+        found, manifest = [write_texts(tuned, questions)], tuned.run or {"base": str(args.model)}
+    if process_rank()[0] > 0:
+        return 0  # the first process writes for all
+    before = found[0] if len(found) == 2 else None
+    facts = write_text_report(
+        out, task, questions, found[-1], before=before, manifest=manifest, data=args.csv
+    )
+    print(f"{facts['verdict']['sentence']}\nwrote {out} and {out.with_suffix('.json')}")
+    return 0
+
+
+def _answer(name, questions):
+    """What ``write_report`` wants to know of a model's answers."""
     import time
 
-    from bridgeblip.bundle.format import find_bundle, load_bundle
-    from bridgeblip.bundle.predict import predict
+    from bridgeblip.bundle.format import find_bundle
     from bridgeblip.evidence.submission import problem_table
-    from bridgeblip.machine import best_device
 
-    bundle, began = load_bundle(find_bundle(model), best_device()), time.perf_counter()
-    answers = predict(bundle, questions)
-    cost = {
-        "seconds to answer": time.perf_counter() - began,
-        "bundle, MB": model.stat().st_size / 1e6,
-    }
+    if _is_bundle(name):
+        find_bundle(name)
+    model, predict = _load(name)
+    began = time.perf_counter()
+    answers = predict(model, questions)
+    cost = {"seconds to answer": time.perf_counter() - began}
+    if _is_bundle(name):
+        manifest, cost["bundle, MB"] = model.manifest, name.stat().st_size / 1e6
+    else:
+        manifest = model.run or {"base": str(name)}
+        cost["weights, MB"] = model.model.get_memory_footprint() / 1e6
     return {
         "probabilities": answers.probabilities,
         "flags": answers.flags,
-        "blank_probabilities": predict(bundle, questions, blank_images=True).probabilities,
+        "blank_probabilities": predict(model, questions, blank_images=True).probabilities,
         "problems": problem_table(questions, answers),
         "cost": cost,
-        "manifest": bundle.manifest,
+        "manifest": manifest,
     }
 
 

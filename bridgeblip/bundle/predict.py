@@ -380,7 +380,7 @@ def in_halves(
     rows: Sequence[int],
     join: Callable[[list], Any] = torch.cat,
 ) -> Any:
-    """Return ``run(rows)``, joined from halves where the memory does not suffice for all at once."""
+    """Return ``run(rows)``, joined from halves where the memory does not do for all."""
     try:
         return run(rows)
     except RuntimeError as error:

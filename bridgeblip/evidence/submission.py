@@ -111,15 +111,20 @@ def write_submission(
     ids = [question.id for question in questions]
     form = read_sample(ids, sample)
     check_out(out, sample)
+    write_problems(questions, answers, out)
+    table = pd.DataFrame(answers.probabilities, ids, letters(answers.probabilities.shape[1]))
+    submission = _write_answers(form, table, answers.flags, questions[0].small_letters, out)
+    shutil.rmtree(kept_folder(out), ignore_errors=True)
+    return submission
+
+
+def write_problems(questions: Sequence[Question], answers: Answers, out: Path) -> None:
+    """Write ``problems.csv`` beside what is handed in, if there are any."""
     problems = problem_table(questions, answers)
     if problems.empty:
         out.with_name(PROBLEMS_FILE).unlink(missing_ok=True)  # of an earlier run
     else:
         write_table(out.with_name(PROBLEMS_FILE), problems)
-    table = pd.DataFrame(answers.probabilities, ids, letters(answers.probabilities.shape[1]))
-    submission = _write_answers(form, table, answers.flags, questions[0].small_letters, out)
-    shutil.rmtree(kept_folder(out), ignore_errors=True)
-    return submission
 
 
 def problem_table(questions: Sequence[Question], answers: Answers) -> pd.DataFrame:
@@ -138,7 +143,12 @@ def describe(questions: Sequence[Question], answers: Answers, out: str | Path) -
         count = sum(flag in words for words in answers.flags)
         if count:
             lines.append(f"{count} of {rows} rows: {note}")
-    problems = problem_table(questions, answers)
+    return "\n".join([*lines, *problem_lines(questions, answers)])
+
+
+def problem_lines(questions: Sequence[Question], answers: Answers) -> list[str]:
+    """What should be known about rows that could not be answered as they stand."""
+    lines, problems = [], problem_table(questions, answers)
     if len(problems):
         lines.append(
             f"{len(problems)} rows could not be answered as they stand, see {PROBLEMS_FILE} beside "
@@ -148,7 +158,7 @@ def describe(questions: Sequence[Question], answers: Answers, out: str | Path) -
         lines.append(f"line {row.line} (ID {row.ID}): {row.reason}")
     if len(problems) > SHOWN:
         lines.append(f"and {len(problems) - SHOWN} more")
-    return "\n".join(lines)
+    return lines
 
 
 def blend(files: Sequence[str | Path], sample: str | Path | None, out: str | Path) -> pd.DataFrame:

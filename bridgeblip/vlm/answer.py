@@ -32,8 +32,8 @@ from bridgeblip.files import read_json
 from bridgeblip.machine import choose_precision
 from bridgeblip.vlm.batches import Batches, letter_logits, to_model
 from bridgeblip.vlm.families import count_parameters, load_config, load_model, load_processor
+from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
 
-RUN_FILE = "run.json"
 BLANK = Image.new("RGB", (336, 336), (127, 127, 127))  # stands for a missing picture
 BEAMS = {"caption": 3, "answer": 1}
 MOST_TOKENS = 128
@@ -52,19 +52,6 @@ class Tuned:
     """Tells one model from another."""
 
 
-def read_run(model: str | Path) -> dict[str, Any]:
-    """Return what a folder's ``run.json`` says; empty where there is none.
-
-    Raises:
-        InputError: if it can't be read, or names no base.
-    """
-    path = Path(model) / RUN_FILE
-    run = read_json(path) if path.is_file() else {}
-    if run and not isinstance(run.get("base"), str):
-        raise InputError(f"{path} names no base: it is not of a run of tune")
-    return run
-
-
 def load_tuned(
     model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Tuned:
@@ -76,17 +63,17 @@ def load_tuned(
     Raises:
         InputError: if it can't be loaded, or the adapter is not one of the run's base.
     """
-    folder, run = Path(model), read_run(model)
-    adapter = folder / "adapter" if run and not (folder / "config.json").is_file() else None
-    source, revision = model, None
-    if (folder / "model").is_dir():
-        source, adapter = folder / "model", None
-    elif adapter is not None:
-        if not adapter.is_dir():
-            raise InputError(f"{folder} has neither adapter nor model: run tune again to finish it")
-        source, revision = run["base"], run.get("revision")
+    folder = Path(model)
+    source, revision, run, adapter = model, None, {}, None
+    if (folder / RUN_FILE).is_file() and (folder / "config.json").is_file():  # merged
+        run = read_json(folder / RUN_FILE)
+    elif (folder / RUN_FILE).is_file():
+        run = read_run(folder)
+        source = folder / MODEL_FOLDER
+        if run.get("method") != "full":
+            source, revision, adapter = run["base"], run.get("revision"), folder / ADAPTER_FOLDER
     settings = run.get("settings", {})
-    processor = load_processor(source, revision, settings.get("pixels"))
+    processor = load_processor(source, revision, settings.get("pixels") or None)
     config = load_config(source, revision)
     wording = {name: settings.get(name) or "" for name in ("system", "prompt")}
     batches = Batches(processor, config, **wording)
@@ -219,9 +206,9 @@ def answer_texts(
     most: int = MOST_TOKENS,
     blank_images: bool = False,
     out: str | Path | None = None,
-) -> tuple[list[str], list[str]]:
-    """Return what a model writes to each question, and each question's problem, empty where there
-    is none; resumed as ``predict`` is.
+) -> tuple[list[str], Answers]:
+    """Return what a model writes to each question, and its flags and problems; resumed as
+    ``predict`` is.
 
     Args:
         beams: by default several for captions, one for answers: a question that says nothing asks
@@ -233,11 +220,8 @@ def answer_texts(
     write = partial(_write_window, tuned, batch_size, beams, most)
     settings = [tuned.fingerprint, batch_size, beams, most]
     made = _in_windows(questions, blank_images, write, settings, batch_size, out)
-    texts, problems = [], []
-    for question, (text, problem) in zip(questions, made, strict=True):
-        texts.append(text)
-        problems.append("; ".join(filter(None, [question.problem, problem])))
-    return texts, problems
+    texts = [text for text, *_ in made]
+    return texts, as_answers(questions, [([], *noted) for _, *noted in made], 0)
 
 
 def write_texts(tuned: Tuned, questions: Sequence[Question], **how) -> list[str]:
@@ -248,8 +232,8 @@ def write_texts(tuned: Tuned, questions: Sequence[Question], **how) -> list[str]
 @torch.inference_mode()
 def _write_window(
     tuned: Tuned, batch_size: int, beams: int, most: int, groups, pictures, bar: tqdm
-) -> list[tuple[str, str]]:
-    """Write to questions grouped by picture: text and problem of each, in order."""
+) -> list[tuple[str, list[str], str]]:
+    """Write to questions grouped by picture: text, flags and problem of each, in order."""
     batches = tuned.batches
     asked, seen, faults = _laid_out(groups, pictures)
     texts, problems, fit = [""] * len(asked), [], []
@@ -271,4 +255,5 @@ def _write_window(
         ):
             texts[fit[n]] = text
     bar.update(len(asked))
-    return list(zip(texts, problems, strict=True))
+    flags = [["blank"] * (picture is BLANK) for picture in seen]
+    return list(zip(texts, flags, problems, strict=True))

@@ -302,7 +302,9 @@ class Batches:
             text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)
         ]
 
-    def _generate(self, model: PreTrainedModel, batch: dict, beams: int, most: int) -> torch.Tensor:
+    def _generate(
+        self, model: PreTrainedModel, batch: dict, beams: int, most: int, **more
+    ) -> torch.Tensor:
         begun = batch["input_ids"]
         ends = [self.tokenizer.convert_tokens_to_ids(self.end)]
         how = {"eos_token_id": ends, "pad_token_id": self.pad_id}
@@ -310,7 +312,9 @@ class Batches:
             how = {}
             for name, value in (("input_ids", self.pad_id), ("attention_mask", 0)):
                 batch = batch | {name: nn.functional.pad(batch[name], (0, 1), value=value)}
-        made = model.generate(**batch, num_beams=beams, do_sample=False, max_new_tokens=most, **how)
+        made = model.generate(
+            **batch, num_beams=beams, do_sample=False, max_new_tokens=most, **how, **more
+        )
         width = begun.shape[1]  # some families repeat the prompt
         if made.shape[1] >= width and bool((made[:, :width] == begun).all()):
             made = made[:, width:]

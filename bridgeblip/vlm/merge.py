@@ -54,7 +54,9 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     run, facts = Path(run), read_run(run)
     out = Path(out or run / MERGED_FOLDER)
     if facts["method"] == "full":
-        raise InputError(f"{run} has no adapter: {run / MODEL_FOLDER} is an ordinary folder already")
+        raise InputError(
+            f"{run} has no adapter: {run / MODEL_FOLDER} is an ordinary folder already"
+        )
     if out.exists() and not (out / RUN_FILE).is_file():
         raise InputError(f"{out} is there already and no merged run: give another --out")
     require_writable(out.parent)

@@ -435,9 +435,7 @@ def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeepe
     trainer.compute_metrics = partial(accuracy, groups=groups)
     if not plan.letters:
         trainer.compute_metrics = partial(_score_texts, trainer, plan)
-    keeper = StateKeeper(
-        [plan.out], plan.identity, trainer.averages, Stopper(), train.save_minutes
-    )
+    keeper = StateKeeper([plan.out], plan.identity, trainer.averages, Stopper(), train.save_minutes)
     trainer.add_callback(SelfCheck(teacher))
     trainer.add_callback(Progress(live=in_notebook() and plan.letters > 0))
     trainer.add_callback(BestKeeper(partial(_write_run, trainer, plan), plan.metric))
@@ -521,7 +519,9 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
     if plan.process.is_main_process:
         facts = write(**about)
         best = max(validations(log, plan.metric)[0])
-        print(f"best epoch: {plan.metric} {best:.3f}. {facts['verdict']['sentence']} More in {report}")
+        print(
+            f"best epoch: {plan.metric} {best:.3f}. {facts['verdict']['sentence']} More in {report}"
+        )
     return TuneResult(history, questions, probabilities, texts)
 
 
