@@ -164,9 +164,9 @@ def test_korean_rows_with_small_columns(folder, tmp_path, capsys):
 
 
 def test_reports_and_blends_across_families(folder, run, competition, tmp_path, capsys):
-    csv = competition / "train.csv"
-    rows = read_questions(csv, need_answers=True)
-    results = []
+    csv = competition / "test.csv"
+    known = ["--csv", str(csv), "--answers", str(competition.parent / "answers.csv")]
+    rows, results = read_questions(csv), []
     for model in (folder, run):
         out = tmp_path / model.name / "submission.csv"
         assert main(["predict", "--model", str(model), "--csv", str(csv), "--out", str(out)]) == 0
@@ -179,10 +179,10 @@ def test_reports_and_blends_across_families(folder, run, competition, tmp_path, 
     assert main(["blend", *map(str, [*results, bridge]), "--out", str(blended)]) == 0
     assert len(pd.read_csv(blended)) == len(rows)
     page = tmp_path / "comparison.html"
-    both = ["evaluate", str(bridge), str(results[1]), "--csv", str(csv), "--out", str(page)]
+    both = ["evaluate", str(bridge), str(results[1]), *known, "--out", str(page)]
     assert main(both) == 0 and page.is_file()
     page = tmp_path / "report.html"
-    assert main(["evaluate", "--model", str(run), "--csv", str(csv), "--out", str(page)]) == 0
+    assert main(["evaluate", "--model", str(run), *known, "--out", str(page)]) == 0
     facts = json.loads(page.with_suffix(".json").read_text())
     assert facts["manifest"]["method"] == "lora" and facts["cost"]["weights, MB"] > 0
     expected = letters_of(predict(load_tuned(run), rows).probabilities)
@@ -238,7 +238,7 @@ def test_bad_input_is_one_line_before_the_work(folder, run, competition, tmp_pat
             "other base": "give the base that it was tuned on",
             "no adapter": "adapter is gone",
             "no base": "no model can be loaded from",
-            "captions": "expected --task choice",
+            "captions": "holds captions: expected",
             "no model": "no model can be loaded from",
         }[fault]
         in said

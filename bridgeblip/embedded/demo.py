@@ -29,7 +29,12 @@ from bridgeblip.evidence.report import write_report
 from bridgeblip.files import write_text
 from bridgeblip.training.settings import TrainSettings
 
-NOTEBOOKS = ("train.ipynb", "torchscript.ipynb", "torchscript_inference.ipynb")
+WRITES = {
+    "train.ipynb": "checkpoint/weights-*.pt",
+    "torchscript.ipynb": "checkpoint/torchscript.pt",
+    "torchscript_inference.ipynb": "submission.csv",
+}
+NOTEBOOKS = tuple(WRITES)
 PARAMETERS_TAG = "parameters"
 
 # The tiny base is 32 times narrower than the real one and learns at higher rates.
@@ -47,9 +52,8 @@ def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
     Raises:
         InputError: if a cell fails, with the notebook's own message.
     """
-    os.environ.setdefault(
-        "JUPYTER_PREFER_ENV_PATH", "1"
-    )  # this environment's kernel, not one in the home folder
+    # This environment's kernel, not one in the home folder.
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     notebook = nbformat.read(HOME / name, as_version=4)
     tagged = [
         i
@@ -106,10 +110,15 @@ def run_demo(
         epochs=epochs, batch_size=TINY_BATCH, learning_rate=TINY_RATE, head_learning_rate=TINY_RATE
     )
     shared = {"COMPETITION_DIR": str(competition), "CHECKPOINT_DIR": str(checkpoint)}
-    training = {"EPOCHS": epochs, "BATCH_SIZE": TINY_BATCH, "LEARNING_RATE": TINY_RATE}
-    training["FEW"] = "no"
+    training = {
+        "BASE": "tiny",
+        "EPOCHS": epochs,
+        "BATCH_SIZE": TINY_BATCH,
+        "LEARNING_RATE": TINY_RATE,
+        "FEW": "no",
+    }
     parameters = {
-        "train.ipynb": shared | training | {"BASE": "tiny"},
+        "train.ipynb": shared | training,
         "torchscript.ipynb": {"CHECKPOINT_DIR": str(checkpoint)},
         "torchscript_inference.ipynb": shared | {"SUBMISSION": str(out / "submission.csv")},
     }
@@ -117,11 +126,15 @@ def run_demo(
     for name in NOTEBOOKS:
         began = time.perf_counter()
         run_notebook(name, parameters[name], out / "notebooks" / name)
-        stages.append({"stage": name, "seconds": round(time.perf_counter() - began)})
+        seconds = round(time.perf_counter() - began)
+        files = [
+            f"{f.name} ({f.stat().st_size / 1e6:.2f} MB)" for f in sorted(out.glob(WRITES[name]))
+        ]
+        stages.append({"stage": name, "seconds": seconds, "writes": ", ".join(files)})
     scores = score_demo(out, settings, stages)
     write_text(out / "scores.csv", scores.to_csv(index=False))
     print(f"\n{scores.to_string(index=False)}\n")
-    print(_stage_table(stages, checkpoint, out).to_string(index=False))
+    print(pd.DataFrame(stages).to_string(index=False))
     print(
         f"\nThe answers lie in {out / 'submission.csv'}, the executed notebooks in "
         f"{out / 'notebooks'}, and what to "
@@ -139,6 +152,7 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.Dat
     true answers."""
     questions = with_answers(read_questions(out / "competition" / "test.csv"), out / "answers.csv")
     submitted = read_table(out / "submission.csv").set_index("ID")["answer"]
+    given = submitted.loc[[question.id for question in questions]]
     bundle = load_bundle(out / "checkpoint" / "torchscript.pt")
     weights = out / "checkpoint" / bundle.manifest["trained"]["file"]
     print("\nFor comparison, a model of which only the head is trained:")
@@ -152,7 +166,7 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.Dat
     head_only = out / "head_only" / f"weights-{settings.epochs - 1}.pt"
     print("\nThe held-out questions, answered by the trained model, the bundle and the base:")
     bridged = _predict_eager(restore(weights).model, questions, bundle.manifest)
-    same = sum(a == submitted[q.id] for a, q in zip(letters_of(bridged), questions, strict=True))
+    same = (given == letters_of(bridged)).sum()
     blank = predict(bundle, questions, blank_images=True).probabilities
     sliced = accuracy_of(questions, _predict_sliced(DEFAULT_DECODER_LAYERS, questions))
     head = accuracy_of(questions, _predict_eager(restore(head_only).model, questions))
@@ -165,7 +179,10 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.Dat
         ("sliced, not bridged", sliced),
         ("sliced, only the head trained", head),
         ("bridged", accuracy_of(questions, bridged)),
-        ("bridged, through TorchScript: submission.csv", _share_right(submitted, questions)),
+        (
+            "bridged, through TorchScript: submission.csv",
+            (given == [letter(question.answer) for question in questions]).mean(),
+        ),
         ("the same without looking: blank images", accuracy_of(questions, blank)),
     ]
     print(
@@ -187,10 +204,6 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.Dat
     return pd.DataFrame(rows, columns=["answers by", "accuracy"]).round(4)
 
 
-def _share_right(submitted: pd.Series, questions: list[Question]) -> float:
-    return sum(submitted[q.id] == letter(q.answer) for q in questions) / len(questions)
-
-
 def _predict_sliced(layers, questions: list[Question]):
     processor = QuestionProcessor.from_base(TINY_BASE)
     return _predict_eager(load_sliced(TINY_BASE, processor.letter_ids, layers), questions)
@@ -201,15 +214,3 @@ def _predict_eager(model, questions: list[Question], manifest: dict | None = Non
         model, QuestionProcessor.from_base(TINY_BASE), manifest or {}, torch.device("cpu")
     )
     return predict(eager, questions, batch_size=64).probabilities
-
-
-def _stage_table(stages: list[dict], checkpoint: Path, out: Path) -> pd.DataFrame:
-    written = {
-        "train.ipynb": sorted(checkpoint.glob("weights-*.pt")),
-        "torchscript.ipynb": [checkpoint / "torchscript.pt"],
-        "torchscript_inference.ipynb": [out / "submission.csv"],
-    }
-    for stage in stages:
-        files = written[stage["stage"]]
-        stage["writes"] = ", ".join(f"{f.name} ({f.stat().st_size / 1e6:.2f} MB)" for f in files)
-    return pd.DataFrame(stages)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -87,16 +86,19 @@ def load_tuned(
 
 
 def _with_adapter(model: PreTrainedModel, adapter: Path, base: str) -> PreTrainedModel:
-    """The model with a run's adapter on it, if all of it fits."""
+    """The model with a run's adapter on it, if all of it fits; PEFT passes over what does not."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*(missing|unexpected).*adapter.*keys.*")
-            return PeftModel.from_pretrained(model, str(adapter)).eval()
-    except (OSError, ValueError, RuntimeError, UserWarning, KeyError) as error:
+        saved = load_peft_weights(str(adapter), device="cpu")
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+        parted = set(saved) ^ set(get_peft_model_state_dict(model))
+        reason = f"{len(parted)} tensors have no counterpart" if parted else ""
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
+    if reason:
         raise InputError(
             f"{adapter} does not fit {base} ({reason}): give the base that it was tuned on"
-        ) from error
+        )
+    return model
 
 
 def _fingerprint(model: str | Path, run: dict, config) -> str:
