@@ -59,7 +59,7 @@ def test_what_parts_is_not_written(tmp_path, monkeypatch):
 
     def merge_wrongly(self):
         merged = usual(self)
-        weight = next(p for n, p in merged.named_parameters() if "layers.1.mlp" in n)
+        weight = next(p for n, p in merged.named_parameters() if "language_model.layers.1.mlp" in n)
         weight.data.add_(0.01)
         return merged
 
@@ -105,5 +105,4 @@ def test_after_four_bits_the_base_in_full_precision_is_merged(tmp_path, capsys):
     batch = probe(Batches(load_processor(base), bits.config))
     expected = logits_of(adapted, batch)
     into_bits = parted(logits_of(adapted.merge_and_unload(), batch), expected)
-    print("distances", merged.bits_distance, into_bits)
-    assert merged.bits_distance < into_bits
+    assert merged.bits_distance <= into_bits / 2
