@@ -20,7 +20,8 @@ CAPTION_PROMPT = "Describe the picture in one sentence."
 MARK = "\ue000"  # stands for the answer in a template: private use, and no space to be stripped
 PADS_RIGHT = ("blip",)
 """Families whose positions count from the first column, padding or not."""
-SHAPES = (2048, 1536, 1365)  # heights of pictures 2048 wide: one of them takes the most tokens
+SHAPES = ((2048, 2048), (2048, 1536), (2048, 1365), (60, 60), (60, 34), (60, 20))
+"""Sizes of pictures, some of which take as many tokens as any: small ones are rounded up."""
 BEHIND = {"input_ids": None, "attention_mask": 1, "token_type_ids": 1, "mm_token_type_ids": 0}
 """What a model reads of each token, and the value of an answer's; None: the token itself."""
 
@@ -66,8 +67,7 @@ class Batches:
         if not self.bare:
             self._read_template()
         few = Question("", None, "?", ())
-        large = [Image.new("RGB", (SHAPES[0], height)) for height in SHAPES]
-        lengths = [self._length(few, picture) for picture in large]
+        lengths = [self._length(few, Image.new("RGB", size)) for size in SHAPES]
         self.most = max(lengths) - self._text_length(few)  # a picture's tokens, and a few of texts
 
     def _read_template(self) -> None:

@@ -1,0 +1,197 @@
+import json
+import re
+
+import families
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BlipConfig, BlipForConditionalGeneration
+
+from bridgeblip import InputError
+from bridgeblip.__main__ import main
+from bridgeblip.data.questions import read_questions
+from bridgeblip.training.callbacks import TrainingError
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.trainer import AveragingTrainer
+from bridgeblip.vlm.families import decoder_name
+from bridgeblip.vlm.settings import TuneSettings, read_run
+from bridgeblip.vlm.tune import attach_lora, check_places, tune
+
+TRAIN = TrainSettings(
+    epochs=2, batch_size=8, validation_fraction=0.25, learning_rate=3e-3, save_minutes=0
+)
+OPTIONS = "--epochs 2 --batch-size 8 --validation-fraction 0.25 --learning-rate 3e-3 --few no"
+WORKED = {  # the documented commands, a local folder for the id
+    "qwen2_5_vl": ("choice", "--pixels 56"),
+    "llava": ("answer", "--task answer --report-to none"),
+    "internvl": ("caption", "--task caption --rank 128 --alpha 256"),
+    "blip": ("caption", "--task caption --rank 8 --alpha 32 --dropout 0.1 --targets query value"),
+}
+
+
+@pytest.fixture(scope="session")
+def data(competition, tmp_path_factory) -> dict:
+    """Files of the three tasks on the same pictures, a few rows each."""
+    few = read_questions(competition / "train.csv", need_answers=True)[::4]
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = pd.read_csv(competition / "train.csv").iloc[::4].reset_index(drop=True)
+    rows["img_path"] = [str(question.image) for question in few]
+    files = {task: folder / f"{task}.csv" for task in ("choice", "caption", "answer")}
+    rows.to_csv(files["choice"], index=False)
+    right = [question.choices[question.answer] for question in few]
+    texts = pd.DataFrame({"image": rows["img_path"], "question": rows["Question"], "answer": right})
+    texts.to_csv(files["answer"], index=False)
+    captions = [f"a picture of the digit {text}" for text in right]
+    pd.DataFrame({"image": rows["img_path"], "caption": captions}).to_csv(
+        files["caption"], index=False
+    )
+    return files
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    monkeypatch.setattr("bridgeblip.vlm.tune.LONGEST_TEXT", 6)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return families.save("llava", tmp_path_factory.mktemp("llava") / "base")
+
+
+class Killed(BaseException):
+    """Ends a run in the middle of a step, as a kill does."""
+
+
+def kill_at(monkeypatch, step: int) -> None:
+    usual = AveragingTrainer.training_step
+
+    def training_step(self, *args):
+        if self.state.global_step == step:
+            raise Killed
+        return usual(self, *args)
+
+    monkeypatch.setattr(AveragingTrainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize("family", families.PUBLISHED)
+def test_a_killed_run_ends_as_an_uninterrupted_one(family, data, tmp_path, monkeypatch, capsys):
+    base = families.save(family, tmp_path / "base")
+    task, more = WORKED[family]
+    command = f"tune --base {base} --data {data[task]} {OPTIONS} {more} --save-minutes 0 --out "
+    assert main(f"{command}{tmp_path / 'whole'}".split()) == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 3)
+        main(f"{command}{tmp_path / 'killed'}".split())
+    assert main(f"{command}{tmp_path / 'killed'}".split()) == 0
+    assert "going on from" in capsys.readouterr().out
+    whole, killed = (
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")
+        for run in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)
+    run = read_run(tmp_path / "whole")
+    metric = {"choice": "accuracy", "caption": "CIDEr", "answer": "exact"}[task]
+    assert run["task"] == task and metric in run["validation"]
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert report["verdict"]["sentence"]
+    assert (tmp_path / "whole" / "tensorboard").is_dir()
+
+
+def test_all_weights_learn_and_the_best_epoch_is_kept(data, tmp_path, monkeypatch):
+    """By CIDEr, which is best in the first of two epochs here."""
+    base = families.save("blip", tmp_path / "base")
+    measured = iter((0.1, 0.9, 0.5))
+    monkeypatch.setattr(
+        "bridgeblip.vlm.tune.score_captions", lambda *_: {"CIDEr": next(measured, 0.0)}
+    )
+    settings = TuneSettings(task="caption", method="full", gradient_checkpointing=True)
+    run = tmp_path / "run"
+    result = tune(base, data["caption"], run, settings, TRAIN)
+    assert result.history["CIDEr"].dropna().tolist() == [0.1, 0.9, 0.5]
+    assert read_run(run)["validation"]["CIDEr"] == 0.9
+    before, after = (load_file(f / "model.safetensors") for f in (base, run / "model"))
+    assert any(not torch.equal(before[name], after[name]) for name in after if "vision" in name)
+    again = tune(base, data["caption"], run, settings, TRAIN)  # ended: it only reports
+    assert again.texts == result.texts and again.history.equals(result.history)
+    lora = TuneSettings(task="caption")
+    with pytest.raises(InputError, match=r"was tuned by full, which lora can't continue"):
+        tune(base, data["caption"], tmp_path / "b", lora, TRAIN, continue_from=run)
+
+
+def test_a_run_continues_another_ones_best_adapter(llava, data, tmp_path):
+    base = llava
+    settings = TuneSettings(rank=4, dropout=0.0)
+    first, second = tmp_path / "first", tmp_path / "second"
+    tune(base, data["choice"], first, settings, TRAIN)
+    still = TrainSettings(epochs=1, validation_fraction=0.25, learning_rate=1e-30)
+    tune(base, data["choice"], second, settings, still, continue_from=first)
+    one, two = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (first, second))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor)
+    other = families.save("llava", tmp_path / "other")
+    with pytest.raises(InputError, match=r"first was tuned on .*base, not on .*other: continue"):
+        tune(other, data["choice"], tmp_path / "x", settings, TRAIN, continue_from=first)
+    with pytest.raises(InputError, match=r"is no run of tune: it has no run\.json"):
+        tune(base, data["choice"], tmp_path / "x", settings, TRAIN, continue_from=base)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_adapters_are_in_the_decoder_alone(family):
+    model, _ = families.build(family)
+    inside = f"base_model.model.{decoder_name(model)}."
+    adapted = attach_lora(model, TuneSettings(rank=2))
+    names = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    assert names and all(name.startswith(inside) for name in names)
+    assert {name.split(".")[-1] for name in names}.isdisjoint({"lm_head", "decoder"})
+
+
+def test_an_adapter_outside_the_decoder_is_refused():
+    model, _ = families.build("llava")
+    adapted = attach_lora(model, TuneSettings(rank=2))
+    tower = next(m for n, m in adapted.named_modules() if n.endswith("vision_tower"))
+    tower.lora_A = torch.nn.Identity()
+    with pytest.raises(TrainingError, match=r"vision_tower outside the decoder"):
+        check_places(adapted)
+
+
+def test_blip_large_has_as_many_parameters_to_train_as_its_source_prints():
+    text = {"vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072}
+    text |= {"num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    vision |= {"num_attention_heads": 16, "image_size": 384, "patch_size": 16}
+    with torch.device("meta"):
+        model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
+        model.requires_grad_(False)
+        adapted = attach_lora(model, TuneSettings(rank=8, alpha=32, targets=("query", "value")))
+    assert adapted.get_nb_trainable_parameters()[0] == 614_400
+
+
+BAD = {
+    "--task caption": r"caption",
+    "--targets nothing": r"the decoder has no linear layers called nothing",
+    "--method half": r"expected one of",
+    "--pixels 99": r"pixels",
+    "--rank 0": r"rank is 0",
+    "--base /not/there": r"no model can be loaded from /not/there",
+}
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_bad_input_is_one_line_before_the_long_work(
+    options, llava, data, tmp_path, capsys, monkeypatch
+):  # fmt: skip
+    monkeypatch.setattr("bridgeblip.vlm.tune.load_learner", lambda plan: pytest.fail("long work"))
+    command = f"tune --base {llava} --data {data['choice']} --few no --out {tmp_path / 'run'}"
+    assert main(f"{command} {options}".split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ")
+    assert re.search(BAD[options], error)
+
+
+def test_four_bits_without_bitsandbytes_are_refused(llava, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"4 bits need bitsandbytes"):
+        tune(llava, data["choice"], tmp_path / "run", TuneSettings(method="qlora"), TRAIN)
