@@ -12,7 +12,7 @@ from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
 from bridgeblip.data.formats import SOURCES
 from bridgeblip.files import FULL
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
-from bridgeblip.vlm.settings import TuneSettings
+from bridgeblip.vlm.settings import METHODS, TuneSettings
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
 with problems; 130 interrupted, run the same again to go on"""
@@ -100,10 +100,12 @@ def demo(args):
 
 @verb(
     "--stage train --base tiny --csv competition/train.csv",
-    option("--stage", choices=("train", "export", "predict"), default="train",
+    option("--stage", choices=("train", "export", "predict", "tune"), default="train",
            help="what is to be run"),
     option("--csv", type=Path, help="questions; by default competition/train.csv or test.csv"),
-    BASE, CHECKPOINT_DIR, FEW_OPTION, COPY_TO, NO_CACHE, *SETTINGS,
+    BASE, CHECKPOINT_DIR, FEW_OPTION, COPY_TO, NO_CACHE, *SETTINGS, IMAGES,
+    option("--method", choices=METHODS, default="lora", help="of tune"),
+    option("--pixels", type=int, default=0, help="of tune"),
 )  # fmt: skip
 def doctor(args):
     """Look at machine, versions, data, model and budget before a stage; writes nothing."""
@@ -119,7 +121,8 @@ def doctor(args):
     findings = check(
         args.stage, args.csv, args.base, args.checkpoint_dir, settings=settings,
         bridge=BridgeSettings.given(**values_of(BridgeSettings, args)),
-        copy_to=args.copy_to, cache=not args.no_cache,
+        copy_to=args.copy_to, cache=not args.no_cache, images=args.images,
+        tune=TuneSettings(method=args.method, pixels=args.pixels),
     )  # fmt: skip
     return 0 if print_findings(findings) else 1
 

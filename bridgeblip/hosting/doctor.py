@@ -24,12 +24,14 @@ from bridgeblip.hosting.checks import (
     check_speed,
     number_format,
 )
+from bridgeblip.hosting.doctor_tune import check_tune
 from bridgeblip.hosting.runtime import installed
 from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.weights import choose_weights, load_weights, stale_bundle
+from bridgeblip.vlm.settings import TuneSettings
 
-STAGES = ("train", "export", "predict")
+STAGES = ("train", "export", "predict", "tune")
 
 
 def check(
@@ -49,9 +51,11 @@ def check(
     limit: int | None = None,
     copy_to: str | Path | None = None,
     cache: bool = True,
+    images: Path | None = None,
+    tune: TuneSettings | None = None,
 ) -> list[Finding]:
-    """Return all that was found; if no level is "problem", the stage ("train", "export", "predict")
-    can start.
+    """Return all that was found; if no level is "problem", the stage, one of ``STAGES``, can
+    start.
 
     Args:
         csv: questions; by default ``competition/train.csv`` or ``test.csv``. An export needs none.
@@ -62,6 +66,7 @@ def check(
         out: file that an export or a prediction will write.
         settings, bridge, revision, copy_to: as for ``train``; ``cache`` if it keeps features.
         dtype: name of the torch dtype of the weights; by default what the stage chooses.
+        images, tune: as for ``tune``.
         limit: most parameters that the sliced model may have; by default ``budget.BUDGET_LIMIT``.
     """
     if stage not in STAGES:
@@ -73,6 +78,9 @@ def check(
             csv, base = Path(csv or "competition/train.csv"), base or REAL_BASE
             size = _check_train(found, csv, base, settings, bridge, revision, dtype, limit)
             _check_places(found, [folder, *[copy_to] * bool(copy_to)], size, cache)
+        elif stage == "tune":
+            csv, tune = Path(csv or "competition/train.csv"), tune or TuneSettings()
+            check_tune(found, csv, base or REAL_BASE, images, tune, settings, revision)
         elif stage == "export":
             out = Path(out or folder / "torchscript.pt")
             _check_export(found, Path(weights or folder), base, out, revision, dtype, limit)
