@@ -1,10 +1,15 @@
 """A base model and a question set small enough for every test: random weights, real layout, real
 pictures."""
 
+import multiprocessing
 import os
 import random
 import shutil
+import signal
+import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,9 +29,23 @@ torch.set_num_threads(1)
 os.environ["BRIDGEBLIP_CACHE"] = tempfile.mkdtemp(
     prefix="bridgeblip-features-"
 )  # not the user's own
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network that is not there
 ROOT = Path(__file__).resolve().parent.parent
 DECODER_LAYERS = 6
 LAYERS = (0, 2, 5)  # what tests keep
+LONGEST = ["callbacks", "colab", "bench", "verify_real", "bundle", "verify_gpu", "demo", "ahead", "ablation", "main",
+           "inference", "export", "readme", "training", "hold"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: whichever worker ends last would else begin with one when nothing is left
+    for the other."""
+
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)  # stable
 
 
 def small_base_model() -> InstructBlipForConditionalGeneration:
@@ -113,3 +132,64 @@ def row(batch: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
         for name in (f"{kind}input_ids", f"{kind}attention_mask"):
             alone[name] = alone[name][:, :length]
     return alone
+
+
+class Script:
+    """A script in a process of its own, as ``python -c`` runs it from the repository, that begins
+    with the libraries loaded: most of what a start of Python costs."""
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bridgeblip.bridge.train", "bridgeblip.bundle.predict"])
+
+    def __init__(self, code: str, *arguments, env: dict[str, str] | None = None):
+        self.printed = b""
+        reader, writer = self.context.Pipe(duplex=False)
+        how = (code, [str(argument) for argument in arguments], env or {}, writer)
+        self.process = self.context.Process(target=_run_script, args=how)
+        self.process.start()
+        writer.close()
+        self.pid = self.process.pid
+        self.listener = threading.Thread(target=self._listen, args=(reader,), daemon=True)
+        self.listener.start()
+
+    def _listen(self, reader) -> None:
+        while chunk := os.read(reader.fileno(), 1 << 16):
+            self.printed += chunk
+
+    def is_running(self) -> bool:
+        return self.process.is_alive()
+
+    def wait_for(self, condition, timeout: float = 90) -> None:
+        """Wait until ``condition()`` is true; the script must not end before."""
+        until = time.monotonic() + timeout
+        while not condition():
+            assert self.is_running() and time.monotonic() < until, self.output()
+            time.sleep(0.02)
+
+    def send(self, number: signal.Signals, group: bool = False) -> None:
+        (os.killpg if group else os.kill)(self.pid, number)
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.printed.decode(errors="replace")
+
+    def end(self, timeout: float = 300) -> tuple[int, str]:
+        """Wait for its end; return its exit code, below zero for a signal, and what it printed."""
+        self.process.join(timeout)
+        if self.is_running():
+            self.process.kill()
+            raise AssertionError(f"runs for more than {timeout} seconds: {self.output()}")
+        self.listener.join(10)
+        return self.process.exitcode, self.output()
+
+
+def _run_script(code: str, arguments: list[str], env: dict[str, str], writer) -> None:
+    os.setpgrp()
+    for stream in (1, 2):
+        os.dup2(writer.fileno(), stream)
+    writer.close()
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv = ["-c", *arguments]
+    exec(code, {"__name__": "__main__"})

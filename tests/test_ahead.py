@@ -130,21 +130,21 @@ def run(name, last=None):
 
 run("whole")
 cuts = []
-while True:
+for last in [*range(1, 12), None]:
     try:
-        run("cut", len(cuts) + 1)
-        break
+        run("cut", last)
     except Killed:
-        cuts.append(len(cuts) + 1)
+        cuts.append(last)
 print("CUT AT", cuts, flush=True)
 """
 
 
-@pytest.mark.parametrize("processes, batch_size, accumulation", [(1, 6, 1), (1, 3, 2), (2, 3, 1)])
+@pytest.mark.parametrize("processes, batch_size, accumulation", [(1, 3, 2), (2, 3, 1)])
 def test_cut_at_every_offset_of_a_block_ends_with_the_same_bits(
     processes, batch_size, accumulation, base, competition, tmp_path
 ):
-    """Nine steps an epoch and blocks of four: each run goes on for one step, then it is cut."""
+    """Nine steps an epoch and blocks of four: each run goes on for one step, then it is cut, up to
+    the second block of the second epoch."""
     script = tmp_path / "cut.py"
     script.write_text(CUT)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
@@ -159,7 +159,7 @@ def test_cut_at_every_offset_of_a_block_ends_with_the_same_bits(
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"CUT AT {list(range(1, 18))}" in done.stdout
+    assert f"CUT AT {list(range(1, 12))}" in done.stdout
     for epoch in range(2):
         whole, cut = (
             load_weights(tmp_path / name / f"weights-{epoch}.pt").tensors

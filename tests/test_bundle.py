@@ -5,14 +5,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import Script
 from test_inference import make_bundle
 from torch import nn
 
@@ -195,12 +193,16 @@ def test_the_pipe_writes_what_torch_writes(made, tmp_path):
         ]
 
 
+VERB = """
+import sys
+from bridgeblip.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
 LIMITED = """
 import resource, signal, sys
+from bridgeblip.__main__ import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails, as on a full disk
 limit = int(sys.argv.pop(1))
-from bridgeblip.__main__ import main
-import bridgeblip.bridge.export
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 sys.exit(main(sys.argv[1:]))
 """
@@ -209,15 +211,12 @@ sys.exit(main(sys.argv[1:]))
 def test_a_disk_that_fills_is_one_line_and_nothing_is_lost(pair, made):
     before = {path.name: path.read_bytes() for path in pair.parent.iterdir()}
     size = pair.stat().st_size
+    export = ["export", "--weights", made.with_name("weights-0.pt"), "--out", pair]
     for share in (0, 0.4, 0.8):
-        done = subprocess.run(
-            [sys.executable, "-c", LIMITED, str(int(share * size)), "export", "--weights",
-             str(made.with_name("weights-0.pt")), "--out", str(pair)],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
-        last = done.stderr.strip().splitlines()[-1]
-        assert done.returncode == 2 and last.startswith("error: "), (share, done.stderr)
-        assert "Traceback" not in done.stderr and "terminate" not in done.stderr
+        code, printed = Script(LIMITED, int(share * size), *export).end()
+        last = printed.strip().splitlines()[-1]
+        assert code == 2 and last.startswith("error: "), (share, printed)
+        assert "Traceback" not in printed and "terminate" not in printed
         assert {path.name: path.read_bytes() for path in pair.parent.iterdir()} == before
 
 
@@ -232,22 +231,20 @@ def test_too_little_space_is_said_before_writing(made, tmp_path, monkeypatch):
 def test_killed_at_any_moment_a_whole_pair_is_there(pair, made, tmp_path):
     """Every moment at which the pair is touched: just before and just after each renaming."""
     kills = """
-        import os, signal, sys
-        moment, replace, count = int(sys.argv.pop(1)), os.replace, 0
-        def watched(source, target):
-            global count
-            for _ in range(2):
-                if count == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if count % 2 == 0:
-                    replace(source, target)
-                count += 1
-        os.replace = watched
-        from bridgeblip.__main__ import main
-        sys.exit(main(sys.argv[1:]))
-    """
-    import textwrap
-
+import os, signal, sys
+moment, replace, count = int(sys.argv.pop(1)), os.replace, 0
+def watched(source, target):
+    global count
+    for _ in range(2):
+        if count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if count % 2 == 0:
+            replace(source, target)
+        count += 1
+os.replace = watched
+from bridgeblip.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
     loaded = load_weights(made.with_name("weights-0.pt"))
     tensors = {name: tensor * 0.9 for name, tensor in loaded.tensors.items()}
     weights = tmp_path / "other" / "weights-0.pt"
@@ -257,13 +254,10 @@ def test_killed_at_any_moment_a_whole_pair_is_there(pair, made, tmp_path):
     for moment in range(7):
         shutil.copy(made, pair)
         shutil.copy(whole.digest_path(made), whole.digest_path(pair))
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(kills), str(moment), "export", "--weights",
-             str(weights), "--out", str(pair)],
-            cwd=ROOT, capture_output=True,
-            env=os.environ | {"BRIDGEBLIP_CACHE": str(tmp_path / "cache")},
-        )  # fmt: skip
-        found.add((done.returncode, file_digest(pair) == old))
+        export = ["export", "--weights", weights, "--out", pair]
+        env = {"BRIDGEBLIP_CACHE": str(tmp_path / "cache")}
+        code, _ = Script(kills, moment, *export, env=env).end()
+        found.add((code, file_digest(pair) == old))
         load_bundle(pair)
         assert file_digest(pair) in whole.read_digests(pair)
     assert {(-signal.SIGKILL, True), (-signal.SIGKILL, False)} <= found
@@ -271,16 +265,14 @@ def test_killed_at_any_moment_a_whole_pair_is_there(pair, made, tmp_path):
 
 def test_ctrl_c_in_an_export_is_one_line(pair, made):
     before = {path.name: path.read_bytes() for path in pair.parent.iterdir()}
-    command = [sys.executable, "-m", "bridgeblip", "export", "--weights",
-               str(made.with_name("weights-0.pt")), "--out", str(pair)]  # fmt: skip
+    export = ["export", "--weights", made.with_name("weights-0.pt"), "--out", pair]
     for _ in range(3):
-        process = subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        time.sleep(3 + 4 * random.random())
-        process.send_signal(signal.SIGINT)
-        error = process.communicate()[1]
-        assert process.returncode in (0, 130, -signal.SIGINT) and "Traceback" not in error, error
+        process = Script(VERB, *export)
+        process.wait_for(lambda p=process: "exporting" in p.output())
+        time.sleep(random.uniform(0, 2))
+        process.send(signal.SIGINT)
+        code, printed = process.end()
+        assert code in (0, 130) and "Traceback" not in printed, printed
         names = {path.name for path in pair.parent.iterdir()}
         assert names == set(before) and load_bundle(pair)
 
@@ -336,23 +328,16 @@ def test_processes_that_do_not_come_are_not_waited_for_after_the_work(
     made, competition, tmp_path, place
 ):
     script = """
-        import sys
-        from datetime import timedelta
-        from bridgeblip.bundle import predict
-        predict.PATIENCE = timedelta(seconds=2)
-        from bridgeblip.__main__ import main
-        sys.exit(main(sys.argv[1:]))
-    """
-    import textwrap
-
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), "predict", "--model", str(made), "--csv",
-         str(competition / "test.csv"), "--out", str(tmp_path / "submission.csv")],
-        cwd=ROOT, capture_output=True, text=True, timeout=100,
-        env=os.environ | {"RANK": "0", "WORLD_SIZE": "2"} | place,
-    )  # fmt: skip
-    assert done.returncode == 2 and "unset WORLD_SIZE and RANK" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+from datetime import timedelta
+from bridgeblip.bundle import predict
+predict.PATIENCE = timedelta(seconds=2)
+"""
+    answer = ["predict", "--model", made, "--csv", competition / "test.csv"]
+    env = {"RANK": "0", "WORLD_SIZE": "2"} | place
+    process = Script(script + VERB, *answer, "--out", tmp_path / "submission.csv", env=env)
+    code, printed = process.end(100)
+    assert code == 2 and "unset WORLD_SIZE and RANK" in printed, printed
+    assert "Traceback" not in printed and not list(tmp_path.iterdir())
 
 
 def test_more_choices_than_letters_are_refused_before_the_work(made, competition, tmp_path, capsys):

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LAYERS, ROOT
+from conftest import LAYERS, ROOT, Script
+from safetensors import SafetensorError
 
 from bridgeblip import InputError
 from bridgeblip.bridge.lora import attach_bridge
@@ -18,6 +19,7 @@ from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.training.callbacks import Averages, Patience, SelfCheck, TrainingError
 from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.stopping import in_one_line
 from bridgeblip.training.trainer import TrainingQuestions
 from bridgeblip.training.weights import load_weights
 
@@ -159,12 +161,16 @@ except InputError as error:
 """
 
 
-def run(competition, base, folder, plan="", workers=0, features="None", **options):
-    command = [sys.executable, "-c", RUN.format(plan=plan, workers=workers, features=features)]
-    return subprocess.Popen(
-        [*command, str(competition / "train.csv"), str(base), str(folder)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
-    )  # fmt: skip
+def run(competition, base, folder, plan="", workers=0, features="None") -> Script:
+    code = RUN.format(plan=plan, workers=workers, features=features)
+    return Script(code, competition / "train.csv", base, folder)
+
+
+def run_on(competition, base, folder, **how) -> str:
+    """Run it again, as whoever is told to does; return what it printed."""
+    code, output = run(competition, base, folder, **how).end()
+    assert code == 0 and "going on from" in output, output
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -180,25 +186,15 @@ def assert_same_end(folder, whole):
         assert all(torch.equal(tensors[name], whole[epoch][name]) for name in whole[epoch])
 
 
-def wait_for(path, process, timeout=90):
-    until = time.monotonic() + timeout
-    while not path():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_goes_on_later(number, base, competition, tmp_path, whole):
     process = run(competition, base, tmp_path)
-    wait_for(lambda: list(tmp_path.glob("state/step-*")), process)
-    process.send_signal(number)
-    output = process.communicate()[0]
-    assert process.returncode == 1 and "stopped on request after step" in output, output
+    process.wait_for(lambda: list(tmp_path.glob("state/step-*")))
+    process.send(number)
+    code, output = process.end()
+    assert code == 1 and "stopped on request after step" in output, output
     assert not (tmp_path / "weights-1.pt").exists()
-    output = run(competition, base, tmp_path, workers=1).communicate()[
-        0
-    ]  # with a loader process, too
-    assert "going on from" in output
+    run_on(competition, base, tmp_path, workers=1)  # with a loader process, too
     assert_same_end(tmp_path, whole)
 
 
@@ -214,11 +210,10 @@ training.StateKeeper.on_step_end = on_step_end
 
 
 def test_asked_to_stop_in_the_last_step_of_an_epoch(base, competition, tmp_path, whole):
-    process = run(competition, base, tmp_path, LAST_STEP)
-    output = process.communicate()[0]
-    assert process.returncode == 1 and "stopped on request after step" in output, output
+    code, output = run(competition, base, tmp_path, LAST_STEP).end()
+    assert code == 1 and "stopped on request after step" in output, output
     assert (tmp_path / "weights-0.pt").exists() and not (tmp_path / "weights-1.pt").exists()
-    assert "going on from" in run(competition, base, tmp_path).communicate()[0]
+    run_on(competition, base, tmp_path)
     assert_same_end(tmp_path, whole)
 
 
@@ -271,15 +266,18 @@ def test_what_breaks_in_the_middle_loses_nothing(
     data = tmp_path / "competition"
     subprocess.run(["cp", "-r", str(competition), str(data)], check=True)
     folder = tmp_path / "checkpoint"
-    process = run(data, base, folder, plan)
-    output = process.communicate()[0]
-    assert process.returncode != 0 and re.search(expected, output), output
+    code, output = run(data, base, folder, plan).end()
+    assert code != 0 and re.search(expected, output), output
     assert "Traceback" not in output, output
-    assert list(folder.glob("state/step-*")), output
+    assert list(folder.glob("state/step-*")) and not list(folder.glob("state/.*")), output
     subprocess.run(["cp", "-r", f"{competition}/.", str(data)], check=True)  # the remedy
-    output = run(data, base, folder).communicate()[0]
-    assert "going on from" in output
+    run_on(data, base, folder)
     assert_same_end(folder, whole)
+
+
+def test_a_writer_that_gives_no_number_may_find_the_disk_full_too(tmp_path):
+    with pytest.raises(InputError, match=r"os error 28.: free some space"), in_one_line(tmp_path):
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(base, competition, tmp_path):
@@ -313,32 +311,31 @@ training.StateKeeper.on_save = on_save
 def test_a_vanished_cache_is_named_and_filled_again(workers, base, competition, tmp_path):
     features = tmp_path / "features"
     plan = f"features = {str(features)!r}\n" + CACHE_GONE
-    process = run(competition, base, tmp_path, plan, workers, features=repr(str(features)))
-    output = process.communicate()[0]
+    _, output = run(competition, base, tmp_path, plan, workers, repr(str(features))).end()
     assert "the file can be reached again, and run the same again" in output, output
     assert "No such file" in output and "Traceback" not in output, output
-    again = run(competition, base, tmp_path, features=repr(str(features))).communicate()[0]
-    assert "going on from" in again and (tmp_path / "weights-1.pt").exists(), again
+    run_on(competition, base, tmp_path, features=repr(str(features)))
+    assert (tmp_path / "weights-1.pt").exists()
 
 
 def test_a_vanished_copy_has_its_own_remedy(base, competition, tmp_path):
     drive = tmp_path / "drive"
     how = f"None, copy_to={str(drive)!r}"
-    output = run(competition, base, tmp_path, COPY_GONE, features=how).communicate()[0]
+    _, output = run(competition, base, tmp_path, COPY_GONE, features=how).end()
     assert f"the copy in {drive} can't be written" in output and "Traceback" not in output, output
     assert not drive.exists() and (tmp_path / "state" / "step-5").is_dir()
-    again = run(competition, base, tmp_path, features=how).communicate()[0]
-    assert "going on from" in again and (drive / "weights-1.pt").exists(), again
+    run_on(competition, base, tmp_path, features=how)
+    assert (drive / "weights-1.pt").exists()
 
 
 def test_a_signal_to_the_whole_group_saves_first(base, competition, tmp_path, whole):
     """Loaders' processes stay out of the group: they would end at once, and training with them."""
-    process = run(competition, base, tmp_path, workers=2, start_new_session=True)
-    wait_for(lambda: list(tmp_path.glob("state/step-*")), process)
-    os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate()[0]
+    process = run(competition, base, tmp_path, workers=2)
+    process.wait_for(lambda: list(tmp_path.glob("state/step-*")))
+    process.send(signal.SIGTERM, group=True)
+    _, output = process.end()
     assert "stopped on request after step" in output and "Traceback" not in output, output
-    assert "going on from" in run(competition, base, tmp_path).communicate()[0]
+    run_on(competition, base, tmp_path)
     assert_same_end(tmp_path, whole)
 
 
@@ -366,22 +363,21 @@ if os.environ.get("RANK", "0") == "0":
 """
 
 
-def launch(processes, size, competition, base, folder, kill="no"):
+def launch(competition, base, folder, kill="no"):
+    """Two processes with batches of three."""
     script = folder / "two.py"
     folder.mkdir()
     script.write_text(TWO)
-    command = [sys.executable, str(script)]
-    if processes > 1:
-        # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would
-        # start one process
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
-                   str(script)]  # fmt: skip
+    # what ``accelerate launch`` runs on a machine with several GPUs; on CPUs alone it would start
+    # one process
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               str(script)]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [
         str(competition / "train.csv"),
         str(base),
         str(folder / "checkpoint"),
-        str(size),
+        "3",
         kill,
     ]
     return subprocess.run(
@@ -395,12 +391,14 @@ def launch(processes, size, competition, base, folder, kill="no"):
 
 
 def test_two_processes_train_as_one(base, competition, tmp_path):
+    alone = Script(TWO, competition / "train.csv", base, tmp_path / "1/checkpoint", 6, "no")
+    code, printed = alone.end()
+    done = launch(competition, base, tmp_path / "2")
+    assert code == done.returncode == 0, printed + done.stderr[-3000:]
     histories = []
-    for processes, size in ((1, 6), (2, 3)):
-        done = launch(processes, size, competition, base, tmp_path / f"{processes}")
-        assert done.returncode == 0, done.stderr[-3000:]
-        line = next(line for line in done.stdout.splitlines() if line.startswith("HISTORY"))
-        histories.append(json.loads(line.removeprefix("HISTORY ")))
+    for lines in (printed, done.stdout):
+        (history,) = re.findall(r"(?m)^HISTORY (.*)$", lines)
+        histories.append(json.loads(history))
     (one, one_accuracy), (two, two_accuracy) = histories
     assert len(one) == len(two) > 10
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
@@ -416,6 +414,6 @@ def test_two_processes_train_as_one(base, competition, tmp_path):
 
 def test_a_killed_process_ends_the_other(base, competition, tmp_path):
     began = time.monotonic()
-    done = launch(2, 3, competition, base, tmp_path / "killed", "kill")
+    done = launch(competition, base, tmp_path / "killed", "kill")
     assert done.returncode != 0 and "SIGKILL" in done.stderr + done.stdout
     assert time.monotonic() - began < 120

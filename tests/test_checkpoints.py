@@ -226,3 +226,20 @@ def test_a_copy_reads_its_source_once(tmp_path, monkeypatch):
     copy_verified(source, tmp_path / "copy")
     assert reads.count(source) == 1
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+
+
+def test_a_copy_that_fails_leaves_no_part_of_a_state(tmp_path, monkeypatch):
+    first, second, run = tmp_path / "first", tmp_path / "second", {"seed": 0}
+    state = stage(first, 3, run)
+    copied = []
+
+    def until_full(source, target):
+        if copied:
+            raise OSError(28, "No space left on device")
+        copied.append(target)
+        copy_verified(source, target)
+
+    monkeypatch.setattr("bridgeblip.training.state.copy_verified", until_full)
+    with pytest.raises(OSError, match="No space left"):
+        copy_state(state, second)
+    assert copied and not list((second / "state").iterdir())

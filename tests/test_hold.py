@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Script
 
 from bridgeblip import InputError
 from bridgeblip.training import hold
@@ -144,8 +144,6 @@ from bridgeblip.bridge.train import train
 from bridgeblip.training.settings import TrainSettings
 csv, base, folder, seed, wait, *copy_to = sys.argv[1:]
 settings = TrainSettings(batch_size=16, validation_fraction=0.25, seed=int(seed), save_minutes=0)
-print("ready", flush=True)
-sys.stdin.readline()
 import time
 time.sleep(float(wait))
 try:
@@ -160,19 +158,11 @@ def test_two_training_runs_in_one_folder(base, competition, tmp_path):
     """The second is refused whenever it comes, and what the first writes is what it writes alone."""
 
     def start(folder, seed, wait=0.0, *copy_to):
-        arguments = [competition / "train.csv", base, folder, seed, wait, *copy_to]
-        command = [sys.executable, "-c", RUN, *map(str, arguments)]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
-        )
-        assert process.stdout.readline() == "ready\n"
-        return process
+        return Script(RUN, competition / "train.csv", base, folder, seed, wait, *copy_to)
 
     alone = {}
     for seed in (0, 1):
-        process = start(tmp_path / f"alone{seed}", seed)
-        process.communicate("go\n")
+        start(tmp_path / f"alone{seed}", seed).end()
         alone[seed] = load_weights(tmp_path / f"alone{seed}" / "weights-0.pt").tensors
     rng = random.Random(0)
     for race in range(int(os.environ.get("BRIDGEBLIP_RACES", 1))):
@@ -185,11 +175,8 @@ def test_two_training_runs_in_one_folder(base, competition, tmp_path):
             start(own[0][0], 0, 0, *own[0][1:]),
             start(own[1][0], 1, rng.uniform(0, 1), *own[1][1:]),
         ]
-        for process in runs:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        outputs = [process.communicate()[0] for process in runs]
-        won = [seed for seed, process in enumerate(runs) if process.returncode == 0]
+        codes, outputs = zip(*(process.end() for process in runs), strict=True)
+        won = [seed for seed, code in enumerate(codes) if code == 0]
         assert len(won) == 1, outputs
         refused = outputs[1 - won[0]]
         assert f"held by a live run, process {runs[won[0]].pid} on" in refused, refused
@@ -197,4 +184,3 @@ def test_two_training_runs_in_one_folder(base, competition, tmp_path):
         tensors = load_weights(folder / "weights-0.pt").tensors
         assert all(torch.equal(tensors[name], alone[won[0]][name]) for name in tensors)
         assert not list(folder.glob(HOLD_FILE.format("*")))
-    assert not psutil.Process().children()

@@ -204,6 +204,7 @@ BROKEN = {  # name -> verb, what breaks it, exit codes that may be
     "no cache, doctor": ("doctor", given(BRIDGEBLIP_CACHE="/dev/null"), {1}),
     "no place for digests": ("predict", given(BRIDGEBLIP_CACHE="/dev/null"), {0}),
     "processes that are none": ("predict", given(RANK="3", WORLD_SIZE="2"), {2}),
+    "processes without a rank": ("predict", given(WORLD_SIZE="2"), {2}),
     "blend of nothing": ("blend", put("probabilities.csv", b"ID,A,B\n1,5,nan\n"), {2}),
     "nothing to blend": ("blend", given(), {2}),
     "a report in text": ("evaluate", given("--out", "report.txt"), {2}),

@@ -3,15 +3,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, ROOT
+from conftest import LAYERS, Script
 from transformers import Trainer
 
 from bridgeblip import InputError
@@ -243,23 +241,15 @@ def run_until_done(arguments: list[str], kills: int, rng: random.Random, spoil=N
     kills that hit."""
     hit = 0
     while True:
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, *arguments],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-        if hit < kills:
-            text = "."
-            while text and "training" not in text:  # its bar is there: the steps have begun
-                text = process.stderr.read(40)
+        process = Script(KILLED, *arguments)
+        if hit < kills:  # once its bar is there: the steps have begun
+            process.wait_for(lambda p=process: "training" in p.output())
             time.sleep(rng.uniform(0, 1.2))
-            process.send_signal(signal.SIGKILL)
-        process.stderr.read()
-        if process.wait() == 0:
+            process.send(signal.SIGKILL)
+        code, printed = process.end()
+        if code == 0:
             return hit
-        assert process.returncode == -signal.SIGKILL
+        assert code == -signal.SIGKILL, printed
         hit += 1
         if spoil:
             spoil()

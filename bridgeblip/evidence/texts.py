@@ -187,9 +187,7 @@ def write_text_report(
     return facts
 
 
-def score_texts(
-    task: str, questions: Sequence[Question], texts: Sequence[str]
-) -> dict[str, float]:
+def score_texts(task: str, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
     """Return the scores of a task's texts: of ``score_captions``, or ``score_answers``."""
     references = [question.references for question in questions]
     return (score_captions if task == "caption" else score_answers)(references, texts)

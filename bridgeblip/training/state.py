@@ -52,10 +52,13 @@ def copy_state(folder: Path, checkpoint_dir: str | Path) -> None:
     target = Path(checkpoint_dir) / STATE_FOLDER / folder.name
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for path in sorted(folder.iterdir()):
-        copy_verified(path, partial / path.name)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    try:
+        for path in sorted(folder.iterdir()):
+            copy_verified(path, partial / path.name)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     _drop_old_states(target.parent, int(folder.name.split("-")[1]))
 
 

@@ -17,7 +17,8 @@ from bridgeblip.files import FULL
 from bridgeblip.machine import NonFiniteError, is_out_of_memory
 from bridgeblip.training.state import STATE_FOLDER
 
-TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # words of torch.save on a full disk
+WRITERS = ("PytorchStreamWriter", "inline_container", os.strerror(errno.ENOSPC))
+"""Words of torch.save and of safetensors, which give no number, on a full disk."""
 
 
 class TrainingStopped(InputError):
@@ -128,7 +129,7 @@ def _words(error: Exception) -> str:
 
 def _remedy(error: Exception) -> str | None:
     """What helps; None if it is no matter of files."""
-    written = any(word in str(error) for word in TORCH_WRITER)
+    written = any(word in str(error) for word in WRITERS)
     if written or getattr(error, "errno", None) in FULL or "disk full" in str(error):
         return "free some space"
     if isinstance(error, RuntimeError):

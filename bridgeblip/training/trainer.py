@@ -149,8 +149,12 @@ class AveragingTrainer(Trainer):
             self._load_from_checkpoint(resumed)
             self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             return
-        with stopper.listening():
-            self.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        try:
+            with stopper.listening():
+                self.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a failed save left
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self.args.should_save:

@@ -71,8 +71,8 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     distance = parted(logits_of(merged, batch), expected)
     if not distance <= TOLERANCE:
         raise InputError(
-            f"the merged model parts from base and adapter by {distance:.1e} of the logits' spread, "
-            f"more than {TOLERANCE:.0e}: nothing is written; another version of peft may merge it"
+            f"the merged model parts from base and adapter by {distance:.1e} of the logits' "
+            f"spread, more than {TOLERANCE:.0e}: nothing is written; another version of peft may merge it"
         )
     bits = None
     if facts["method"] == "qlora":
