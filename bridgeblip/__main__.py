@@ -232,6 +232,28 @@ def predict(args):
 
 
 @verb(
+    'checkpoint/torchscript.pt photo.jpg "What is shown?" cup bowl plate fork',
+    option("model", type=Path, help="the bundle, torchscript.pt"),
+    option("picture", type=Path, help="its file"),
+    option("question", help="in quotes"),
+    option("choices", nargs="+", metavar="CHOICE", help="two or more, each in quotes of its own"),
+)  # fmt: skip
+def ask(args):
+    """Ask a bundle one question about one picture; prints how likely each choice is."""
+    from bridgeblip.hosting.ask import ask, bars
+
+    print(bars(*ask(args.model, args.picture, args.question, args.choices)))
+
+
+@verb("checkpoint/torchscript.pt", option("model", type=Path, help="the bundle, torchscript.pt"))
+def inspect(args):
+    """Say what a bundle is: made from what, how good, how large, with which prompt."""
+    from bridgeblip.hosting.ask import inspect
+
+    print(inspect(args.model))
+
+
+@verb(
     "one/probabilities.csv other/probabilities.csv --out blend/submission.csv",
     option("files", type=Path, nargs="+", metavar="FILE",
            help="probabilities.csv of the same questions"),
