@@ -47,9 +47,8 @@ def bars(question: Question, answers: Answers) -> str:
     width = max(map(len, question.choices))
     for place, choice in enumerate(question.choices):
         share = float(answers.probabilities[0, place])
-        lines.append(
-            f"  {letter(place)}. {choice:{width}}  {share:6.1%}  {'█' * round(BAR * share)}".rstrip()
-        )
+        bar = "█" * round(BAR * share)
+        lines.append(f"  {letter(place)}. {choice:{width}}  {share:6.1%}  {bar}".rstrip())
     lines += [f"note: {FLAG_NOTES[flag]}" for flag in answers.flags[0]]
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from bridgeblip.data.pictures import open_picture, picture_keys
 from bridgeblip.files import cache_folder, read_json
 from bridgeblip.hosting.runtime import OLD_TORCHAO, fits, installed, other_copies, requirements
 from bridgeblip.machine import best_device, choose_precision, slow_format
+from bridgeblip.messages import say
 from bridgeblip.training.settings import TrainSettings
 
 STAGES = ("train", "export", "predict")
@@ -138,8 +139,11 @@ def print_findings(findings: Sequence[Finding]) -> bool:
     """Print a line each and a verdict; return whether the stage can start."""
     levels = [finding.level for finding in findings]
     problems, warnings = levels.count("problem"), levels.count("warning")
-    verdict = "this stage would fail" if problems else "this stage can start"
-    print(*findings, f"problems: {problems}, warnings: {warnings}; {verdict}", sep="\n")
+    if problems:
+        verdict = say("would_fail", problems=problems, warnings=warnings)
+    else:
+        verdict = say("can_start", problems=problems, warnings=warnings)
+    print(*findings, verdict, sep="\n")
     return not problems
 
 
@@ -272,11 +276,14 @@ def _check_machine(found: Findings, stage: str) -> None:
             f"torchao {installed('torchao')}: peft refuses to make adapters beside {OLD_TORCHAO}",
             "pip uninstall -y torchao (nothing here needs it), then restart",
         )
-    _check_gpu(found, "warning" if stage == "export" else "problem")
+    _check_gpu(found, stage)
 
 
-def _check_gpu(found: Findings, level: str) -> None:
+def _check_gpu(found: Findings, stage: str) -> None:
     if not torch.cuda.is_available():
+        if stage != "train":
+            found.add("ok", "no CUDA GPU; this stage does without")
+            return
         remedy = "in Colab, Runtime > Change runtime type"
         found.add("note", "no CUDA GPU: the real base is slow on a CPU", remedy)
         return
@@ -285,7 +292,7 @@ def _check_gpu(found: Findings, level: str) -> None:
         _try_gpu()
     except RuntimeError as error:
         found.add(
-            level,
+            "warning" if stage == "export" else "problem",
             f"this torch can't compute on {name} ({str(error).splitlines()[0]})",
             "take another GPU (on Kaggle T4, not P100), or a torch built for this one",
         )

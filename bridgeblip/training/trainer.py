@@ -24,6 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.metrics import clustered_mean
 from bridgeblip.machine import NonFiniteError
+from bridgeblip.messages import say
 from bridgeblip.training.callbacks import Averages
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, state_is_done
@@ -142,7 +143,7 @@ class BridgeTrainer(Trainer):
         if resumed:
             self.averages.load(resumed)
         if self.args.should_save:  # in one process of several
-            print(f"going on from {resumed}" if resumed else "starting from step 0")
+            print(say("resume", state=resumed) if resumed else say("begin"))
             shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a killed save has left
         if resumed and state_is_done(
             resumed
