@@ -168,14 +168,17 @@ def export(args):
     "--weights checkpoint/weights-0.pt --out adapter",
     WEIGHTS,
     option("--out", type=Path, default="checkpoint/adapter", help="the folder to write"),
+    option("--push", metavar="OWNER/NAME", help="upload it to the hub, as the login there allows"),
     extras=("train",),
 )
 def share(args):
     """Turn weights into a plain PEFT adapter folder with a model card; writes adapter/."""
-    from bridgeblip.bridge.share import write_adapter
+    from bridgeblip.bridge.share import push_adapter, write_adapter
 
     out = write_adapter(_weights("sharing", args), args.out)
     print(f"wrote {out}: a PEFT adapter, its README.md says how to load it")
+    if args.push:
+        print(f"uploaded it to {push_adapter(out, args.push)}")
 
 
 def _weights(doing, args):
