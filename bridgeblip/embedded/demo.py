@@ -83,6 +83,8 @@ def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
         ) from error
     finally:
         bar.close()
+        for cell in codes:  # a bar that has gone leaves an empty box
+            cell.outputs = [o for o in cell.outputs if o.get("text", "shown").strip()]
         save_to.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, save_to)
 

@@ -152,7 +152,7 @@ def _shown(
     by_letter = []
     for part in measures.recall:
         times = given[letters(len(given)).index(part.name)]
-        note = f"the right answer to {part.rows:,}, the answer given to {times:,}"
+        note = f"right for {part.rows:,} questions, given to {times:,}"
         by_letter.append((part.name, part.accuracy, note))
     return {
         "title": f"{about['model']} on {about['data']}, {about['date']}",

@@ -328,8 +328,8 @@ class Progress(ProgressCallback):
     on_predict = on_evaluate
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.live and self.training_bar is not None:
-            self._draw(state)
+        if self.handle is not None:  # the whole one is drawn below, once
+            self.handle.update({}, raw=True)
         super().on_train_end(args, state, control, **kwargs)
         if state.is_world_process_zero and state.global_step > self.first:
             seconds = time.monotonic() - self.began
