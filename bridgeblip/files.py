@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,17 @@ def require_writable(
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a small UTF-8 text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
+    """Write what is in memory atomically."""
 
     def verify(partial: Path):
-        if partial.read_bytes() != text.encode():
+        if partial.read_bytes() != content:
             raise OSError(f"{path} was not stored as written: is the disk full?")
 
-    write_atomically(path, lambda partial: partial.write_bytes(text.encode()), verify)
+    write_atomically(path, lambda partial: partial.write_bytes(content), verify)
 
 
 def file_digest(path: Path) -> str:
@@ -102,6 +108,14 @@ def copy_verified(source: Path, target: Path) -> None:
     write_atomically(target, write, verify)
 
 
+def numbered(folder: Path, name: str) -> dict[int, Path]:
+    """What lies in a folder under a ``name``, by the number in place of its ``{}``; not what a
+    synchronised Drive calls ``step-100 (1)``."""
+    pattern = re.escape(name).replace(r"\{\}", r"(\d+)")
+    found = {path: re.fullmatch(pattern, path.name) for path in folder.glob(name.format("*"))}
+    return {int(match[1]): path for path, match in found.items() if match}
+
+
 def copy_missing(places: Sequence[Path], names: Sequence[str]) -> None:
     """Give each place the files that it lacks and another one has."""
     for name in names:
@@ -111,18 +125,28 @@ def copy_missing(places: Sequence[Path], names: Sequence[str]) -> None:
                 copy_verified(having[0] / name, place / name)
 
 
-def read_json(path: Path) -> dict:
-    """Return what a JSON file of a model folder holds.
+def read_text(path: Path) -> str:
+    """Return what a text file of a model folder holds.
 
     Raises:
-        InputError: if it is missing, unreadable or no JSON.
+        InputError: if it is missing or unreadable.
     """
     if not path.is_file():
-        raise InputError(f"{path} is missing: copy the whole folder of the base model")
+        raise InputError(
+            f"{path} is missing: copy the whole folder of the base model, processor included"
+        )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read ({error}): copy it again") from error
+
+
+def read_json(path: Path) -> dict:
+    """Return what a JSON file of a model folder holds; errors as ``read_text``, or if it is no
+    JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
     except ValueError as error:
         raise InputError(
             f"{path} is no JSON ({error}): it is cut off, or a pointer to a file; copy it again"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from bridgeblip import InputError
 
@@ -90,26 +91,18 @@ def slow_format(device: str | torch.device, dtype: torch.dtype) -> str:
 def first_non_finite_module(model: nn.Module, run: Callable[[], None]) -> str | None:
     """Call ``run``, which runs ``model``, and return the name of the first module whose output is
     not finite."""
+    # Of leaves alone: others also pass on masks, which may be infinite.
+    leaves = {module: name for name, module in model.named_modules() if not [*module.children()]}
     found = []
 
-    def watch(name):
-        def hook(module, inputs, output):
-            tensors = output if isinstance(output, tuple | list) else (output,)
-            floats = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
-            if not found and not all(torch.isfinite(t).all() for t in floats):
-                found.append(name)
+    def watch(module, inputs, output):
+        tensors = output if isinstance(output, tuple | list) else (output,)
+        floats = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if module in leaves and not all(torch.isfinite(t).all() for t in floats):
+            found.append(leaves[module])
 
-        return hook
-
-    leaves = [
-        (name, module) for name, module in model.named_modules() if not list(module.children())
-    ]
-    hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
-    try:
+    with register_module_forward_hook(watch):
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found[0] if found else None
 
 
@@ -125,7 +118,8 @@ def process_rank() -> tuple[int, int]:
     Raises:
         InputError: if the environment names no such process.
     """
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    world = os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", "0" if world == "1" else "none")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise InputError(
             f"RANK={rank} of WORLD_SIZE={world} in the environment is no process: unset both, or "

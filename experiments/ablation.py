@@ -46,7 +46,6 @@ from bridgeblip.bridge.features import (
     SPARE_DISK,
     CachedPictures,
     FeatureCache,
-    default_folder,
     encoder_key,
     fill,
 )
@@ -71,7 +70,7 @@ from bridgeblip.evidence.metrics import (
     picture_groups,
 )
 from bridgeblip.evidence.page import points
-from bridgeblip.files import require_writable, write_text
+from bridgeblip.files import cache_folder, require_writable, write_text
 from bridgeblip.machine import choose_precision
 from bridgeblip.training.callbacks import Progress, SelfCheck, history_table
 from bridgeblip.training.settings import TrainSettings
@@ -167,7 +166,7 @@ def encode_questions(
     """Run the frozen part once on every distinct question that the cache has not; return its reader
     and how many."""
     key_of_picture = picture_keys(question.image for question in questions)
-    folder, device = default_folder(), next(model.parameters()).device
+    folder, device = cache_folder(), next(model.parameters()).device
     features = FeatureCache(folder, encoder_key(model, processor))
     paths = {key: path for path, key in reversed(key_of_picture.items())}
     if not fill(features, model, processor, paths, batch_size):
@@ -307,7 +306,7 @@ def ablate(
 
 
 def _embedded_questions() -> Path:
-    folder = default_folder() / "embedded"
+    folder = cache_folder() / "embedded"
     write_competition(folder, folder / "answers.csv")
     return folder / "train.csv"
 

@@ -21,7 +21,7 @@ from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.hosting import doctor, runtime
+from bridgeblip.hosting import checks, doctor, runtime
 from bridgeblip.hosting.doctor import Finding, check, print_findings
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import TrainSettings
@@ -171,7 +171,7 @@ def small_disk(home, monkeypatch):
 
 
 def memory(free, total):
-    return lambda home, monkeypatch: monkeypatch.setattr(doctor, "_memory", lambda: (free, total))
+    return lambda home, monkeypatch: monkeypatch.setattr(checks, "_memory", lambda: (free, total))
 
 
 def refuse(fault):
@@ -181,7 +181,7 @@ def refuse(fault):
 
 def gpu(name, capability, free, total, fault=""):
     def act(home, monkeypatch):
-        monkeypatch.setattr(doctor, "_try_gpu", lambda: refuse(fault))
+        monkeypatch.setattr(checks, "_try_gpu", lambda: refuse(fault))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -328,8 +328,9 @@ BROKEN = [  # name, stage, what breaks it, what must be found
         "over budget",
         TRAIN,
         given(limit=1000),
-        "at most 1,000 are allowed: keep fewer decoder layers",
+        r"above the limit of 1,000 .*: keep fewer decoder layers",
     ),
+    ("no such format", TRAIN, given(dtype="foo"), "weights in foo.*expected one of float32"),
     ("disk full", TRAIN, small_disk, "disk: about .* to be written .*, 0.0 MiB free: free some"),
     (
         "little memory",
@@ -387,6 +388,7 @@ BROKEN = [  # name, stage, what breaks it, what must be found
         append("base/tokenizer.json", "\n"),
         "trained with another tokenizer.*give the base",
     ),
+    ("integers", EXPORT, given(dtype="int8"), "weights in int8: as asked for: expected one of"),
     ("disk full", EXPORT, small_disk, "disk: about .* to be written to .*checkpoint"),
     ("no bundle", PREDICT, remove("checkpoint/torchscript.pt"), "run torchscript.ipynb first"),
     (
@@ -447,12 +449,12 @@ def test_all_faults_are_found_at_once(home, monkeypatch, capsys):
 def test_many_bad_rows_are_summed_up(home, monkeypatch):
     change_table(lambda t: t.assign(answer="-"))(home, monkeypatch)
     problems = [f.what for f in examine(home, TRAIN) if f.level == "problem"]
-    assert len(problems) == doctor.SHOWN + 1 and "67 more rows" in problems[-1]
+    assert len(problems) == checks.SHOWN + 1 and "67 more rows" in problems[-1]
 
 
 def test_every_distinct_picture_is_decoded_once(home, monkeypatch):
     seen = []
-    monkeypatch.setattr(doctor, "_fault", lambda path: seen.append(path) or "")
+    monkeypatch.setattr(checks, "_fault", lambda path: seen.append(path) or "")
     findings = examine(home, TRAIN)
     assert len(seen) == 12 and "12 distinct pictures under 72 names" in "".join(
         f.what for f in findings

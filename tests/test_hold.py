@@ -47,6 +47,8 @@ def test_a_live_run_is_named_and_a_killed_one_is_no_obstacle(tmp_path):
         pytest.fail("two runs hold one folder")
     assert not list((tmp_path / "other").iterdir())
     process.send_signal(signal.SIGKILL)
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)  # it takes the system a moment
     began = time.monotonic()
     with holding([tmp_path]):  # a zombie, for nobody has waited for it
         assert time.monotonic() - began < 1

@@ -11,7 +11,7 @@ from transformers import InstructBlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from bridgeblip import InputError
-from bridgeblip.bridge.processing import QuestionProcessor, still_differ
+from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.data.pictures import load_ahead
 
 
@@ -254,9 +254,7 @@ WAYS = [
 @pytest.mark.parametrize("choices", WAYS)
 def test_cut_choices_still_differ(processor, questions, choices):
     fitted = processor.fit(replace(questions[0], choices=choices))
-    assert (
-        len(set(fitted.choices)) == len(choices) and still_differ(fitted, questions[0]) is not None
-    )
+    assert len(set(fitted.choices)) == len(choices)
     processor.encode_prompts([processor.prompt(fitted)])
 
 

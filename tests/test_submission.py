@@ -88,6 +88,14 @@ def test_answer_may_stand_before_the_id(tmp_path):
     assert (tmp_path / "submission.csv").read_text().startswith('Answer,id\nB,"003, 3"\n')
 
 
+def test_of_several_processes_only_the_first_says_that_there_is_no_sample(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert find_sample(tmp_path / "test.csv") is None and not capsys.readouterr().out
+
+
 def test_without_a_sample_the_order_is_the_questions(tmp_path, capsys):
     assert find_sample(tmp_path / "test.csv") is None
     assert (

@@ -10,7 +10,7 @@ from torch.utils.data import dataloader
 
 from bridgeblip.bridge import train as training
 from bridgeblip.bundle import trace
-from bridgeblip.hosting import doctor
+from bridgeblip.hosting import checks
 from tools import verify_gpu
 from tools.verify_gpu import STEPS, main
 
@@ -139,7 +139,7 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_named(tmp_path, work, monkeypatc
     check = verify_gpu.Check(tmp_path, work, True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla P100")
-    monkeypatch.setattr(doctor, "_try_gpu", fail)
+    monkeypatch.setattr(checks, "_try_gpu", fail)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     verify_gpu.machine(check)
     assert "this torch can't compute on Tesla P100" in check.rows[0]["measured"]

@@ -57,7 +57,7 @@ from bridgeblip.bundle.trace import constants_of, graphs
 from bridgeblip.data.questions import read_questions
 from bridgeblip.data.tables import read_table
 from bridgeblip.files import write_text
-from bridgeblip.hosting import doctor
+from bridgeblip.hosting import checks
 from bridgeblip.machine import best_device, choose_precision, is_out_of_memory
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.stopping import TrainingStopped
@@ -211,8 +211,8 @@ class Check:
 
 def machine(check: Check) -> None:
     """Its ceilings: matrix products, and copying to the GPU."""
-    found = doctor.Findings()
-    doctor._check_gpu(found, "problem")
+    found = checks.Findings()
+    checks.check_gpu(found, "problem")
     for finding in found:
         ok = finding.level != "problem"
         check.row(f"{check.card}, {os.cpu_count()} cores", "computes", finding.what, ok)

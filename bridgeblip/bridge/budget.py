@@ -45,17 +45,9 @@ def count_parts(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def count_trained(model: nn.Module, bridge: BridgeSettings, idle: bool = False) -> int:
-    """Return how many numbers training changes, adapters and head, without making adapters.
-
-    Args:
-        idle: count adapters on self-attention's q and k too, which a single decoder token leaves
-            idle.
-    """
+def count_trained(model: nn.Module, bridge: BridgeSettings) -> int:
+    """Return how many numbers training changes, adapters and head, without making adapters."""
     pattern = BRIDGED_LINEARS[bridge.targets]
-    if idle:
-        pattern = pattern.replace(r"SelfAttention\.(v|o)", r"SelfAttention\.(q|k|v|o)")
-        pattern = pattern.replace(r"SelfAttention\.v", r"SelfAttention\.(q|v)")
     rank = bridge.rank_for(model.config.text_config.d_model)
     linears = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
     return rank * sum(m.in_features + m.out_features for m in linears) + sum(

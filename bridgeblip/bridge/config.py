@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pandas import json_normalize
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
@@ -68,21 +69,10 @@ def slice_config(base: InstructBlipConfig, layers: Sequence[int]) -> BridgeBlipC
 
 def compare_configs(base: InstructBlipConfig, sliced: BridgeBlipConfig) -> list[str]:
     """Return a line for each key in which the sliced model's config differs from its base's."""
-    before, after = (_flat(config.to_dict()) for config in (base, sliced))
+    before, after = (json_normalize(config.to_dict()).loc[0] for config in (base, sliced))
     return [
         f"{key}: {before.get(key, 'not there')} -> {after.get(key, 'not there')}"
-        for key in sorted(before.keys() | after.keys())
+        for key in before.index.union(after.index)
         if before.get(key) != after.get(key)
         and key.split(".")[-1] not in ("architectures", "transformers_version")
     ]
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return flat

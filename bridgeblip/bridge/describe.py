@@ -1,5 +1,7 @@
 """What slicing, bridging and the head have come to, as a few lines of text for whoever looks on."""
 
+from collections import Counter
+
 import pandas as pd
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -38,14 +40,13 @@ def describe_bridge(model: nn.Module) -> str:
     """Where the adapters sit, their rank, and how many weights learn."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = trained / sum(p.numel() for p in model.parameters())
-    places: dict[str, int] = {}
-    rank = 0
+    adapters = Counter()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            place = ".".join(name.split(".")[-2:])
-            places[place] = places.get(place, 0) + 1
-            rank = module.r["default"]
-    lines = [f"{count} adapters of rank {rank} on {place}" for place, count in places.items()]
+            adapters[module.r["default"], ".".join(name.split(".")[-2:])] += 1
+    lines = []
+    for (rank, place), count in adapters.items():
+        lines.append(f"{count} adapters of rank {rank} on {place}")
     bridge = "\n".join(lines) or "no adapters"
     return f"{bridge}\n{trained:,} weights learn, head included: {share:.1%} of all"
 

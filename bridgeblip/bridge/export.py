@@ -119,20 +119,6 @@ def _put_weights(sliced: BridgeBlipForMultipleChoice, loaded: Weights) -> nn.Mod
     return model.eval()
 
 
-class SingleTokenSelfAttention(nn.Module):
-    """T5 self-attention over a single token: a softmax over one key is 1, so only o(v(x)) is left.
-
-    Takes and returns what the attention that it replaces does; q, k and the position bias are gone.
-    """
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.v, self.o = attention.v, attention.o
-
-    def forward(self, hidden_states: torch.Tensor, position_bias=None, **ignored):
-        return self.o(self.v(hidden_states)), position_bias, None
-
-
 class TraceableModel(nn.Module):
     """Exists for export: the model with plain tensors in and out, and without dead work.
 
@@ -143,7 +129,8 @@ class TraceableModel(nn.Module):
         super().__init__()
         self.model = model
         for block in model.language_model.decoder.block:
-            block.layer[0].SelfAttention = SingleTokenSelfAttention(block.layer[0].SelfAttention)
+            attention = block.layer[0].SelfAttention  # over one token: see SingleTokenSelfAttention
+            attention.q = attention.k = attention.relative_attention_bias = None
 
     def encode_image(self, pixel_values):
         return self.model.encode_image(pixel_values)

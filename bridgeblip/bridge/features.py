@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.data.pictures import LOADERS, load_ahead
 from bridgeblip.data.questions import Question
-from bridgeblip.files import cache_folder as default_folder
 from bridgeblip.files import write_atomically
 
 DEFAULT_LIMIT = 40 * 10**9  # bytes of features on disk: some 55,000 pictures of the real model
@@ -174,17 +173,6 @@ def _make_room(
             path.unlink(missing_ok=True)
             excess -= stored
     return excess <= 0
-
-
-def clear(dry_run: bool = False) -> tuple[int, int]:
-    """Remove all that the default folder holds; return how many files of features and how many
-    bytes it is."""
-    count = len(list(default_folder().glob("*/*.safetensors")))
-    size = sum(path.stat().st_size for path in default_folder().rglob("*") if path.is_file())
-    if not dry_run:
-        for folder in default_folder().glob("*/"):
-            shutil.rmtree(folder)
-    return count, size
 
 
 class CachedPictures:

@@ -1,6 +1,6 @@
 """The sliced InstructBLIP with a classification head, and the LoRA bridge over its cut layers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -86,12 +86,6 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         )
         self.post_init()
         self.eval()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True):
         """Set the training flag; of the modules below, only the adapters' dropout follows it.
@@ -224,26 +218,16 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         with without_autocast(self):
             logits = run()
             if not self.training and not torch.isfinite(logits).all():
-                self._name_the_culprit(run)
-        return self.judge(logits, choice_mask, labels)
-
-    def judge(
-        self, logits: torch.Tensor, choice_mask: torch.Tensor | None, labels: torch.Tensor | None
-    ) -> SequenceClassifierOutput:
-        """Return ``forward``'s output for finite logits (B, choices)."""
+                raise NonFiniteError(
+                    f"the logits are not finite; the first module with a NaN or infinite output is "
+                    f"{first_non_finite_module(self, run)!r}. In float16, use bfloat16 or float32; "
+                    f"while training, lower the learning rate."
+                )
         if choice_mask is not None:
             logits = logits.masked_fill(~choice_mask, float("-inf"))
         smoothing = self.label_smoothing if self.training else 0.0
         loss = choice_loss(logits, labels, smoothing) if labels is not None else None
         return SequenceClassifierOutput(loss=loss, logits=logits)
-
-    def _name_the_culprit(self, run: Callable[[], torch.Tensor]):
-        name = first_non_finite_module(self, run)
-        raise NonFiniteError(
-            f"the logits are not finite; the first module with a NaN or infinite output is "
-            f"{name!r}. "
-            "In float16, use bfloat16 or float32; while training, lower the learning rate."
-        )
 
 
 def _make_contiguous(linear: nn.Linear, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

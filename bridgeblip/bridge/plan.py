@@ -82,39 +82,41 @@ def plan_training(
     process_rank()
     process = PartialState(cpu=not torch.cuda.is_available())
     places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
-    folder = resolve_base(base, revision)
-    processor = QuestionProcessor.from_base(folder)
-    questions = _read_fitting(train_csv, processor, process)
-    training, validation = split_by_picture(questions, settings.validation_fraction, settings.seed)
-    layers = decoder_layers(bridge.layers)
-    config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
-    budget = certify_budget(config, budget_limit)
-    # accelerate may say cpu:0
-    device = process.device if process.device.type == "cuda" else torch.device("cpu")
-    precision = choose_precision(device, budget["total"])
-    process.print(
-        f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}"
-    )
-    keys = picture_keys(q.image for q in questions)
-    manifest = {
-        "base": str(base),
-        "revision": revision,
-        "layers": layers,
-        "bridge": {key: value for key, value in asdict(bridge).items() if key != "layers"},
-        "train": asdict(settings),
-        "dtype": str(precision.dtype).removeprefix("torch."),
-        "budget": budget | {"limit": budget_limit},
-        "config": config.to_json_string(),
-        "pictures": sorted({keys[q.image][:SHORT_KEY] for q in training}),
-    } | _contract(processor)
-    identity = _identity(manifest, questions, keys, process.num_processes)
-    manifest["run"] = digest_of({k: v for k, v in identity.items() if k != "versions"})
     with held(places, process):
+        folder = resolve_base(base, revision)
+        processor = QuestionProcessor.from_base(folder)
+        questions = _read_fitting(train_csv, processor, process)
+        training, validation = split_by_picture(
+            questions, settings.validation_fraction, settings.seed
+        )
+        layers = decoder_layers(bridge.layers)
+        config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
+        budget = certify_budget(config, budget_limit)
+        # accelerate may say cpu:0
+        device = process.device if process.device.type == "cuda" else torch.device("cpu")
+        precision = choose_precision(device, budget["total"])
+        process.print(
+            f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}"
+        )
+        keys = picture_keys(q.image for q in questions)
+        manifest = {
+            "base": str(base),
+            "revision": revision,
+            "layers": layers,
+            "bridge": {key: value for key, value in asdict(bridge).items() if key != "layers"},
+            "train": asdict(settings),
+            "dtype": str(precision.dtype).removeprefix("torch."),
+            "budget": budget | {"limit": budget_limit},
+            "config": config.to_json_string(),
+            "pictures": sorted({keys[q.image][:SHORT_KEY] for q in training}),
+        } | _contract(processor)
+        identity = _identity(manifest, questions, keys, process.num_processes)
+        manifest["run"] = digest_of({k: v for k, v in identity.items() if k != "versions"})
         refuse_other_run(places, identity)
-    return Plan(
-        base, revision, layers, settings, bridge, places, training, validation, keys, processor,
-        process, device, precision.dtype, manifest, identity,
-    )  # fmt: skip
+        return Plan(
+            base, revision, layers, settings, bridge, places, training, validation, keys, processor,
+            process, device, precision.dtype, manifest, identity,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -22,11 +22,9 @@ from tokenizers import Tokenizer
 
 from bridgeblip import InputError
 from bridgeblip.data.pictures import as_seen, open_picture
-from bridgeblip.data.questions import Question, letters
-from bridgeblip.files import read_json
+from bridgeblip.data.questions import NUM_CHOICES, Question, letters
+from bridgeblip.files import read_json, read_text
 
-NUM_CHOICES = 4
-"""Letters that the head answers with: A, B, C, D."""
 PROMPT_TEMPLATE = "Question: {question} Options: {options} Short answer:"
 PLAIN = {"'": "‘’‚‛′", '"': "“”„‟″«»", "-": "‐‑‒–—―−", "...": "…", "x": "×"}
 """Typographic characters that a vocabulary may lack, by what a typewriter has for them."""
@@ -111,8 +109,8 @@ class QuestionProcessor:
                 f"the settings in {folder} lack {error}: copy the whole folder of the base model"
             ) from error
         files = {
-            "tokenizer.json": _read(folder / "tokenizer.json"),
-            "qformer_tokenizer.json": _read(folder / "qformer_tokenizer" / "tokenizer.json"),
+            "tokenizer.json": read_text(folder / "tokenizer.json"),
+            "qformer_tokenizer.json": read_text(folder / "qformer_tokenizer" / "tokenizer.json"),
             "processor.json": json.dumps(processor_settings),
         }
         try:
@@ -177,8 +175,8 @@ class QuestionProcessor:
 
     def choice_mask(self, question: Question) -> list[bool]:
         """Which of the model's letters can be the answer; all where no choice is filled in."""
-        filled = [bool(choice) for choice in question.choices[:NUM_CHOICES]]
-        filled += [False] * (NUM_CHOICES - len(filled))
+        padded = (*question.choices, *[""] * NUM_CHOICES)
+        filled = [bool(choice) for choice in padded[:NUM_CHOICES]]
         return filled if any(filled) else [True] * NUM_CHOICES
 
     @property
@@ -248,7 +246,7 @@ class QuestionProcessor:
         for shorten in (_last, _first, _both_ends, _from_difference(question.choices)):
             cut = partial(_cut_choices, question, shorten)
             fitted = cut(max(0, self._most(cut, longest)))
-            if still_differ(fitted, question):
+            if len(set(fitted.choices)) == len(set(question.choices)):
                 break
         return fitted
 
@@ -313,16 +311,6 @@ class QuestionProcessor:
         return batch
 
 
-def _read(path: Path) -> str:
-    remedy = "copy the whole folder of the base model, processor included"
-    if not path.is_file():
-        raise InputError(f"{path} is missing: {remedy}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read ({error}): {remedy}") from error
-
-
 def _tokenizer(text: str, pad_token: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
@@ -356,11 +344,6 @@ def _from_difference(choices: Sequence[str]) -> Callable[[str, int], str]:
 def _cut_choices(question: Question, shorten: Callable[[str, int], str], length: int) -> Question:
     choices = tuple(shorten(choice, length) for choice in question.choices)
     return replace(question, question="...", choices=choices)
-
-
-def still_differ(fitted: Question, question: Question) -> bool:
-    """Whether choices that differ in a question do so after it was cut."""
-    return len(set(fitted.choices)) == len(set(question.choices))
 
 
 def _stack(encodings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
@@ -22,7 +21,6 @@ from bridgeblip.bridge.budget import BUDGET_LIMIT
 from bridgeblip.bridge.features import (
     CachedPictures,
     FeatureCache,
-    default_folder,
     encoder_key,
     fill,
 )
@@ -33,8 +31,7 @@ from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
-from bridgeblip.files import copy_missing, copy_verified, require_writable
-from bridgeblip.machine import process_rank
+from bridgeblip.files import cache_folder, copy_missing, copy_verified, require_writable
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
     Patience,
@@ -47,7 +44,7 @@ from bridgeblip.training.callbacks import (
     validations,
 )
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, newest_state, state_is_done
+from bridgeblip.training.state import STATE_FOLDER, newest_state, read_state
 from bridgeblip.training.stopping import Stopper, TrainingStopped, copying_to, in_one_line
 from bridgeblip.training.trainer import (
     TrainingQuestions,
@@ -103,14 +100,12 @@ def train(
             live run or has the state of another one that has not ended; before anything long.
         TrainingStopped: after the stop button, Ctrl-C or SIGTERM.
     """
-    process_rank()  # refuses what another program has left in the environment
-    process = PartialState(cpu=not torch.cuda.is_available())
-    places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
-    with in_one_line(places[0]), held(places, process):
+    with in_one_line(Path(checkpoint_dir)):
         plan = plan_training(
             train_csv, base, checkpoint_dir, settings, bridge, revision, budget_limit, copy_to
         )
-        return train_model(plan, build_bridge(plan, load_slice(plan)), features)
+        with held(plan.places, plan.process):
+            return train_model(plan, build_bridge(plan, load_slice(plan)), features)
 
 
 def train_model(
@@ -133,7 +128,7 @@ def train_model(
         grey = plan.processor.blank_pixels[None].to(plan.device)
         blank = BlankPictures(sliced.encode_image(grey).detach().cpu())
         trainer, keeper = _trainer(plan, model, pictures)
-        if plan.process.is_main_process and not (resumed and state_is_done(resumed)):
+        if plan.process.is_main_process and not (resumed and read_state(resumed)["done"]):
             trainer.add_callback(_tensorboard(plan.places[0]))
         model.has_begun = True
         trainer.go(resumed, keeper.stopper)
@@ -270,7 +265,7 @@ def _cached_pictures(
     cache."""
     if features is None:
         return None
-    folder = default_folder() if features == "default" else features
+    folder = cache_folder() if features == "default" else features
     require_writable(folder, "set $BRIDGEBLIP_CACHE to another one, or keep no cache (--no-cache)")
     cache = FeatureCache(folder, encoder_key(sliced, plan.processor))
     pictures = {key: path for path, key in reversed(plan.picture_keys.items())}

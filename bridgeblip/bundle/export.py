@@ -92,10 +92,13 @@ def save_traced(traced: torch.jit.ScriptModule, path: Path, files: dict[str, str
     Raises:
         InputError: if there is no room, or a write fails.
     """
-    sizes = [tensor.nbytes for tensor in traced.state_dict().values()]
-    if not all(sizes):
+    storages = [tensor.untyped_storage() for tensor in traced.state_dict().values()]
+    sizes = {
+        storage.data_ptr(): storage.nbytes() for storage in storages
+    }  # tied ones lie there once
+    if not all(sizes.values()):
         raise ValueError("the model has an empty tensor, which torch can't write into a pipe")
-    needed = ROOM + sum(sizes)
+    needed = ROOM + sum(sizes.values())
     free = shutil.disk_usage(path.parent).free
     remedy = "free some space, or write to another folder"
     if free < needed:

@@ -6,7 +6,7 @@ import pkgutil
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,28 +42,18 @@ MANIFEST = {
 
 
 @dataclass(frozen=True)
-class Header:
-    """All of a bundle but the model."""
-
-    manifest: dict
-    processor: Any
-    """Turns pictures and questions into the model's inputs, of the class that the kind names."""
-    fingerprint: str
-    """Tells the content of one file from another's."""
-
-
-@dataclass(frozen=True)
 class Bundle:
     """A model and the processor it was trained with: they can't disagree."""
 
-    model: torch.jit.ScriptModule
-    """Methods ``encode_image(pixel_values)`` and ``score(image_embeds, <the text inputs>) ->
-    logits (B, letters)``."""
+    # Methods ``encode_image(pixel_values)`` and ``score(image_embeds, <the text inputs>) -> logits
+    # (B, letters)``; None where only the rest was read.
+    model: torch.jit.ScriptModule | None
+    # Turns pictures and questions into the model's inputs, of the class that the kind names.
     processor: Any
     manifest: dict
-    device: torch.device
+    device: torch.device | None
+    # Tells the content of one file from another's.
     fingerprint: str = ""
-    """Tells the content of one file from another's."""
 
 
 @contextmanager
@@ -102,10 +92,7 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     path = find_bundle(path)
     with checked(path):
         header = read_header(path)
-        model = _load_model(path, device)
-    return Bundle(
-        model, header.processor, header.manifest, torch.device(device), header.fingerprint
-    )
+        return replace(header, model=_load_model(path, device), device=torch.device(device))
 
 
 def _load_model(path: Path, device: str | torch.device) -> torch.jit.ScriptModule:
@@ -123,8 +110,8 @@ def _load_model(path: Path, device: str | torch.device) -> torch.jit.ScriptModul
         ) from error
 
 
-def read_header(path: str | Path) -> Header:
-    """Read what a bundle says of itself, and its processor; the model is left alone.
+def read_header(path: str | Path) -> Bundle:
+    """Read what a bundle says of itself, and its processor: all but the model.
 
     Raises:
         InputError: if the file is missing, torn, foreign, of a newer format or kind, or was
@@ -150,7 +137,8 @@ def read_header(path: str | Path) -> Header:
     manifest = _read_manifest(path, files.pop(MANIFEST_FILE))
     processor = _make_processor(path, manifest, files)
     checksums = [(part.filename, part.file_size, part.CRC) for part in parts]
-    return Header(manifest, processor, hashlib.sha256(json.dumps(checksums).encode()).hexdigest())
+    fingerprint = hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
+    return Bundle(None, processor, manifest, None, fingerprint)
 
 
 def _read_manifest(path: Path, text: str) -> dict:

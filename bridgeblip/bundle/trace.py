@@ -31,9 +31,7 @@ def trace(wrapper: nn.Module, example: dict[str, torch.Tensor]) -> torch.jit.Scr
     chatty.disabled = True  # tracing reads properties that warn
     try:
         with warnings.catch_warnings():  # the parity gate is the check, whatever tracing warns of
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore")
             traced = torch.jit.trace_module(
                 wrapper.eval(), inputs, check_trace=False, _store_inputs=False
             )

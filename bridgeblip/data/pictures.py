@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
@@ -33,10 +33,6 @@ TURNS = {  # EXIF's orientation -> what puts the picture upright
 
 # Threads that decode pictures: Pillow lets go of Python's lock meanwhile.
 LOADERS = max(4, os.cpu_count() or 1)
-
-Item = TypeVar("Item")
-
-Loaded = TypeVar("Loaded")
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -145,9 +141,7 @@ def picture_keys(paths: Iterable[Path]) -> dict[Path, str]:
     return {path: picture_key(path) for path in dict.fromkeys(paths)}
 
 
-def load_ahead(
-    load: Callable[[Item], Loaded], groups: Iterable[Sequence[Item]]
-) -> Iterator[list[Loaded]]:
+def load_ahead(load: Callable, groups: Iterable[Sequence]) -> Iterator[list[Any]]:
     """Yield what ``load`` makes of each group's items; threads load the next group while this one
     is worked on.
 

@@ -13,11 +13,10 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.data.formats import Entry
-from bridgeblip.data.questions import letter, letters, read_rows
+from bridgeblip.data.questions import NUM_CHOICES, letter, letters, read_rows
 from bridgeblip.files import write_text
 
 PICTURE_NOT_FOUND = "picture not found"
-CHOICES = 4  # that the models answer with
 LONGEST = 1000  # characters of a question: with its choices, about what the models read
 
 SIGNS = {  # what only the files of one set hold -> what they are
@@ -171,11 +170,13 @@ def write_questions(
             question = "..." + question[-LONGEST:]
             shortened += 1
         picture = _path_from(folder, resolve(entry.picture.parent) / entry.picture.name)
-        choices = [*entry.choices, *[""] * CHOICES][:CHOICES]
+        choices = [*entry.choices, *[""] * NUM_CHOICES][:NUM_CHOICES]
         rows.append([name, picture, question, *choices, letter(entry.answer)])
     if not rows:
         raise InputError("; ".join([f"no usable question for {out}", *_reasons(left_out)]))
-    table = pd.DataFrame(rows, columns=["ID", "img_path", "Question", *letters(CHOICES), "answer"])
+    table = pd.DataFrame(
+        rows, columns=["ID", "img_path", "Question", *letters(NUM_CHOICES), "answer"]
+    )
     write_text(out, table.to_csv(index=False, lineterminator="\n"))
     pictures = table["img_path"].nunique()
     return Summary(out, len(table), pictures, left_out, renamed, shortened)
@@ -198,7 +199,7 @@ def _fault(
         f"split {entry.split} not asked for": entry.split not in splits,
         "no picture": entry.picture is None,
         "no question": not entry.question,
-        "more than four choices": any(entry.choices[CHOICES:]),
+        "more than four choices": any(entry.choices[NUM_CHOICES:]),
         "fewer than two choices": filled < 2,
         "no answer": not right,
         "right choice given twice": entry.choices.count(right) > 1,

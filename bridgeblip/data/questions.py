@@ -14,6 +14,8 @@ from bridgeblip import InputError
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.tables import Row, read_csv
 
+NUM_CHOICES = 4  # that InstructBLIP's head answers with, and published sets are brought to
+
 
 def letter(index: int) -> str:
     """Return the letter of a choice: A of the first, B of the second and so on."""
@@ -49,11 +51,6 @@ class Question:
         """Which letters can be the answer; all of them where no choice is filled in."""
         filled = [bool(choice) for choice in self.choices]
         return filled if any(filled) else [True] * len(filled)
-
-    @property
-    def is_ambiguous(self) -> bool:
-        """Whether the right choice is given under several letters."""
-        return self.answer is not None and self.choices.count(self.choices[self.answer]) > 1
 
     def reordered(self, source: dict[int, int]) -> "Question":
         """Return the question with the choice of ``source[i]`` at place ``i``; the answer follows
@@ -228,7 +225,8 @@ def _listing(folder: Path) -> dict[str, str]:
 def repeated_answers(questions: Sequence[Question], path: Path) -> str:
     """Say in one line in how many rows the right choice is given under several letters, and where;
     empty if in none."""
-    rows = [question for question in questions if question.is_ambiguous]
+    answered = [question for question in questions if question.answer is not None]
+    rows = [row for row in answered if row.choices.count(row.choices[row.answer]) > 1]
     if not rows:
         return ""
     return (
@@ -269,9 +267,8 @@ def _check_place(question: Question, folder: Path) -> Question:
 
 def check_pictures(questions: Sequence[Question], path: Path) -> None:
     """Refuse a file whose pictures are not there, before any long work starts."""
-    missing = [
-        q for q in questions if not os.path.isfile(q.image)
-    ]  # False, too, for names that no disk can hold
+    # False, too, for names that no disk can hold.
+    missing = [question for question in questions if not os.path.isfile(question.image)]
     if missing:
         raise InputError(
             f"{path}: {len(missing)} of {len(questions)} pictures not found, the first is "

@@ -31,7 +31,12 @@ from bridgeblip.evidence.report import write_report
 from bridgeblip.files import write_text
 from bridgeblip.training.settings import TrainSettings
 
-NOTEBOOKS = ("train.ipynb", "torchscript.ipynb", "torchscript_inference.ipynb")
+WRITES = {
+    "train.ipynb": "checkpoint/weights-*.pt",
+    "torchscript.ipynb": "checkpoint/torchscript.pt",
+    "torchscript_inference.ipynb": "submission.csv",
+}
+NOTEBOOKS = tuple(WRITES)
 PARAMETERS_TAG = "parameters"
 BUNDLE = "checkpoint/torchscript.pt"
 LOG_FILE = "comparison.log"
@@ -113,10 +118,15 @@ def run_demo(
         epochs=epochs, batch_size=TINY_BATCH, learning_rate=TINY_RATE, head_learning_rate=TINY_RATE
     )
     shared = {"COMPETITION_DIR": str(competition), "CHECKPOINT_DIR": str(checkpoint)}
-    training = {"EPOCHS": epochs, "BATCH_SIZE": TINY_BATCH, "LEARNING_RATE": TINY_RATE}
-    training["FEW"] = "no"
+    training = {
+        "BASE": "tiny",
+        "EPOCHS": epochs,
+        "BATCH_SIZE": TINY_BATCH,
+        "LEARNING_RATE": TINY_RATE,
+        "FEW": "no",
+    }
     parameters = {
-        "train.ipynb": shared | training | {"BASE": "tiny"},
+        "train.ipynb": shared | training,
         "torchscript.ipynb": {"CHECKPOINT_DIR": str(checkpoint)},
         "torchscript_inference.ipynb": shared | {"SUBMISSION": str(out / "submission.csv")},
     }
@@ -125,11 +135,15 @@ def run_demo(
     for name in NOTEBOOKS:
         began = time.perf_counter()
         run_notebook(name, parameters[name], out / "notebooks" / name)
-        stages.append({"stage": name, "seconds": round(time.perf_counter() - began)})
+        seconds = round(time.perf_counter() - began)
+        files = [
+            f"{f.name} ({f.stat().st_size / 1e6:.2f} MB)" for f in sorted(out.glob(WRITES[name]))
+        ]
+        stages.append({"stage": name, "seconds": seconds, "writes": ", ".join(files)})
     print(f"other ways to answer, for comparison; what they print goes to {out / LOG_FILE}")
     scores, verdict = score_demo(out, settings, stages)
     write_text(out / "scores.csv", scores.to_csv(index=False))
-    print(f"\n{_stage_table(stages, checkpoint, out).to_string(index=False)}\n")
+    print(f"\n{pd.DataFrame(stages).to_string(index=False)}\n")
     width = scores["answers by"].map(len).max()
     for name, accuracy in scores.itertuples(index=False):
         print(f"{name:{width}}  {accuracy:.3f}  {'█' * round(BAR * accuracy)}")
@@ -161,26 +175,25 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> tuple[
     """
     questions = with_answers(read_questions(out / "competition" / "test.csv"), out / "answers.csv")
     submitted = read_table(out / "submission.csv").set_index("ID")["answer"]
+    given = submitted.loc[[question.id for question in questions]]
     bundle = load_bundle(out / BUNDLE)
     weights = out / "checkpoint" / bundle.manifest["trained"]["file"]
     head_only = out / "head_only" / f"weights-{settings.epochs - 1}.pt"
-    blank = []
+    found = {}
 
     def head():
         csv, bridge = out / "competition" / "train.csv", BridgeSettings(rank=0)
         train(csv, "tiny", head_only.parent, settings, bridge)
         return _predict_eager(restore(head_only).model, questions)
 
-    def looking_away():
-        blank.append(predict(bundle, questions, blank_images=True).probabilities)
-        return blank[0]
-
     ways = {
         "unsliced base, all 24 layers": lambda: _predict_sliced(range(24), questions),
         "sliced, not bridged": lambda: _predict_sliced(DEFAULT_DECODER_LAYERS, questions),
         "sliced, only the head trained": head,
         "bridged": lambda: _predict_eager(restore(weights).model, questions, bundle.manifest),
-        "the same without looking: blank images": looking_away,
+        "the same without looking: blank images": lambda: (
+            predict(bundle, questions, blank_images=True).probabilities
+        ),
     }
     accuracy = {"guessing": 1 / len(questions[0].choices)}
     bar = tqdm(ways.items(), desc="comparing", unit="way")
@@ -188,18 +201,23 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> tuple[
         for name, answer in bar:
             bar.set_postfix_str(name)
             with redirect_stdout(log), redirect_stderr(log):
-                accuracy[name] = accuracy_of(questions, answer())
+                found[name] = answer()
+            accuracy[name] = accuracy_of(questions, found[name])
     probabilities, flags = read_probabilities(out, questions)
-    accuracy["bridged, through TorchScript: submission.csv"] = _share_right(submitted, questions)
-    accuracy["the same without looking: blank images"] = accuracy.pop(
-        "the same without looking: blank images"
-    )
+    blank = "the same without looking: blank images"
+    right = given == [letter(question.answer) for question in questions]
+    accuracy |= {
+        "bridged, through TorchScript: submission.csv": right.mean(),
+        blank: accuracy.pop(blank),
+    }
+    same = (given == letters_of(found["bridged"])).sum()
+    print(f"TorchScript gives the trained model's letter on {same} of {len(questions)} questions")
     facts = write_report(
         out / "report.html",
         questions,
         probabilities,
         flags=flags,
-        blank_probabilities=blank[0],
+        blank_probabilities=found[blank],
         references={name: accuracy[name] for name in list(ways)[1:3]},
         cost={f"{stage['stage']}, seconds": stage["seconds"] for stage in stages},
         manifest=bundle.manifest,
@@ -207,10 +225,6 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> tuple[
     )
     table = pd.DataFrame(accuracy.items(), columns=["answers by", "accuracy"]).round(4)
     return table, facts["verdict"]["sentence"]
-
-
-def _share_right(submitted: pd.Series, questions: list[Question]) -> float:
-    return sum(submitted[q.id] == letter(q.answer) for q in questions) / len(questions)
 
 
 def _predict_sliced(layers, questions: list[Question]):
@@ -223,15 +237,3 @@ def _predict_eager(model, questions: list[Question], manifest: dict | None = Non
         model, QuestionProcessor.from_base(TINY_BASE), manifest or {}, torch.device("cpu")
     )
     return predict(eager, questions, batch_size=64).probabilities
-
-
-def _stage_table(stages: list[dict], checkpoint: Path, out: Path) -> pd.DataFrame:
-    written = {
-        "train.ipynb": sorted(checkpoint.glob("weights-*.pt")),
-        "torchscript.ipynb": [checkpoint / "torchscript.pt"],
-        "torchscript_inference.ipynb": [out / "submission.csv"],
-    }
-    for stage in stages:
-        files = written[stage["stage"]]
-        stage["writes"] = ", ".join(f"{f.name} ({f.stat().st_size / 1e6:.2f} MB)" for f in files)
-    return pd.DataFrame(stages)

@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from bridgeblip.data.questions import letter, letters
+from bridgeblip.data.questions import NUM_CHOICES, letter, letters
 
 SPLIT_SEED = 20250701
-CHOICES = 4  # of every question
 SPLIT_SIZES = {"test": 300, "train": 400}  # pictures; the rest is "pretrain"
 PICTURE_SIDE = 64  # pixels of the PNG files
 QUESTIONS_A_PICTURE = {"train": 6, "test": 4}
@@ -46,14 +45,6 @@ class DigitQuestion:
     question: str
     choices: tuple[str, str, str, str]
     answer: int
-
-
-def _word_like(number: int, rng: random.Random) -> str:
-    return rng.choice(WORDS[NUMBERS[number][0]])
-
-
-def _size_and_parity(digit: int) -> str:
-    return f"{'odd' if digit % 2 else 'even'} and {'above four' if digit > 4 else 'below five'}"
 
 
 # kind -> (wordings, values that may stand for {k}, answer as a function of digit, k and a
@@ -93,12 +84,12 @@ KINDS = {
             "Whose first letter is also the first letter of the digit?",
         ),
         (0,),
-        lambda d, k, rng: _word_like(d, rng),
+        lambda d, k, rng: rng.choice(WORDS[NUMBERS[d][0]]),
     ),
     "sum_initial": (
         ("Add {k} to the digit. Which word starts with the same letter as the result?",),
         (1, 2, 3),
-        lambda d, k, rng: _word_like(d + k, rng),
+        lambda d, k, rng: rng.choice(WORDS[NUMBERS[d + k][0]]),
     ),
     "letters": (
         ("How many letters has the name of the digit?",),
@@ -108,7 +99,9 @@ KINDS = {
     "parity": (
         ("Which of these is true of the digit?", "What can be said about the digit?"),
         (0,),
-        lambda d, k, rng: _size_and_parity(d),
+        lambda d, k, rng: (
+            f"{'odd' if d % 2 else 'even'} and {'above four' if d > 4 else 'below five'}"
+        ),
     ),
     "above": (
         (
@@ -187,7 +180,7 @@ def split_questions(split: str, digits: list[int]) -> list[list[DigitQuestion]]:
     all."""
     rng = random.Random(f"{SPLIT_SEED} {split}")
     each = QUESTIONS_A_PICTURE[split]
-    places = [i % CHOICES for i in range(each * len(digits))]
+    places = [i % NUM_CHOICES for i in range(each * len(digits))]
     rng.shuffle(places)
     return [
         [make_question(kind, digit, places.pop(), rng) for kind in rng.sample(list(KINDS), each)]
@@ -224,7 +217,7 @@ def write_competition(
                     [name, path, question.question, *question.choices, letter(question.answer)]
                 )
         table = pd.DataFrame(
-            rows, columns=["ID", "img_path", "Question", *letters(CHOICES), "answer"]
+            rows, columns=["ID", "img_path", "Question", *letters(NUM_CHOICES), "answer"]
         )
         if split == "test":
             table[["ID", "answer"]].to_csv(answers_csv, index=False)

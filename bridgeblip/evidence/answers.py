@@ -27,12 +27,12 @@ FLAGS = tuple(FLAG_NOTES)
 class Answers:
     """What a bundle makes of questions, row by row in their order."""
 
+    # (rows, choices), fp32; a missing choice has 0.
     probabilities: np.ndarray
-    """(rows, choices), fp32; a missing choice has 0."""
+    # Words of ``FLAG_NOTES`` about a row.
     flags: list[list[str]]
-    """Words of ``FLAG_NOTES`` about a row."""
+    # Why a row could not be answered as it stands; empty where it could.
     problems: list[str]
-    """Why a row could not be answered as it stands; empty where it could."""
 
 
 def margins(probabilities: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import betaincinv, ndtri, stdtrit
-from sklearn.metrics import accuracy_score, confusion_matrix
+from sklearn.metrics import confusion_matrix
 
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import Question, letter
@@ -316,4 +316,4 @@ def compare(
 
 def accuracy_of(questions: Sequence[Question], probabilities: np.ndarray) -> float:
     """Share of questions whose most probable choice is the answer."""
-    return float(accuracy_score([q.answer for q in questions], probabilities.argmax(-1)))
+    return float(np.mean(probabilities.argmax(-1) == [q.answer for q in questions]))

@@ -26,6 +26,7 @@ from bridgeblip.evidence.answers import (
     write_table,
 )
 from bridgeblip.files import require_writable
+from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
 
 SAMPLE_FILE = "sample_submission.csv"
@@ -40,7 +41,8 @@ def find_sample(csv: str | Path) -> Path | None:
     sample = Path(csv).with_name(SAMPLE_FILE)
     if sample.is_file():
         return sample
-    print(f"no {sample}: the submission gets the columns ID and answer, in the order of {csv}")
+    if process_rank()[0] == 0:  # once, however many processes answer
+        print(f"no {sample}: the submission gets the columns ID and answer, in the order of {csv}")
     return None
 
 

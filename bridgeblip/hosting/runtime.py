@@ -20,15 +20,17 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import copy
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from bridgeblip import HOME, IN_REPOSITORY, InputError, __version__
+from bridgeblip.files import cache_folder, copy_verified
 from bridgeblip.messages import LANGUAGE_VARIABLE, LANGUAGES, say
 
 DRIVE = Path("/content/drive")
@@ -201,10 +203,6 @@ def local_copy(csv: str | Path) -> Path:
 def _copied(csv: Path) -> Path:
     """Copy a question file, the CSVs beside it and its pictures to the local disk; return the copy,
     or ``csv`` itself if that can't be."""
-    from tqdm.auto import tqdm
-
-    from bridgeblip.files import copy_verified
-
     folder, target = csv.parent, _local_folder(csv.parent)
     pictures = _pictures(csv, folder)
     if pictures is None:
@@ -215,25 +213,21 @@ def _copied(csv: Path) -> Path:
             f"is slow"
         )
         return csv
-    names = [path.name for path in folder.glob("*.csv")] + pictures
 
-    def to_copy(name: str) -> int | None:
-        """The size of a file that has changed; None if it has not, or is not there."""
-        there, here = _stat(folder / name), _stat(target / name)
-        return there[0] if there and there != here else None
+    def changed(name: str) -> int | None:
+        there = _stat(folder / name)
+        return there[0] if there and there != _stat(target / name) else None
 
     def copy(name: str) -> None:
         copy_verified(folder / name, target / name)
         shutil.copystat(folder / name, target / name)
 
-    with _explained(folder, target), ThreadPoolExecutor(COPIERS) as pool:
-        sizes = dict(zip(names, pool.map(to_copy, names), strict=True))
-        changed = [name for name in names if sizes[name] is not None]
-        _make_room(sum(sizes[name] for name in changed), target, folder)
+    tables = [path.name for path in folder.glob("*.csv")]
+    with _explained(folder, target):
         for path in target.glob("*.csv"):
-            if path.name not in names:
+            if path.name not in tables:
                 path.unlink()
-        list(tqdm(pool.map(copy, changed), "copying", len(changed), disable=not changed))
+        _fetch(tables + pictures, changed, copy, folder, target)
     print(say("copied", source=folder, target=target))
     return target / csv.name
 
@@ -241,8 +235,6 @@ def _copied(csv: Path) -> Path:
 def _unpacked(archive: Path, csv_name: str) -> Path | None:
     """Unpack ``csv_name``, the CSVs beside it and its pictures, if a zip holds it; return that
     file."""
-    from tqdm.auto import tqdm
-
     target = _local_folder(archive, *_stat(archive))
     try:
         with _explained(archive, target), _open_zip(archive) as opened:
@@ -252,19 +244,19 @@ def _unpacked(archive: Path, csv_name: str) -> Path | None:
                 return None
             csv = min(found, key=lambda name: name.count("/"))
 
-            def unpack(names: list[str]) -> None:
-                missing = []
-                for name in names:
-                    member, here = members.get(_plain(name)), _stat(target / name)
-                    if member and (here is None or here[0] != member.file_size):
-                        member.filename = name
-                        missing.append(member)
-                _make_room(sum(member.file_size for member in missing), target, archive)
-                for member in tqdm(missing, "unpacking", disable=not missing):
-                    opened.extract(member, target)  # never outside the folder
+            def missing(name: str) -> int | None:
+                member, here = members.get(_plain(name)), _stat(target / name)
+                there = member is None or (here and here[0] == member.file_size)
+                return None if there else member.file_size
 
-            unpack(fnmatch.filter(members, posixpath.join(posixpath.dirname(csv), "*.csv")))
-            unpack(_pictures(target / csv, target) or [])
+            def unpack(name: str) -> None:
+                member = copy(members[_plain(name)])  # of two spellings each gets its own
+                member.filename = name
+                opened.extract(member, target)  # never outside the folder
+
+            tables = fnmatch.filter(members, posixpath.join(posixpath.dirname(csv), "*.csv"))
+            _fetch(tables, missing, unpack, archive, target)
+            _fetch(_pictures(target / csv, target) or [], missing, unpack, archive, target)
     # RuntimeError: a password, a strange method.
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise InputError(
@@ -272,6 +264,30 @@ def _unpacked(archive: Path, csv_name: str) -> Path | None:
         ) from error
     print(say("unpacked", source=archive, target=target))
     return target / csv
+
+
+def _fetch(
+    names: list[str],
+    lacking: Callable[[str], int | None],
+    fetch: Callable[[str], None],
+    source: Path,
+    target: Path,
+) -> None:
+    """Fetch, in threads, the files of which ``lacking`` tells a size, if there is room for them."""
+    from tqdm.auto import tqdm
+
+    target.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(COPIERS) as pool:
+        sizes = dict(zip(names, pool.map(lacking, names), strict=True))
+        wanted = [name for name in names if sizes[name] is not None]
+        need = sum(sizes[name] for name in wanted)
+        room = max(0, shutil.disk_usage(target).free - SPARE_DISK)
+        if need > room:
+            raise InputError(
+                f"{source} needs {need / 1e9:.1f} GB in {target}, {room / 1e9:.1f} GB can be used "
+                f"there: free some space, or set $BRIDGEBLIP_CACHE to a folder on a larger disk"
+            )
+        list(tqdm(pool.map(fetch, wanted), "copying", len(wanted), disable=not wanted))
 
 
 def _pictures(csv: Path, root: Path) -> list[str] | None:
@@ -308,16 +324,6 @@ def _stat(path: Path) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _make_room(need: int, target: Path, source: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    room = max(0, shutil.disk_usage(target).free - SPARE_DISK)
-    if need > room:
-        raise InputError(
-            f"{source} needs {need / 1e9:.1f} GB in {target}, {room / 1e9:.1f} GB can be used "
-            f"there: free some space, or set $BRIDGEBLIP_CACHE to a folder on a larger disk"
-        )
-
-
 @contextmanager
 def _explained(source: Path, target: Path) -> Iterator[None]:
     """Turn what the system says of a copy into one line with a remedy."""
@@ -330,8 +336,6 @@ def _explained(source: Path, target: Path) -> Iterator[None]:
 
 def _local_folder(source: Path, *version: int) -> Path:
     """Where the copy of a folder or zip lies: each has its own, whatever its name."""
-    from bridgeblip.files import cache_folder
-
     digest = hashlib.sha256(repr((str(source.resolve()), *version)).encode())
     return cache_folder() / "data" / f"{source.stem}-{digest.hexdigest()[:8]}"
 

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import psutil
 
 from bridgeblip import InputError
-from bridgeblip.files import write_text
+from bridgeblip.files import numbered, write_text
 
 HOLD_FILE = ".held-{}"
 BEAT_SECONDS = 20  # between two signs of life
@@ -58,7 +57,8 @@ def _holding(folder: Path) -> Iterator[None]:
 
 def require_free(folder: Path) -> None:
     """Refuse a folder that a live run holds, without holding it."""
-    for path in _holds(folder).values():
+    # The files of runs that hold the folder, or did when they died.
+    for path in numbered(folder, HOLD_FILE).values():
         _refuse_if_alive(folder, path)
 
 
@@ -66,7 +66,7 @@ def _take(folder: Path) -> Path:
     """Create this run's file; of several that try at once the file system lets one do it."""
     folder.mkdir(parents=True, exist_ok=True)
     while True:
-        others = _holds(folder)
+        others = numbered(folder, HOLD_FILE)
         for path in others.values():
             _refuse_if_alive(folder, path)
         path = folder / HOLD_FILE.format(max(others, default=0) + 1)
@@ -78,13 +78,6 @@ def _take(folder: Path) -> Path:
         for other in others.values():
             other.unlink(missing_ok=True)
         return path
-
-
-def _holds(folder: Path) -> dict[int, Path]:
-    """The files of runs that hold the folder, or did when they died."""
-    pattern = re.escape(HOLD_FILE).replace(r"\{\}", r"(\d+)")
-    names = {path: re.fullmatch(pattern, path.name) for path in folder.glob(HOLD_FILE.format("*"))}
-    return {int(name[1]): path for path, name in names.items() if name}
 
 
 def _sign() -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bridgeblip import InputError
-from bridgeblip.files import copy_verified, file_digest, write_text
+from bridgeblip.files import copy_verified, file_digest, numbered, write_text
 
 STATE_FOLDER = "state"
+STEP_FOLDER = "step-{}"  # in it
 
 STATE_FILE = "state.json"
 
@@ -36,7 +36,7 @@ def publish_state(
     write_text(
         staged / STATE_FILE, json.dumps({"run": run, "files": digests, "done": done}, indent=2)
     )
-    folder = Path(checkpoint_dir) / STATE_FOLDER / f"step-{step}"
+    folder = Path(checkpoint_dir) / STATE_FOLDER / STEP_FOLDER.format(step)
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(
         folder, ignore_errors=True
@@ -62,17 +62,10 @@ def copy_state(folder: Path, checkpoint_dir: str | Path) -> None:
 def _drop_old_states(folder: Path, newest: int) -> None:
     """Keep the newest generations; states of later steps come from an earlier run and are
     foreign."""
-    steps = sorted(_states(folder), reverse=True)
+    steps = sorted(numbered(folder, STEP_FOLDER), reverse=True)
     kept = [step for step in steps if step <= newest][:GENERATIONS]
     for step in set(steps) - set(kept):
-        shutil.rmtree(folder / f"step-{step}")
-
-
-def _states(folder: Path) -> dict[int, Path]:
-    """The states in a folder by their step; not what a synchronised Drive calls ``step-100
-    (1)``."""
-    names = {path: re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*")}
-    return {int(name[1]): path for path, name in names.items() if name}
+        shutil.rmtree(folder / STEP_FOLDER.format(step))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -100,7 +93,9 @@ def refuse_other_run(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any])
         InputError: if the newest state of a place is of another run that has not ended.
     """
     for place in checkpoint_dirs:
-        for _, folder in sorted(_states(Path(place) / STATE_FOLDER).items(), reverse=True):
+        for _, folder in sorted(
+            numbered(Path(place) / STATE_FOLDER, STEP_FOLDER).items(), reverse=True
+        ):
             try:
                 record = read_state(folder)
             except ValueError:
@@ -128,7 +123,9 @@ def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> 
     refuse_other_run(checkpoint_dirs, run)
     found = {}
     for place in reversed(checkpoint_dirs):
-        for step, folder in sorted(_states(Path(place) / STATE_FOLDER).items(), reverse=True):
+        for step, folder in sorted(
+            numbered(Path(place) / STATE_FOLDER, STEP_FOLDER).items(), reverse=True
+        ):
             fault = _fault_of_state(folder, run)
             if fault is None:
                 found[step] = folder
@@ -141,11 +138,6 @@ def newest_state(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> 
     if before != now:
         print(f"going on with other versions, the last digits may differ: {before} -> {now}")
     return newest
-
-
-def state_is_done(folder: Path) -> bool:
-    """Whether a state is the last of its run."""
-    return read_state(folder)["done"]
 
 
 def _fault_of_state(folder: Path, run: dict[str, Any]) -> str | None:

@@ -27,7 +27,7 @@ from bridgeblip.machine import NonFiniteError
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import Averages
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, state_is_done
+from bridgeblip.training.state import STATE_FOLDER, read_state
 from bridgeblip.training.stopping import Stopper
 from bridgeblip.training.weights import load_trained, trained_tensors
 
@@ -145,9 +145,8 @@ class BridgeTrainer(Trainer):
         if self.args.should_save:  # in one process of several
             print(say("resume", state=resumed) if resumed else say("begin"))
             shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a killed save has left
-        if resumed and state_is_done(
-            resumed
-        ):  # at its end, or stopped early: only what it came to is wanted
+        # At its end, or stopped early: only what it came to is wanted.
+        if resumed and read_state(resumed)["done"]:
             self._load_from_checkpoint(resumed)
             self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             return

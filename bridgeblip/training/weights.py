@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bridgeblip import InputError
-from bridgeblip.files import file_digest, write_atomically, write_text
+from bridgeblip.files import file_digest, write_bytes, write_text
 
 WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
@@ -39,15 +39,9 @@ def save_weights(
     path: str | Path, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]
 ) -> None:
     """Write ``weights-N.pt`` and verify it by reading it back."""
-
     content = io.BytesIO()  # torch's own writer ends in other errors than a full disk's
     torch.save({"format": WEIGHTS_FORMAT, "tensors": tensors, "manifest": manifest}, content)
-
-    def verify(partial: Path):
-        if partial.read_bytes() != content.getbuffer():
-            raise OSError(f"{path} was not stored as written: is the disk full?")
-
-    write_atomically(path, lambda partial: partial.write_bytes(content.getbuffer()), verify)
+    write_bytes(path, content.getbuffer())
 
 
 def load_weights(path: str | Path) -> Weights:

@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     problem: str = ""  # what else keeps it from being used
 
 
-def read_json(path: Path) -> Any:
+def load_json(path: Path) -> Any:
     """Return the content of a JSON file, with or without byte order mark; of JSON lines, a list."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":

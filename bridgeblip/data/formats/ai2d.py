@@ -8,7 +8,7 @@ have no picture here: the letters must be drawn into it first.
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridgeblip.data.formats import Entry, read_json
+from bridgeblip.data.formats import Entry, load_json
 
 FORM = (
     "AI2D's questions/0.png.json and so on, each an object with imageName and questions that have "
@@ -18,7 +18,7 @@ FORM = (
 
 def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
     """Yield every question of a diagram."""
-    diagram = read_json(path)
+    diagram = load_json(path)
     for question, record in diagram["questions"].items():
         picture = None if record["abcLabel"] else images / diagram["imageName"]
         name = f"ai2d-{record['questionId']}"

@@ -9,7 +9,7 @@ split, it is the one that holds the pictures as their ``path`` says.
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridgeblip.data.formats import Entry, read_json
+from bridgeblip.data.formats import Entry, load_json
 
 FORM = (
     "A-OKVQA's aokvqa_v1p0_train.json or aokvqa_v1p0_val.json, a list of questions with split, "
@@ -19,7 +19,7 @@ FORM = (
 
 def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
     """Yield every question; the test file's have no answer."""
-    for record in read_json(path):
+    for record in load_json(path):
         name = f"aokvqa-{record['question_id']}"
         answer = record.get("correct_choice_idx")
         answer = None if answer is None else int(answer)

@@ -9,7 +9,7 @@ each problem names its split.
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridgeblip.data.formats import Entry, read_json
+from bridgeblip.data.formats import Entry, load_json
 
 FORM = (
     "ScienceQA's problems.json, an object that maps numbers to problems with question, choices, "
@@ -19,7 +19,7 @@ FORM = (
 
 def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
     """Yield every problem; many can't be answered without the hint, which stands first."""
-    for number, problem in read_json(path).items():
+    for number, problem in load_json(path).items():
         split, image = problem["split"], problem["image"]
         picture = images / split / number / image if image else None
         question = f"{problem['hint']} {problem['question']}"

@@ -7,7 +7,7 @@ The folder of pictures is ``SEED-Bench-image/``. Questions about videos have no 
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridgeblip.data.formats import Entry, read_json
+from bridgeblip.data.formats import Entry, load_json
 
 FORM = (
     "SEED-Bench's SEED-Bench.json, an object whose questions have data_id, data_type, question_id, "
@@ -17,7 +17,7 @@ FORM = (
 
 def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
     """Yield every question."""
-    for record in read_json(path)["questions"]:
+    for record in load_json(path)["questions"]:
         picture = images / record["data_id"] if record["data_type"] == "image" else None
         choices = [record[f"choice_{letter}"] for letter in "abcd"]
         answer = "ABCD".index(record["answer"])

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridgeblip.data.formats import Entry, read_json
+from bridgeblip.data.formats import Entry, load_json
 
 FORM = (
     "Visual7W's dataset_v7w_telling.json, an object whose images have filename, split and qa_pairs "
@@ -19,7 +19,7 @@ FORM = (
 
 def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
     """Yield every question of every picture."""
-    for image in read_json(path)["images"]:
+    for image in load_json(path)["images"]:
         picture = images / image["filename"]
         for pair in image["qa_pairs"]:
             choices = list(pair.get("multiple_choices", []))
