@@ -142,7 +142,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.open.append(tag)
-        if tag == "section":
+        if tag == "h2":
             self.sections["new"], self.rows["new"] = "", []
         elif tag == "tr":
             self.rows[list(self.rows)[-1]].append([])
@@ -241,8 +241,8 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
         list(recall["mean"])
     )
     assert page.bars("By right letter") == [
-        [f"{part['name']}the right answer to {recall['size'][part['name']]}, "
-         f"the answer given to {given[part['name']]}",
+        [f"{part['name']}right for {recall['size'][part['name']]} questions, "
+         f"given to {given[part['name']]}",
          shown(part["accuracy"])]
         for part in found["recall"]
     ]  # fmt: skip

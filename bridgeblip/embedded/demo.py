@@ -25,7 +25,7 @@ from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import Question, letter, read_questions
 from bridgeblip.data.tables import read_table
 from bridgeblip.embedded.digits import write_competition
-from bridgeblip.evidence.answers import read_probabilities, with_answers
+from bridgeblip.evidence.answers import letters_of, read_probabilities, with_answers
 from bridgeblip.evidence.metrics import accuracy_of
 from bridgeblip.evidence.report import write_report
 from bridgeblip.files import write_text
