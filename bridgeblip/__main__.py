@@ -229,14 +229,17 @@ def export(args):
     "--weights checkpoint/weights-0.pt --out adapter",
     WEIGHTS,
     option("--out", type=Path, default="checkpoint/adapter", help="the folder to write"),
+    option("--push", metavar="OWNER/NAME", help="upload it to the hub, as the login there allows"),
     extras=("train",),
 )
 def share(args):
     """Turn weights into a plain PEFT adapter folder with a model card; writes adapter/."""
-    from bridgeblip.bridge.share import write_adapter
+    from bridgeblip.bridge.share import push_adapter, write_adapter
 
     out = write_adapter(_weights("sharing", args), args.out)
     print(f"wrote {out}: a PEFT adapter, its README.md says how to load it")
+    if args.push:
+        print(f"uploaded it to {push_adapter(out, args.push)}")
 
 
 def _weights(doing, args):
@@ -352,6 +355,28 @@ def _predict_texts(args, questions, how):
     shutil.rmtree(kept_folder(out), ignore_errors=True)
     print("\n".join([f"wrote {out}: {len(texts)} texts", *problem_lines(questions, answers)]))
     return 3 if any(answers.problems) and not args.allow_problems else 0
+
+
+@verb(
+    'checkpoint/torchscript.pt photo.jpg "What is shown?" cup bowl plate fork',
+    option("model", type=Path, help="the bundle, torchscript.pt"),
+    option("picture", type=Path, help="its file"),
+    option("question", help="in quotes"),
+    option("choices", nargs="+", metavar="CHOICE", help="two or more, each in quotes of its own"),
+)  # fmt: skip
+def ask(args):
+    """Ask a bundle one question about one picture; prints how likely each choice is."""
+    from bridgeblip.hosting.ask import ask, bars
+
+    print(bars(*ask(args.model, args.picture, args.question, args.choices)))
+
+
+@verb("checkpoint/torchscript.pt", option("model", type=Path, help="the bundle, torchscript.pt"))
+def inspect(args):
+    """Say what a bundle is: made from what, how good, how large, with which prompt."""
+    from bridgeblip.hosting.ask import inspect
+
+    print(inspect(args.model))
 
 
 @verb(

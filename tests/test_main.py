@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.training.settings import FEW, TrainSettings
 from bridgeblip.training.weights import save_weights, trained_tensors
 
-NAMES = ("demo", "doctor", "prepare", "train", "export", "share", "predict", "blend", "evaluate")
+NAMES = ("demo", "doctor", "prepare", "train", "export", "share", "predict", "ask", "inspect",
+         "blend", "evaluate")  # fmt: skip
 
 
 def test_help_names_every_verb_loads_nothing_heavy_and_is_quick():
@@ -49,7 +51,7 @@ def test_every_verb_has_help_with_an_example_that_parses(verb, capsys):
     function, example, options, _ = VERBS[verb]
     assert caught.value.code == 0 and "--" in printed
     assert function.__doc__ in printed and f"{verb} {example}" in printed
-    args = build_parser().parse_args([verb, *example.split()])
+    args = build_parser().parse_args([verb, *shlex.split(example)])
     assert args.verb == verb and all(settings["help"] for _, settings in options)
 
 

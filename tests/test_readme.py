@@ -350,7 +350,7 @@ def literals() -> str:
                 )
             )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            texts.add(node.value)
+            texts.add(re.sub(r"\{[\w:,.%]*\}", "…", node.value))
     return "\n".join(text.replace("\n", " ") for text in texts)
 
 

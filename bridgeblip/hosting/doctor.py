@@ -27,6 +27,7 @@ from bridgeblip.hosting.checks import (
 from bridgeblip.hosting.doctor_tune import check_tune
 from bridgeblip.hosting.runtime import installed
 from bridgeblip.machine import best_device, choose_precision
+from bridgeblip.messages import say
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.weights import choose_weights, load_weights, stale_bundle
 from bridgeblip.vlm.settings import TuneSettings
@@ -104,8 +105,10 @@ def print_findings(findings: Sequence[Finding]) -> bool:
     """Print a line each and a verdict; return whether the stage can start."""
     levels = [finding.level for finding in findings]
     problems, warnings = levels.count("problem"), levels.count("warning")
-    verdict = "this stage would fail" if problems else "this stage can start"
-    print(*findings, f"problems: {problems}, warnings: {warnings}; {verdict}", sep="\n")
+    verdict = say("can_start", problems=problems, warnings=warnings)
+    if problems:
+        verdict = say("would_fail", problems=problems, warnings=warnings)
+    print(*findings, verdict, sep="\n")
     return not problems
 
 
