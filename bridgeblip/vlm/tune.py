@@ -50,7 +50,7 @@ from bridgeblip.training.callbacks import (
 from bridgeblip.training.hold import holding
 from bridgeblip.training.losses import choice_loss
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, newest_state, refuse_other_run, state_is_done
+from bridgeblip.training.state import STATE_FOLDER, newest_state, read_state, refuse_other_run
 from bridgeblip.training.stopping import Stopper, TrainingStopped, in_one_line
 from bridgeblip.training.trainer import (
     AveragingTrainer,
@@ -162,7 +162,7 @@ def tune(
         resumed = newest_state([out], plan.identity)
         teacher = Teacher(load_learner(plan), plan)
         trainer, keeper = _trainer(plan, teacher)
-        if process.is_main_process and not (resumed and state_is_done(resumed)):
+        if process.is_main_process and not (resumed and read_state(resumed)["done"]):
             trainer.add_callback(_tensorboard(out))
         trainer.go(resumed, keeper.stopper)
         if keeper.leaving:
