@@ -73,7 +73,8 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     if not distance <= TOLERANCE:
         raise InputError(
             f"the merged model parts from base and adapter by {distance:.1e} of the logits' "
-            f"spread, more than {TOLERANCE:.0e}: nothing is written; another version of peft may merge it"
+            f"spread, more than {TOLERANCE:.0e}: nothing is written; another version of peft may "
+            f"merge it"
         )
     bits = None
     if facts["method"] == "qlora":
