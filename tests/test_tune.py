@@ -15,8 +15,9 @@ from bridgeblip.training.callbacks import TrainingError
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.trainer import AveragingTrainer
 from bridgeblip.vlm.families import decoder_name
+from bridgeblip.vlm.learner import attach_lora, check_places
 from bridgeblip.vlm.settings import TuneSettings, read_run
-from bridgeblip.vlm.tune import attach_lora, check_places, tune
+from bridgeblip.vlm.tune import tune
 
 TRAIN = TrainSettings(
     epochs=2, batch_size=8, validation_fraction=0.25, learning_rate=3e-3, save_minutes=0

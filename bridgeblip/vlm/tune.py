@@ -1,12 +1,10 @@
 """Tuning any vision-language model with Hugging Face's ``Trainer``: by the letters' logits where
 there are choices, by the text where captions or answers are wanted."""
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +14,33 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText, enable_full_determinism, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from bridgeblip import InputError
-from bridgeblip.data.pictures import SHORT_KEY, open_picture, picture_keys
-from bridgeblip.data.questions import Question, split_by_picture
-from bridgeblip.data.texts import read_task
+from bridgeblip.data.pictures import open_picture
+from bridgeblip.data.questions import Question
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
 from bridgeblip.evidence.texts import score_answers, score_captions, write_text_report
-from bridgeblip.files import file_digest, replace_folder, require_writable, write_text
-from bridgeblip.machine import choose_precision, process_rank
+from bridgeblip.files import replace_folder, require_writable, write_text
+from bridgeblip.machine import process_rank
 from bridgeblip.training.callbacks import (
     BestKeeper,
     Patience,
     Progress,
     SelfCheck,
     StateKeeper,
-    TrainingError,
     history_table,
     in_notebook,
     validations,
 )
 from bridgeblip.training.hold import holding
-from bridgeblip.training.losses import choice_loss
-from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, newest_state, read_state, refuse_other_run
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.state import STATE_FOLDER, newest_state, read_state
 from bridgeblip.training.stopping import Stopper, TrainingStopped, in_one_line
 from bridgeblip.training.trainer import (
     AveragingTrainer,
@@ -59,17 +49,14 @@ from bridgeblip.training.trainer import (
     optimizer,
     training_arguments,
 )
-from bridgeblip.vlm.batches import Batches, letter_logits, to_model
+from bridgeblip.vlm.batches import to_model
 from bridgeblip.vlm.families import (
-    decoder_linears,
-    decoder_name,
-    load_config,
     load_model,
-    load_processor,
 )
+from bridgeblip.vlm.learner import Collator, Teacher, load_learner
+from bridgeblip.vlm.plan import Plan, plan_tuning
 from bridgeblip.vlm.settings import (
     ADAPTER_FOLDER,
-    METRICS,
     MODEL_FOLDER,
     RUN_FILE,
     TuneSettings,
@@ -80,36 +67,6 @@ REPORT_FILE = "report.html"
 BEFORE_FILE = "before.json"  # the texts written before any tuning
 BEAMS = {"caption": 3, "answer": 1}
 LONGEST_TEXT = 64  # tokens that are written of a caption or an answer
-GREY = (127, 127, 127)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is decided before anything long starts."""
-
-    base: str
-    revision: str | None
-    settings: TuneSettings
-    train: TrainSettings
-    out: Path
-    start: Path | None
-    """The run whose weights this one begins with."""
-    training: list[Question]
-    validation: list[Question]
-    batches: Batches
-    letters: int
-    """How many the choices have; 0 for texts."""
-    process: PartialState
-    device: torch.device
-    dtype: torch.dtype
-    facts: dict[str, Any]
-    """What ``run.json`` says, but for the validation."""
-    identity: dict[str, Any]
-    """What a saved state must agree with."""
-
-    @property
-    def metric(self) -> str:
-        return METRICS[self.settings.task]
 
 
 @dataclass(frozen=True)
@@ -172,233 +129,6 @@ def tune(
                 f"again to go on"
             )
         return _conclude(trainer, plan)
-
-
-def plan_tuning(
-    base: str | Path,
-    data: str | Path,
-    out: Path,
-    settings: TuneSettings,
-    train: TrainSettings,
-    revision: str | None = None,
-    images: str | Path | None = None,
-    split: str | None = None,
-    continue_from: str | Path | None = None,
-) -> Plan:
-    """Read, check and split the questions; look at base, machine and folders.
-
-    Raises:
-        InputError: as ``tune``.
-    """
-    process = PartialState(cpu=not torch.cuda.is_available())
-    base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
-    start = _start(continue_from, base, settings)
-    processor = load_processor(base, revision, settings.pixels or None)
-    task, questions = read_task(data, images, settings.task or None, split)
-    settings = replace(settings, task=task)
-    config = load_config(base, revision)
-    batches = Batches(processor, config, settings.system, settings.prompt)
-    training, validation = split_by_picture(questions, train.validation_fraction, train.seed)
-    letters = max(len(question.choices) for question in questions)
-    if letters:
-        batches.check(questions, data)
-    else:
-        training = _one_a_text(training)
-        for part in (training, validation):
-            batches.check(part, data, [question.references[0] for question in part])
-    unread = sum(map(batches.unread, questions))
-    if unread:
-        process.print(f"warning: the model's vocabulary can't read {unread} questions whole")
-    # accelerate may say cpu:0
-    device = process.device if process.device.type == "cuda" else torch.device("cpu")
-    with torch.device("meta"):
-        empty = AutoModelForImageTextToText.from_config(config)
-    decoder_linears(empty, settings.targets)
-    dtype = choose_precision(device, empty.num_parameters()).dtype
-    keys = picture_keys(question.image for question in questions)
-    names = ("torch", "transformers", "peft", "accelerate")
-    facts = {
-        "base": base,
-        "revision": revision,
-        "task": task,
-        "method": settings.method,
-        "settings": asdict(settings),
-        "train": asdict(train),
-        "dtype": str(dtype).removeprefix("torch."),
-        "letters": letters,
-        "versions": {name: version(name) for name in names},
-        "pictures": sorted({keys[question.image][:SHORT_KEY] for question in training}),
-    }
-    rows = []
-    for q in questions:
-        rows.append([q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history])
-    ours = {key: value for key, value in facts["train"].items() if key not in NOT_THE_RESULT}
-    identity = facts | {"train": ours, "pictures": _digest(rows), "start": _digest_of_run(start)}
-    identity = json.loads(json.dumps(identity | {"processes": process.num_processes}))
-    facts["run"] = _digest({key: identity[key] for key in identity if key != "versions"})
-    refuse_other_run([out], identity)
-    return Plan(
-        base, revision, settings, train, out, start, training, validation, batches, letters,
-        process, device, dtype, facts, identity,
-    )  # fmt: skip
-
-
-def _start(folder: str | Path | None, base: str, settings: TuneSettings) -> Path | None:
-    """The weights of an earlier run, if they fit this one."""
-    if folder is None:
-        return None
-    run = read_run(folder)
-    if run["base"] != base:
-        raise InputError(
-            f"{folder} was tuned on {run['base']}, not on {base}: continue it on its own base"
-        )
-    if (run["method"] == "full") != (settings.method == "full"):
-        raise InputError(
-            f"{folder} was tuned by {run['method']}, which {settings.method} can't continue: merge "
-            f"it, and give the merged folder as the base"
-        )
-    return Path(folder) / (MODEL_FOLDER if settings.method == "full" else ADAPTER_FOLDER)
-
-
-def _one_a_text(questions: Sequence[Question]) -> list[Question]:
-    """A row for each of a picture's captions, or of a question's answers."""
-    rows = []
-    for question in questions:
-        for text in dict.fromkeys(question.references):
-            rows.append(replace(question, references=(text,)))
-    return rows
-
-
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _digest_of_run(folder: Path | None) -> list[str]:
-    return [] if folder is None else [file_digest(p) for p in sorted(folder.glob("*.safetensors"))]
-
-
-def load_learner(plan: Plan) -> nn.Module:
-    """Return the base with what is to learn: adapters in its decoder, or all that the loss depends
-    on, each as the same seed gives it."""
-    settings, full = plan.settings, plan.settings.method == "full"
-    torch.use_deterministic_algorithms(False)
-    (enable_full_determinism if plan.train.deterministic else set_seed)(plan.train.seed)
-    model = load_model(
-        plan.start if full and plan.start else plan.base,
-        None if full and plan.start else plan.revision,
-        torch.float32 if full else plan.dtype,
-        plan.device,
-        bits=settings.method == "qlora",
-    )
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if full:
-        _freeze_idle(Teacher(model, plan), plan)
-        return model
-    model.requires_grad_(False)
-    if plan.start:
-        return check_places(PeftModel.from_pretrained(model, plan.start, is_trainable=True))
-    set_seed(plan.train.seed)
-    return attach_lora(model, settings)
-
-
-def attach_lora(model: nn.Module, settings: TuneSettings) -> PeftModel:
-    """Return a model with adapters on its decoder's linears.
-
-    Raises:
-        InputError: if the decoder has no linears of a target's name.
-    """
-    lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=decoder_linears(model, settings.targets),
-    )
-    return check_places(get_peft_model(model, lora))
-
-
-def check_places(model: PeftModel) -> PeftModel:
-    """Return the model if it has adapters, and 4-bit linears, in its decoder alone.
-
-    Raises:
-        TrainingError: naming the first one outside.
-    """
-    inside = f"base_model.model.{decoder_name(model.get_base_model())}."
-    found = 0
-    for name, module in model.named_modules():
-        special = hasattr(module, "lora_A") or type(module).__name__ == "Linear4bit"
-        if special and not name.startswith(inside):
-            raise TrainingError(f"{name} outside the decoder was to stay as it is")
-        found += special
-    if not found:
-        raise TrainingError("no linear of the decoder has got an adapter")
-    return model
-
-
-def _freeze_idle(teacher: "Teacher", plan: Plan) -> None:
-    """Freeze what the loss does not depend on, such as a tower's last layer that is not read."""
-    with torch.random.fork_rng():
-        teacher(**Collator(plan)(plan.training[:1]))["loss"].backward()
-    idle = [parameter for parameter in teacher.parameters() if parameter.grad is None]
-    teacher.zero_grad()
-    for parameter in idle:
-        parameter.requires_grad_(False)
-    if idle:
-        plan.process.print(f"{len(idle)} tensors that the loss does not depend on stay as they are")
-
-
-class Teacher(nn.Module):
-    """A model with the loss of its task: cross-entropy over the letters, or over the text."""
-
-    def __init__(self, model: nn.Module, plan: Plan):
-        super().__init__()
-        self.model = model
-        self.letter_ids = plan.batches.letter_ids(plan.letters) if plan.letters else []
-        self.label_smoothing = plan.train.label_smoothing
-
-    def forward(
-        self, labels: torch.Tensor, choice_mask: torch.Tensor | None = None, **batch: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Return the mean "loss", and the letters' "logits" (B, letters), fp32, or for texts one
-        zero a row.
-
-        Args:
-            labels: (B,), the right choices, or (B, L), the answers' tokens, -100 elsewhere.
-            choice_mask: (B, letters), False where there is no such choice.
-        """
-        batch = to_model(self.model, batch)
-        if choice_mask is None:
-            return {
-                "loss": self.model(**batch, labels=labels).loss,
-                "logits": labels.new_zeros(len(labels)),
-            }
-        logits = letter_logits(self.model, batch, self.letter_ids)
-        logits = logits.masked_fill(~choice_mask, float("-inf"))
-        smoothing = self.label_smoothing if self.training else 0.0
-        return {"loss": choice_loss(logits, labels, smoothing), "logits": logits}
-
-
-class Collator:
-    """Makes a ``Teacher``'s batch of questions.
-
-    Args:
-        blank: whether a grey picture stands for each.
-    """
-
-    def __init__(self, plan: Plan, blank: bool = False):
-        self.batches, self.letters, self.blank = plan.batches, plan.letters, blank
-
-    def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        pictures = [open_picture(question.image) for question in questions]
-        if self.blank:
-            pictures = [Image.new("RGB", picture.size, GREY) for picture in pictures]
-        if not self.letters:
-            texts = [question.references[0] for question in questions]
-            return self.batches.teach(questions, texts, pictures)
-        return self.batches.ask(questions, pictures) | {
-            "labels": torch.tensor([question.answer for question in questions]),
-            "choice_mask": torch.tensor([question.choice_mask for question in questions]),
-        }
 
 
 def write_texts(model: nn.Module, plan: Plan, questions: Sequence[Question]) -> list[str]:

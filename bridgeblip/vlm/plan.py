@@ -1,0 +1,167 @@
+"""What a run of ``tune`` decides before anything long starts."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForImageTextToText
+
+from bridgeblip import InputError
+from bridgeblip.data.pictures import SHORT_KEY, picture_keys
+from bridgeblip.data.questions import Question, split_by_picture
+from bridgeblip.data.texts import read_task
+from bridgeblip.files import file_digest
+from bridgeblip.machine import choose_precision
+from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
+from bridgeblip.training.state import refuse_other_run
+from bridgeblip.vlm.batches import Batches
+from bridgeblip.vlm.families import (
+    decoder_linears,
+    load_config,
+    load_processor,
+)
+from bridgeblip.vlm.settings import (
+    ADAPTER_FOLDER,
+    METRICS,
+    MODEL_FOLDER,
+    TuneSettings,
+    read_run,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before anything long starts."""
+
+    base: str
+    revision: str | None
+    settings: TuneSettings
+    train: TrainSettings
+    out: Path
+    start: Path | None
+    """The run whose weights this one begins with."""
+    training: list[Question]
+    validation: list[Question]
+    batches: Batches
+    letters: int
+    """How many the choices have; 0 for texts."""
+    process: PartialState
+    device: torch.device
+    dtype: torch.dtype
+    facts: dict[str, Any]
+    """What ``run.json`` says, but for the validation."""
+    identity: dict[str, Any]
+    """What a saved state must agree with."""
+
+    @property
+    def metric(self) -> str:
+        return METRICS[self.settings.task]
+
+
+def plan_tuning(
+    base: str | Path,
+    data: str | Path,
+    out: Path,
+    settings: TuneSettings,
+    train: TrainSettings,
+    revision: str | None = None,
+    images: str | Path | None = None,
+    split: str | None = None,
+    continue_from: str | Path | None = None,
+) -> Plan:
+    """Read, check and split the questions; look at base, machine and folders.
+
+    Raises:
+        InputError: as ``tune``.
+    """
+    process = PartialState(cpu=not torch.cuda.is_available())
+    base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
+    start = _start(continue_from, base, settings)
+    processor = load_processor(base, revision, settings.pixels or None)
+    task, questions = read_task(data, images, settings.task or None, split)
+    settings = replace(settings, task=task)
+    config = load_config(base, revision)
+    batches = Batches(processor, config, settings.system, settings.prompt)
+    training, validation = split_by_picture(questions, train.validation_fraction, train.seed)
+    letters = max(len(question.choices) for question in questions)
+    if letters:
+        batches.check(questions, data)
+    else:
+        training = _one_a_text(training)
+        for part in (training, validation):
+            batches.check(part, data, [question.references[0] for question in part])
+    unread = sum(map(batches.unread, questions))
+    if unread:
+        process.print(f"warning: the model's vocabulary can't read {unread} questions whole")
+    # accelerate may say cpu:0
+    device = process.device if process.device.type == "cuda" else torch.device("cpu")
+    with torch.device("meta"):
+        empty = AutoModelForImageTextToText.from_config(config)
+    decoder_linears(empty, settings.targets)
+    dtype = choose_precision(device, empty.num_parameters()).dtype
+    keys = picture_keys(question.image for question in questions)
+    names = ("torch", "transformers", "peft", "accelerate")
+    facts = {
+        "base": base,
+        "revision": revision,
+        "task": task,
+        "method": settings.method,
+        "settings": asdict(settings),
+        "train": asdict(train),
+        "dtype": str(dtype).removeprefix("torch."),
+        "letters": letters,
+        "versions": {name: version(name) for name in names},
+        "pictures": sorted({keys[question.image][:SHORT_KEY] for question in training}),
+    }
+    rows = []
+    for q in questions:
+        rows.append([q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history])
+    ours = {key: value for key, value in facts["train"].items() if key not in NOT_THE_RESULT}
+    identity = facts | {"train": ours, "pictures": _digest(rows), "start": _digest_of_run(start)}
+    identity = json.loads(json.dumps(identity | {"processes": process.num_processes}))
+    facts["run"] = _digest({key: identity[key] for key in identity if key != "versions"})
+    refuse_other_run([out], identity)
+    return Plan(
+        base, revision, settings, train, out, start, training, validation, batches, letters,
+        process, device, dtype, facts, identity,
+    )  # fmt: skip
+
+
+def _start(folder: str | Path | None, base: str, settings: TuneSettings) -> Path | None:
+    """The weights of an earlier run, if they fit this one."""
+    if folder is None:
+        return None
+    run = read_run(folder)
+    if run["base"] != base:
+        raise InputError(
+            f"{folder} was tuned on {run['base']}, not on {base}: continue it on its own base"
+        )
+    if (run["method"] == "full") != (settings.method == "full"):
+        raise InputError(
+            f"{folder} was tuned by {run['method']}, which {settings.method} can't continue: merge "
+            f"it, and give the merged folder as the base"
+        )
+    return Path(folder) / (MODEL_FOLDER if settings.method == "full" else ADAPTER_FOLDER)
+
+
+def _one_a_text(questions: Sequence[Question]) -> list[Question]:
+    """A row for each of a picture's captions, or of a question's answers."""
+    rows = []
+    for question in questions:
+        for text in dict.fromkeys(question.references):
+            rows.append(replace(question, references=(text,)))
+    return rows
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _digest_of_run(folder: Path | None) -> list[str]:
+    return [] if folder is None else [file_digest(p) for p in sorted(folder.glob("*.safetensors"))]
