@@ -77,6 +77,7 @@ def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
         timeout=None,
         coalesce_streams=True,  # a progress bar leaves one line, not hundreds
         kernel_name="python3",
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(HOME)}},
         on_cell_executed=lambda **_: bar.update(),
     )
