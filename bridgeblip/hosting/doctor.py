@@ -54,7 +54,7 @@ def check(
     images: Path | None = None,
     tune: TuneSettings | None = None,
 ) -> list[Finding]:
-    """Return all that was found; if no level is "problem", the stage, one of ``STAGES`` or tune, can
+    """Return all that was found; if no level is "problem", the stage (of ``STAGES``, or tune) can
     start.
 
     Args:
