@@ -32,7 +32,7 @@ from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.weights import choose_weights, load_weights, stale_bundle
 from bridgeblip.vlm.settings import TuneSettings
 
-STAGES = ("train", "export", "predict", "tune")
+STAGES = ("train", "export", "predict")  # of the bridge
 
 
 def check(
@@ -55,7 +55,7 @@ def check(
     images: Path | None = None,
     tune: TuneSettings | None = None,
 ) -> list[Finding]:
-    """Return all that was found; if no level is "problem", the stage, one of ``STAGES``, can
+    """Return all that was found; if no level is "problem", the stage (of ``STAGES``, or tune) can
     start.
 
     Args:
@@ -70,8 +70,9 @@ def check(
         images, tune: as for ``tune``.
         limit: most parameters that the sliced model may have; by default ``budget.BUDGET_LIMIT``.
     """
-    if stage not in STAGES:
-        raise InputError(f"stage {stage!r} does not exist: expected one of {', '.join(STAGES)}")
+    if stage not in (*STAGES, "tune"):
+        known = ", ".join([*STAGES, "tune"])
+        raise InputError(f"stage {stage!r} does not exist: expected one of {known}")
     found, folder = Findings(), Path(checkpoint_dir)
     try:
         check_machine(found, stage)
