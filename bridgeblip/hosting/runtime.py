@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import tomllib
 import unicodedata
 import warnings
@@ -235,7 +236,7 @@ def _copied(csv: Path) -> Path:
 def _unpacked(archive: Path, csv_name: str) -> Path | None:
     """Unpack ``csv_name``, the CSVs beside it and its pictures, if a zip holds it; return that
     file."""
-    target = _local_folder(archive, *_stat(archive))
+    target, one_at_a_time = _local_folder(archive, *_stat(archive)), threading.Lock()
     try:
         with _explained(archive, target), _open_zip(archive) as opened:
             members = {_plain(member.filename): member for member in opened.infolist()}
@@ -252,7 +253,8 @@ def _unpacked(archive: Path, csv_name: str) -> Path | None:
             def unpack(name: str) -> None:
                 member = copy(members[_plain(name)])  # of two spellings each gets its own
                 member.filename = name
-                opened.extract(member, target)  # never outside the folder
+                with one_at_a_time:  # zipfile minds a folder that another thread has just made
+                    opened.extract(member, target)  # never outside the folder
 
             tables = fnmatch.filter(members, posixpath.join(posixpath.dirname(csv), "*.csv"))
             _fetch(tables, missing, unpack, archive, target)
