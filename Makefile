@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 # What a stock Colab's versions could break: loading, training, exporting, answering, and the notebooks themselves.
-QUICK = $(addprefix tests/test_, $(addsuffix .py, answers base callbacks checkpoints colab config doctor export features \
+QUICK = $(addprefix tests/test_, $(addsuffix .py, answer answers base batches callbacks checkpoints colab config doctor export features \
 	inference install main model notebooks pictures processing questions requirements runtime submission training))
 
 .PHONY: demo test test-colab verify verify-real verify-gpu lint clean
@@ -9,8 +9,9 @@ QUICK = $(addprefix tests/test_, $(addsuffix .py, answers base callbacks checkpo
 demo: .venv/ready  ## the whole road on the embedded questions and tiny base
 	$(PY) -m bridgeblip demo
 
-test: .venv/ready lint  ## lint and all tests, on the newest versions
+test: .venv/ready lint  ## lint and all tests, on the newest versions; families whose processors want torchvision with it
 	$(PY) -m pytest
+	PYTHONPATH=.venv/vision $(PY) -m pytest tests/test_batches.py tests/test_tune.py tests/test_merge.py
 
 test-colab: .venv-colab/ready  ## the quick part of the tests, on the versions of a stock Colab
 	.venv-colab/bin/python -m pytest $(QUICK)
@@ -32,6 +33,7 @@ lint: .venv/ready
 .venv/ready: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	$(PY) -m pip install --quiet --no-deps --target .venv/vision torchvision==0.28.0 num2words==0.5.14 docopt==0.6.2
 	touch $@
 
 .venv-colab/ready: requirements.txt requirements-dev.txt constraints-colab.txt
