@@ -12,7 +12,7 @@ from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
 from bridgeblip.data.formats import SOURCES
 from bridgeblip.files import FULL
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
-from bridgeblip.vlm.settings import TuneSettings
+from bridgeblip.vlm.settings import METHODS, TuneSettings
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
 with problems; 130 interrupted, run the same again to go on"""
@@ -100,22 +100,29 @@ def demo(args):
 
 @verb(
     "--stage train --base tiny --csv competition/train.csv",
-    option("--stage", choices=("train", "export", "predict"), default="train",
+    option("--stage", choices=("train", "export", "predict", "tune"), default="train",
            help="what is to be run"),
     option("--csv", type=Path, help="questions; by default competition/train.csv or test.csv"),
-    BASE, CHECKPOINT_DIR, FEW_OPTION, COPY_TO, NO_CACHE, *SETTINGS,
+    BASE, CHECKPOINT_DIR, FEW_OPTION, COPY_TO, NO_CACHE, *SETTINGS, IMAGES,
+    option("--method", choices=METHODS, default="lora", help="of tune"),
+    option("--pixels", type=int, default=0, help="of tune"),
 )  # fmt: skip
 def doctor(args):
     """Look at machine, versions, data, model and budget before a stage; writes nothing."""
     from bridgeblip.hosting.doctor import check, print_findings
 
     csv = args.csv or Path("competition/train.csv")
-    few = args.few if args.stage == "train" and csv.is_file() else "no"
+    few = args.few if args.stage == "train" else "no"
+    given = values_of(TrainSettings, args)
+    try:
+        settings = TrainSettings.choose(few, csv, **given)
+    except InputError:  # of questions that can't be read: the findings say so
+        settings = TrainSettings.choose("no", csv, **given)
     findings = check(
-        args.stage, args.csv, args.base, args.checkpoint_dir,
-        settings=TrainSettings.choose(few, csv, **values_of(TrainSettings, args)),
+        args.stage, args.csv, args.base, args.checkpoint_dir, settings=settings,
         bridge=BridgeSettings.given(**values_of(BridgeSettings, args)),
-        copy_to=args.copy_to, cache=not args.no_cache,
+        copy_to=args.copy_to, cache=not args.no_cache, images=args.images,
+        tune=TuneSettings(method=args.method, pixels=args.pixels),
     )  # fmt: skip
     return 0 if print_findings(findings) else 1
 
@@ -222,14 +229,17 @@ def export(args):
     "--weights checkpoint/weights-0.pt --out adapter",
     WEIGHTS,
     option("--out", type=Path, default="checkpoint/adapter", help="the folder to write"),
+    option("--push", metavar="OWNER/NAME", help="upload it to the hub, as the login there allows"),
     extras=("train",),
 )
 def share(args):
     """Turn weights into a plain PEFT adapter folder with a model card; writes adapter/."""
-    from bridgeblip.bridge.share import write_adapter
+    from bridgeblip.bridge.share import push_adapter, write_adapter
 
     out = write_adapter(_weights("sharing", args), args.out)
     print(f"wrote {out}: a PEFT adapter, its README.md says how to load it")
+    if args.push:
+        print(f"uploaded it to {push_adapter(out, args.push)}")
 
 
 def _weights(doing, args):
@@ -345,6 +355,28 @@ def _predict_texts(args, questions, how):
     shutil.rmtree(kept_folder(out), ignore_errors=True)
     print("\n".join([f"wrote {out}: {len(texts)} texts", *problem_lines(questions, answers)]))
     return 3 if any(answers.problems) and not args.allow_problems else 0
+
+
+@verb(
+    'checkpoint/torchscript.pt photo.jpg "What is shown?" cup bowl plate fork',
+    option("model", type=Path, help="the bundle, torchscript.pt"),
+    option("picture", type=Path, help="its file"),
+    option("question", help="in quotes"),
+    option("choices", nargs="+", metavar="CHOICE", help="two or more, each in quotes of its own"),
+)  # fmt: skip
+def ask(args):
+    """Ask a bundle one question about one picture; prints how likely each choice is."""
+    from bridgeblip.hosting.ask import ask, bars
+
+    print(bars(*ask(args.model, args.picture, args.question, args.choices)))
+
+
+@verb("checkpoint/torchscript.pt", option("model", type=Path, help="the bundle, torchscript.pt"))
+def inspect(args):
+    """Say what a bundle is: made from what, how good, how large, with which prompt."""
+    from bridgeblip.hosting.ask import inspect
+
+    print(inspect(args.model))
 
 
 @verb(

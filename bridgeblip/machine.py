@@ -1,6 +1,7 @@
 """Which number format to compute in, and finding the module where numbers stop being finite."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -135,3 +136,14 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def peak_memory() -> str:
+    """The most memory that this process has held so far: the GPU's where there is one."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory"
+    import resource  # Unix alone has it
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{held / 1e9:.1f} GB of memory"

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import torchvision_shim  # noqa: F401  (before transformers)
@@ -30,6 +31,7 @@ os.environ["BRIDGEBLIP_CACHE"] = tempfile.mkdtemp(
     prefix="bridgeblip-features-"
 )  # not the user's own
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network that is not there
+huggingface_hub.constants.HF_HUB_OFFLINE = True  # which was read when it was imported
 ROOT = Path(__file__).resolve().parent.parent
 DECODER_LAYERS = 6
 LAYERS = (0, 2, 5)  # what tests keep
@@ -185,6 +187,8 @@ class Script:
 
 def _run_script(code: str, arguments: list[str], env: dict[str, str], writer) -> None:
     os.setpgrp()
+    usual = multiprocessing.get_all_start_methods()[0]
+    multiprocessing.set_start_method(usual, force=True)  # of loaders' processes, as without us
     for stream in (1, 2):
         os.dup2(writer.fileno(), stream)
     writer.close()

@@ -2,15 +2,18 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import LAYERS, ROOT, without
+from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
+from bridgeblip.bridge import share
 from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION
 from bridgeblip.bridge.config import BridgeBlipConfig
 from bridgeblip.bridge.export import restore
@@ -161,6 +164,37 @@ def test_the_verb_takes_the_best_weights_and_replaces_only_an_adapter(weights, t
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
         write_adapter(weights[0], tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["somebody/bridge", "no name at all"])
+def test_what_the_hub_does_not_take_is_one_line_and_the_folder_stays(
+    weights, tmp_path, capsys, monkeypatch, name
+):
+    nowhere = partial(HfApi, endpoint="http://127.0.0.1:9", token="hf_none")
+    monkeypatch.setattr(share, "HfApi", nowhere)
+    out = tmp_path / "adapter"
+    line = ["share", "--weights", str(weights[0]), "--out", str(out), "--push", name]
+    assert main(line) == 2 and {path.name for path in out.iterdir()} == set(FILES)
+    error = capsys.readouterr().err
+    assert f"not uploaded to {name}" in error and "hf auth login" in error
+    assert error.count("\n") == 1
+
+
+def test_the_hub_gets_the_folders_four_files_privately(adapter, monkeypatch):
+    asked = []
+
+    class Hub:  # the real one would keep what it is given
+        endpoint = "https://hub"
+
+        def create_repo(self, name, private, exist_ok):
+            asked.append((name, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            asked.append((repo_id, folder_path, sorted(allow_patterns)))
+
+    monkeypatch.setattr(share, "HfApi", Hub)
+    assert share.push_adapter(adapter, "me/bridge") == "https://hub/me/bridge"
+    assert asked == [("me/bridge", True, True), ("me/bridge", adapter, sorted(FILES))]
 
 
 def test_what_has_no_adapter_is_refused(weights, tmp_path):

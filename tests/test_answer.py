@@ -262,3 +262,20 @@ def test_four_bits_need_bitsandbytes(folder, monkeypatch):
 def test_a_question_that_says_nothing_asks_for_a_caption(tuned):
     rendered = tuned.batches.render(Question("1", None, "", ()))
     assert "One letter." in rendered and "option" not in rendered
+
+
+def test_doctor_looks_at_what_tune_needs(folder, competition, tmp_path, capsys):
+    csv = competition / "train.csv"
+    stage = ["doctor", "--stage", "tune", "--base"]
+    assert main([*stage, str(folder), "--csv", str(csv)]) == 0
+    said = capsys.readouterr().out
+    assert " tokens, a picture takes at most" in said and "counted once" in said
+    assert "distinct pictures" in said and "memory: about" in said and "task choice" in said
+    blip = families.save("blip", tmp_path / "blip")
+    Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
+    korean = tmp_path / "train.csv"
+    korean.write_text("image,question,answer\n1.png,이것은 무엇인가요?,one\n")
+    main([*stage, str(blip), "--csv", str(korean)])
+    assert "the vocabulary can't read all of 1 of 1 questions" in capsys.readouterr().out
+    assert main([*stage, str(tmp_path / "nowhere"), "--csv", str(csv)]) == 1
+    assert "no model can be loaded from" in capsys.readouterr().out

@@ -215,7 +215,12 @@ def test_the_inference_notebook_alone_with_a_bundle_dropped_in(colab, data, undi
     shutil.copytree(data, home / "competition", dirs_exist_ok=True)
     (home / "competition" / "train.csv").unlink()
     shutil.copy(expected / "checkpoint" / "torchscript.pt", home / "checkpoint")
-    run_all(read(home, ANSWER), tmp_path / "drive", colab, tmp_path / "machine")
+    notebook = read(home, ANSWER)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('LANGUAGE = "auto"', 'LANGUAGE = "ko"')
+    printed = run_all(notebook, tmp_path / "drive", colab, tmp_path / "machine")
+    for words in ("작업 폴더", "시작할 수 있습니다", "답 20개", "제출하십시오", "  D. fork"):
+        assert words in printed
     assert (home / "submission.csv").read_bytes() == (expected / "submission.csv").read_bytes()
 
 

@@ -59,7 +59,7 @@ def test_notebooks_show_figures_and_warn_of_nothing(demo):
         images = [o for o in outputs if "image/png" in o.get("data", {})]
         assert (
             len(images)
-            == {"train.ipynb": 5, "torchscript.ipynb": 0, "torchscript_inference.ipynb": 3}[name]
+            == {"train.ipynb": 4, "torchscript.ipynb": 0, "torchscript_inference.ipynb": 4}[name]
         )
         assert "Warning" not in json.dumps([o.get("text", "") for o in outputs])
 

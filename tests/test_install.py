@@ -1,6 +1,8 @@
 """The package as pip installs it: built, and answering where nothing but its light core is."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -100,6 +102,23 @@ def test_the_light_core_answers_as_the_repository_does(light, bundle, competitio
         assert (tmp_path / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     done = run([light / "bridgeblip", "--version"], tmp_path)
     assert done.stdout == f"bridgeblip {bridgeblip.__version__}\n"
+
+
+def test_one_file_and_one_colleague_with_the_light_core(light, bundle, competition, tmp_path):
+    (tmp_path / "torchscript.pt").symlink_to(bundle)
+    (tmp_path / "questions").symlink_to(competition)
+    (tmp_path / "photo.jpg").symlink_to(next(competition.glob("test_input_images/*")))
+    for readme in ("README.md", "README.ko.md"):
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        (code,) = re.findall(r"(?ms)^```python\n(.*?)^```\n", text)
+        assert code.count("\n") == 5
+        done = run([light / "python", "-c", code], tmp_path)
+        assert done.returncode == 0 and done.stdout.count("[") == 21, done.stderr  # 20 questions
+        for verb in ("inspect", "ask"):
+            (line,) = re.findall(rf"(?m)^bridgeblip ({verb} .*)$", text)
+            done = run([light / "bridgeblip", *shlex.split(line)], tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert ("D. fork" if verb == "ask" else "decoder layers") in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.training.settings import FEW, TrainSettings
 from bridgeblip.training.weights import save_weights, trained_tensors
 
-NAMES = ("demo", "doctor", "prepare", "train", "export", "share", "predict", "blend", "evaluate")
+NAMES = ("demo", "doctor", "prepare", "train", "export", "share", "predict", "ask", "inspect",
+         "blend", "evaluate")  # fmt: skip
 
 
 def test_help_names_every_verb_loads_nothing_heavy_and_is_quick():
@@ -49,7 +51,7 @@ def test_every_verb_has_help_with_an_example_that_parses(verb, capsys):
     function, example, options, _ = VERBS[verb]
     assert caught.value.code == 0 and "--" in printed
     assert function.__doc__ in printed and f"{verb} {example}" in printed
-    args = build_parser().parse_args([verb, *example.split()])
+    args = build_parser().parse_args([verb, *shlex.split(example)])
     assert args.verb == verb and all(settings["help"] for _, settings in options)
 
 
@@ -201,6 +203,7 @@ BROKEN = {  # name -> verb, what breaks it, exit codes that may be
     "answers into no folder": ("predict", given("--out", "{home}/base/config.json/s.csv"), {2}),
     "answers over the questions": ("predict", given("--out", "{home}/competition/test.csv"), {2}),
     "no cache": ("train", given(BRIDGEBLIP_CACHE="/dev/null"), {2}),
+    "torn questions, doctor": ("doctor", put("competition/train.csv", b'ID,a\n1,"'), {1}),
     "no cache, doctor": ("doctor", given(BRIDGEBLIP_CACHE="/dev/null"), {1}),
     "no place for digests": ("predict", given(BRIDGEBLIP_CACHE="/dev/null"), {0}),
     "processes that are none": ("predict", given(RANK="3", WORLD_SIZE="2"), {2}),

@@ -142,7 +142,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.open.append(tag)
-        if tag == "section":
+        if tag == "h2":
             self.sections["new"], self.rows["new"] = "", []
         elif tag == "tr":
             self.rows[list(self.rows)[-1]].append([])
@@ -241,8 +241,8 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
         list(recall["mean"])
     )
     assert page.bars("By right letter") == [
-        [f"{part['name']}the right answer to {recall['size'][part['name']]}, "
-         f"the answer given to {given[part['name']]}",
+        [f"{part['name']}right for {recall['size'][part['name']]} questions, "
+         f"given to {given[part['name']]}",
          shown(part["accuracy"])]
         for part in found["recall"]
     ]  # fmt: skip
@@ -376,7 +376,7 @@ def test_data_notes_count_what_is_odd(judged, tmp_path):
             20,
             0.9,
             "doubt",
-            "20 pictures are few, whether it looks at the pictures was not measured and",
+            "20 pictures are few; whether it looks at the pictures was not measured",
         ),
         ("B", None, 40, 0.5, "bad", "100% of all answers are B."),
         ("chance", None, 40, 0.5, "bad", "its interval reaches down to guessing, 25.0%."),
@@ -431,7 +431,7 @@ def test_nothing_is_concluded_from_few_pictures(judged, tmp_path):
     few = asked[:36]  # on nine pictures
     right = np.eye(4)[[q.answer for q in few]]
     facts = write_report(tmp_path / "r.html", few, right, blank_probabilities=right[::-1])
-    sentence = "Nothing can be concluded from 9 pictures: at least 10 are needed."
+    sentence = "Nothing can be concluded: 9 of at least 10 pictures that are needed."
     assert facts["verdict"] == {"kind": "doubt", "sentence": sentence}
     page = Page((tmp_path / "r.html").read_text())
     head = page.sections[""]
@@ -439,13 +439,13 @@ def test_nothing_is_concluded_from_few_pictures(judged, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["measures"]["accuracy"]["low"] is None
     keys = [picture_key(few[0].image)[:16]]
     facts = write_report(tmp_path / "r.html", few, right, manifest={"pictures": keys})
-    assert "and the model has learned from 1 of the 9 pictures." in facts["verdict"]["sentence"]
+    assert "(the model has learned from 1 of the 9 pictures)." in facts["verdict"]["sentence"]
     facts = write_comparison(tmp_path / "r.html", few, right, right[::-1])
-    assert facts["verdict"]["sentence"].startswith("Nothing can be concluded from 9 pictures")
+    assert facts["verdict"]["sentence"].startswith("Nothing can be concluded: 9 of")
     counted = np.arange(160) < 4
     both = [np.eye(4)[[q.answer for q in asked]]] * 2
     facts = write_comparison(tmp_path / "r.html", asked, *both, weights=counted)
-    assert facts["verdict"]["sentence"].startswith("Nothing can be concluded from 1 picture:")
+    assert facts["verdict"]["sentence"].startswith("Nothing can be concluded: 1 of")
 
 
 def test_comparison_says_whether_a_gain_is_noise(judged, tmp_path):

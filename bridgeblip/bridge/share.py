@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path, PureWindowsPath
 
 import torch
+from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -135,6 +136,26 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def push_adapter(folder: Path, repository: str) -> str:
+    """Upload an adapter folder to the hub, as a model that only its owner sees until they publish
+    it; return its address.
+
+    Raises:
+        InputError: if the hub refuses the name or the login, or can't be reached.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(FILES))
+    except Exception as error:  # client, transport and checks of names each raise their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{folder} was written, but not uploaded to {repository} ({reason}): log in with "
+            f"hf auth login, and give --push OWNER/NAME of your own"
+        ) from error
+    return f"{api.endpoint}/{repository}"
 
 
 def _refuse_anything_else(out: Path) -> None:

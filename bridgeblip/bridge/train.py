@@ -32,6 +32,7 @@ from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
 from bridgeblip.files import cache_folder, copy_missing, copy_verified, require_writable
+from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
     Patience,
     Progress,
@@ -194,8 +195,8 @@ def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> Trai
     )
     often = np.array([np.mean(seen, axis=0) for seen in views])
     margin = choose_permutation_margin(once, often, [q.answer for q in questions])
-    pays = f"pays below a margin of {margin:.2f}" if margin else "does not pay"
-    plan.process.print(f"asking in other orders too {pays}")
+    pays = say("orders_pay", margin=margin) if margin else say("orders_idle")
+    plan.process.print(pays)
     if plan.process.is_main_process:
         named = ("base", "revision", "layers", "bridge", "train", "dtype", "pictures")
         report = plan.places[0] / REPORT_FILE
@@ -214,7 +215,7 @@ def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> Trai
                 save_best(place, accuracies, losses, margin)
                 for path in (report, report.with_suffix(".json")):
                     copy_verified(path, place / path.name)
-        print(f"{facts['verdict']['sentence']} More in {report}")
+        print(say("verdict", sentence=facts["verdict"]["sentence"], report=report))
     return TrainResult(history, questions, once, unseen, weights)
 
 

@@ -25,6 +25,7 @@ from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import is_out_of_memory, process_rank
+from bridgeblip.messages import say
 
 # Encoded pictures held at a time: bounds the memory whatever the number of rows.
 PICTURES_A_WINDOW = 32
@@ -108,7 +109,7 @@ def in_windows(
     pictures = [[questions[rows[0]].image for rows in windows[index]] for index in to_do]
     loaded = load_ahead(load, pictures)
     rows_to_do = sum(len(rows) for index in to_do for rows in windows[index])
-    with tqdm(total=rows_to_do, desc="answering", unit="row", disable=rank > 0) as bar:
+    with tqdm(total=rows_to_do, desc=say("answering"), unit="row", disable=rank > 0) as bar:
         for index, group in zip(to_do, loaded, strict=True):
             asked = [[questions[row] for row in rows] for rows in windows[index]]
             done[index] = answer(asked, group, bar)

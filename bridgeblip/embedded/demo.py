@@ -1,7 +1,9 @@
 """The demo: the three notebooks, executed in order on the embedded questions and the tiny base."""
 
 import os
+import shlex
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import nbformat
@@ -36,6 +38,9 @@ WRITES = {
 }
 NOTEBOOKS = tuple(WRITES)
 PARAMETERS_TAG = "parameters"
+BUNDLE = "checkpoint/torchscript.pt"
+LOG_FILE = "comparison.log"
+BAR = 40  # characters of an accuracy of 1
 
 # The tiny base is 32 times narrower than the real one and learns at higher rates.
 TINY_RATE = 3e-3
@@ -52,8 +57,9 @@ def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
     Raises:
         InputError: if a cell fails, with the notebook's own message.
     """
-    # This environment's kernel, not one in the home folder.
+    # This environment's kernel, not one in the home folder; and no word of its debugger's.
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     notebook = nbformat.read(HOME / name, as_version=4)
     tagged = [
         i
@@ -71,6 +77,7 @@ def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
         timeout=None,
         coalesce_streams=True,  # a progress bar leaves one line, not hundreds
         kernel_name="python3",
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(HOME)}},
         on_cell_executed=lambda **_: bar.update(),
     )
@@ -82,6 +89,8 @@ def run_notebook(name: str, parameters: dict, save_to: Path) -> None:
         ) from error
     finally:
         bar.close()
+        for cell in codes:  # a bar that has gone leaves an empty box
+            cell.outputs = [o for o in cell.outputs if o.get("text", "shown").strip()]
         save_to.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, save_to)
 
@@ -122,6 +131,7 @@ def run_demo(
         "torchscript.ipynb": {"CHECKPOINT_DIR": str(checkpoint)},
         "torchscript_inference.ipynb": shared | {"SUBMISSION": str(out / "submission.csv")},
     }
+    print(f"the demo: three notebooks on scanned digits with the tiny base, into {out}")
     stages: list[dict] = []
     for name in NOTEBOOKS:
         began = time.perf_counter()
@@ -131,77 +141,91 @@ def run_demo(
             f"{f.name} ({f.stat().st_size / 1e6:.2f} MB)" for f in sorted(out.glob(WRITES[name]))
         ]
         stages.append({"stage": name, "seconds": seconds, "writes": ", ".join(files)})
-    scores = score_demo(out, settings, stages)
+    print(f"other ways to answer, for comparison; what they print goes to {out / LOG_FILE}")
+    scores, verdict = score_demo(out, settings, stages)
     write_text(out / "scores.csv", scores.to_csv(index=False))
-    print(f"\n{scores.to_string(index=False)}\n")
-    print(pd.DataFrame(stages).to_string(index=False))
+    print(f"\n{pd.DataFrame(stages).to_string(index=False)}\n")
+    width = scores["answers by"].map(len).max()
+    for name, accuracy in scores.itertuples(index=False):
+        print(f"{name:{width}}  {accuracy:.3f}  {'█' * round(BAR * accuracy)}")
     print(
-        f"\nThe answers lie in {out / 'submission.csv'}, the executed notebooks in "
-        f"{out / 'notebooks'}, and what to "
-        f"think of\nthe score in {out / 'report.html'}: open it in a browser.\n"
-        "For real data put the organiser's files into competition/ and run train.ipynb, "
-        "torchscript.ipynb and\n"
-        "torchscript_inference.ipynb in this order on a GPU; competition/README.md names the "
-        "columns."
+        f"\nthe bridged model's {len(read_table(out / 'submission.csv'))} answers: {verdict}\n"
+        f"next: open {out / 'report.html'} in a browser; the executed notebooks lie beside it.\n"
+        "For your own questions put the organiser's files into competition/ "
+        "(competition/README.md names the columns)\n"
+        "and open train.ipynb on a GPU; without one, ask the model that was just made:\n"
+        f"  {_example(out)}"
     )
     return scores
 
 
-def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> pd.DataFrame:
+def _example(out: Path) -> str:
+    """A command that asks the demo's bundle about one of its pictures."""
+    question = read_questions(out / "competition" / "test.csv")[0]
+    choices = " ".join(shlex.quote(choice) for choice in question.choices)
+    files = " ".join(os.path.relpath(path) for path in (out / BUNDLE, question.image))
+    return f"python -m bridgeblip ask {files} {shlex.quote(question.question)} {choices}"
+
+
+def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> tuple[pd.DataFrame, str]:
     """Compare every way to answer the test questions, and write the report; the only reader of the
-    true answers."""
+    true answers.
+
+    Returns:
+        The table of accuracies, and the report's sentence on the bridged model.
+    """
     questions = with_answers(read_questions(out / "competition" / "test.csv"), out / "answers.csv")
     submitted = read_table(out / "submission.csv").set_index("ID")["answer"]
     given = submitted.loc[[question.id for question in questions]]
-    bundle = load_bundle(out / "checkpoint" / "torchscript.pt")
+    bundle = load_bundle(out / BUNDLE)
     weights = out / "checkpoint" / bundle.manifest["trained"]["file"]
-    print("\nFor comparison, a model of which only the head is trained:")
-    train(
-        out / "competition" / "train.csv",
-        "tiny",
-        out / "head_only",
-        settings,
-        BridgeSettings(rank=0),
-    )
     head_only = out / "head_only" / f"weights-{settings.epochs - 1}.pt"
-    print("\nThe held-out questions, answered by the trained model, the bundle and the base:")
-    bridged = _predict_eager(restore(weights).model, questions, bundle.manifest)
-    same = (given == letters_of(bridged)).sum()
-    blank = predict(bundle, questions, blank_images=True).probabilities
-    sliced = accuracy_of(questions, _predict_sliced(DEFAULT_DECODER_LAYERS, questions))
-    head = accuracy_of(questions, _predict_eager(restore(head_only).model, questions))
-    rows = [
-        ("guessing", 1 / len(questions[0].choices)),
-        (
-            "unsliced base, all 24 layers",
-            accuracy_of(questions, _predict_sliced(range(24), questions)),
+    found = {}
+
+    def head():
+        csv, bridge = out / "competition" / "train.csv", BridgeSettings(rank=0)
+        train(csv, "tiny", head_only.parent, settings, bridge)
+        return _predict_eager(restore(head_only).model, questions)
+
+    ways = {
+        "unsliced base, all 24 layers": lambda: _predict_sliced(range(24), questions),
+        "sliced, not bridged": lambda: _predict_sliced(DEFAULT_DECODER_LAYERS, questions),
+        "sliced, only the head trained": head,
+        "bridged": lambda: _predict_eager(restore(weights).model, questions, bundle.manifest),
+        "the same without looking: blank images": lambda: (
+            predict(bundle, questions, blank_images=True).probabilities
         ),
-        ("sliced, not bridged", sliced),
-        ("sliced, only the head trained", head),
-        ("bridged", accuracy_of(questions, bridged)),
-        (
-            "bridged, through TorchScript: submission.csv",
-            (given == [letter(question.answer) for question in questions]).mean(),
-        ),
-        ("the same without looking: blank images", accuracy_of(questions, blank)),
-    ]
-    print(
-        f"\n{len(questions)} held-out questions; TorchScript gives the trained model's letter on "
-        f"{same} of them."
-    )
+    }
+    accuracy = {"guessing": 1 / len(questions[0].choices)}
+    bar = tqdm(ways.items(), desc="comparing", unit="way")
+    with open(out / LOG_FILE, "w", encoding="utf-8") as log:
+        for name, answer in bar:
+            bar.set_postfix_str(name)
+            with redirect_stdout(log), redirect_stderr(log):
+                found[name] = answer()
+            accuracy[name] = accuracy_of(questions, found[name])
     probabilities, flags = read_probabilities(out, questions)
-    write_report(
+    blank = "the same without looking: blank images"
+    right = given == [letter(question.answer) for question in questions]
+    accuracy |= {
+        "bridged, through TorchScript: submission.csv": right.mean(),
+        blank: accuracy.pop(blank),
+    }
+    same = (given == letters_of(found["bridged"])).sum()
+    print(f"TorchScript gives the trained model's letter on {same} of {len(questions)} questions")
+    facts = write_report(
         out / "report.html",
         questions,
         probabilities,
         flags=flags,
-        blank_probabilities=blank,
-        references={"sliced, not bridged": sliced, "sliced, only the head trained": head},
+        blank_probabilities=found[blank],
+        references={name: accuracy[name] for name in list(ways)[1:3]},
         cost={f"{stage['stage']}, seconds": stage["seconds"] for stage in stages},
         manifest=bundle.manifest,
         data=f"{len(questions)} held-out questions",
     )
-    return pd.DataFrame(rows, columns=["answers by", "accuracy"]).round(4)
+    table = pd.DataFrame(accuracy.items(), columns=["answers by", "accuracy"]).round(4)
+    return table, facts["verdict"]["sentence"]
 
 
 def _predict_sliced(layers, questions: list[Question]):

@@ -18,7 +18,7 @@ from bridgeblip.evidence.metrics import Bin, accuracy_of
 
 RIGHT, WRONG, NEUTRAL = "#1a7f37", "#cf222e", "#57606a"
 BLUE, LIGHT = "#0969da", "#54aeff"
-TEXT_SIZE, LINE = 11, 36  # of a question below its picture: points, and characters a line
+TEXT_SIZE, LINE = 13, 30  # of a question below its picture: points, and characters a line
 
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
 

@@ -4,6 +4,7 @@ script, for phone and desktop, light and dark."""
 import base64
 import io
 from collections.abc import Iterable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,22 @@ def render(template: str, **values: Any) -> str:
         "thumbnail": thumbnail,
     }
     return pages.get_template(f"{template}.html.jinja").render(values)
+
+
+class Inline:
+    """A page as a notebook shows it: within the notebook, with a button that downloads it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def _repr_html_(self) -> str:
+        page = base64.b64encode(self.path.read_bytes()).decode()
+        frame = escape(self.path.read_text(encoding="utf-8"))
+        return (
+            f'<a download="{self.path.name}" href="data:text/html;base64,{page}">'
+            f"<button>download {self.path.name}</button></a>"
+            f'<iframe srcdoc="{frame}" sandbox style="width:100%;height:40rem"></iframe>'
+        )
 
 
 def points(value: float) -> str:

@@ -13,10 +13,12 @@ import pandas as pd
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, letter, letters
 from bridgeblip.evidence import metrics
+from bridgeblip.evidence.answers import margins
 from bridgeblip.evidence.figures import confusion_figure, reliability_figure
 from bridgeblip.evidence.metrics import Comparison, Estimate
 from bridgeblip.evidence.page import points, render
 from bridgeblip.files import write_text
+from bridgeblip.messages import say
 
 DECIMALS = 6  # of probabilities.csv
 SHOWN = 12  # questions that a section shows with their pictures
@@ -73,8 +75,7 @@ def write_report(
     if blank_probabilities is not None:
         blank = metrics.compare(answers, blank_probabilities, probabilities, groups)
     manifest, learned = learned_pictures(manifest, questions)
-    best = np.sort(probabilities, axis=1)[:, ::-1]
-    sure, margin = best[:, 0], best[:, 0] - best[:, 1]
+    sure, margin = probabilities.max(axis=1), margins(probabilities)
     mistakes = [i for i in np.argsort(-sure, kind="stable") if not right[i]][:SHOWN]
     unsure = np.argsort(margin, kind="stable")[:SHOWN]
     facts = {
@@ -151,7 +152,7 @@ def _shown(
     by_letter = []
     for part in measures.recall:
         times = given[letters(len(given)).index(part.name)]
-        note = f"the right answer to {part.rows:,}, the answer given to {times:,}"
+        note = f"right for {part.rows:,} questions, given to {times:,}"
         by_letter.append((part.name, part.accuracy, note))
     return {
         "title": f"{about['model']} on {about['data']}, {about['date']}",
@@ -178,57 +179,37 @@ def judge(facts: dict[str, Any]) -> dict[str, str]:
     bad."""
     measures, blank, learned = facts["measures"], facts["blank"], facts["learned"]
     score, others = measures.accuracy, facts["chance"] | (facts["references"] or {})
-    known = f"the model has learned from {learned} of the {measures.pictures} pictures"
+    known = say("known", learned=learned, pictures=measures.pictures)
     if score.low is None:
-        more = f", and {known}" if learned else ""
+        more = f" ({known})" if learned else ""
         return _verdict("doubt", f"{_nothing(measures.pictures)}{more}.")
     if learned and learned >= MANY_LEARNED * measures.pictures:
-        return _verdict("bad", f"Don't believe this score: {known}.")
+        return _verdict("bad", say("leaked", known=known))
     if measures.collapse:
         given = np.array(measures.confusion).sum(0) / measures.questions
         share = given[letters(len(given)).index(measures.collapse)]
-        return _verdict(
-            "bad", f"Don't believe this score: {share:.0%} of all answers are {measures.collapse}."
-        )
-    guessing = others[GUESSING]
-    if score.low <= guessing:
-        return _verdict(
-            "bad",
-            f"Don't believe this score: its interval reaches down to guessing, {guessing:.1%}.",
-        )
+        return _verdict("bad", say("collapsed", share=share, letter=measures.collapse))
+    if score.low <= others[GUESSING]:
+        return _verdict("bad", say("guessing", guessing=others[GUESSING]))
     if blank and blank.difference.low <= 0:
-        return _verdict(
-            "bad",
-            f"Don't believe that it looks at the pictures: without them it scores "
-            f"{blank.first.value:.1%}.",
-        )
+        return _verdict("bad", say("blind", blank=blank.first.value))
     doubts = [known] if learned else []
     if measures.pictures < FEW_PICTURES:
-        doubts.append(f"{measures.pictures} pictures are few")
+        doubts.append(say("few_pictures", pictures=measures.pictures))
     if not blank:
-        doubts.append("whether it looks at the pictures was not measured")
+        doubts.append(say("not_blind_tested"))
     best = max(others, key=others.get)
     if others[best] >= score.low:
-        doubts.append(f"it is not shown to beat '{best}', {others[best]:.1%}")
+        doubts.append(say("not_better", name=best, share=others[best]))
     if doubts:
-        listed = " and ".join(filter(None, [", ".join(doubts[:-1]), doubts[-1]]))
-        return _verdict(
-            "doubt",
-            f"Believe it with care, between {score.low:.1%} and {score.high:.1%}: {listed}.",
-        )
-    return _verdict(
-        "good",
-        f"Believe it, for questions and pictures like these: between {score.low:.1%} and "
-        f"{score.high:.1%}, better than each simpler way below, and looking at the pictures is "
-        f"worth {100 * blank.difference.value:.1f} points.",
-    )
+        reasons = "; ".join(doubts)
+        return _verdict("doubt", say("care", low=score.low, high=score.high, doubts=reasons))
+    gain = 100 * blank.difference.value
+    return _verdict("good", say("believe", low=score.low, high=score.high, points=gain))
 
 
 def _nothing(pictures: int) -> str:
-    return (
-        f"Nothing can be concluded from {pictures} picture{'s' * (pictures != 1)}: at least "
-        f"{metrics.FEWEST_GROUPS} are needed"
-    )
+    return say("nothing", pictures=pictures, fewest=metrics.FEWEST_GROUPS)
 
 
 def _verdict(kind: str, sentence: str) -> dict[str, str]:

@@ -27,6 +27,7 @@ from bridgeblip.evidence.answers import (
 )
 from bridgeblip.files import require_writable
 from bridgeblip.machine import process_rank
+from bridgeblip.messages import say
 
 SAMPLE_FILE = "sample_submission.csv"
 PROBLEMS_FILE = "problems.csv"
@@ -140,7 +141,8 @@ def problem_table(questions: Sequence[Question], answers: Answers) -> pd.DataFra
 def describe(questions: Sequence[Question], answers: Answers, out: str | Path) -> str:
     """What was written and what should be known about it: a line a flag, and a line a problem."""
     rows = len(questions)
-    lines = [f"wrote {out} and {Path(out).with_name(PROBABILITIES_FILE)}: {rows} answers"]
+    beside = Path(out).with_name(PROBABILITIES_FILE)
+    lines = [say("wrote", out=out, probabilities=beside, rows=rows)]
     for flag, note in FLAG_NOTES.items():
         count = sum(flag in words for words in answers.flags)
         if count:
@@ -152,10 +154,7 @@ def problem_lines(questions: Sequence[Question], answers: Answers) -> list[str]:
     """What should be known about rows that could not be answered as they stand."""
     lines, problems = [], problem_table(questions, answers)
     if len(problems):
-        lines.append(
-            f"{len(problems)} rows could not be answered as they stand, see {PROBLEMS_FILE} beside "
-            f"it:"
-        )
+        lines.append(say("problem_rows", count=len(problems), file=PROBLEMS_FILE))
     for row in problems.head(SHOWN).itertuples():
         lines.append(f"line {row.line} (ID {row.ID}): {row.reason}")
     if len(problems) > SHOWN:

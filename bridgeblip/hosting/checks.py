@@ -93,11 +93,14 @@ def check_machine(found: Findings, stage: str) -> None:
             f"torchao {installed('torchao')}: peft refuses to make adapters beside {OLD_TORCHAO}: "
             f"pip uninstall -y torchao (nothing here needs it), then restart",
         )
-    check_gpu(found, "warning" if stage == "export" else "problem")
+    check_gpu(found, stage)
 
 
-def check_gpu(found: Findings, level: str) -> None:
+def check_gpu(found: Findings, stage: str) -> None:
     if not torch.cuda.is_available():
+        if stage != "train":
+            found.add("ok", "no CUDA GPU; this stage does without")
+            return
         remedy = "in Colab, Runtime > Change runtime type"
         found.add("note", f"no CUDA GPU: the real base is slow on a CPU: {remedy}")
         return
@@ -106,7 +109,7 @@ def check_gpu(found: Findings, level: str) -> None:
         _try_gpu()
     except RuntimeError as error:
         found.add(
-            level,
+            "warning" if stage == "export" else "problem",
             f"this torch can't compute on {name} ({str(error).splitlines()[0]}): take another GPU "
             f"(on Kaggle T4, not P100), or a torch built for this one",
         )

@@ -24,12 +24,15 @@ from bridgeblip.hosting.checks import (
     check_speed,
     number_format,
 )
+from bridgeblip.hosting.doctor_tune import check_tune
 from bridgeblip.hosting.runtime import installed
 from bridgeblip.machine import best_device, choose_precision
+from bridgeblip.messages import say
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.weights import choose_weights, load_weights, stale_bundle
+from bridgeblip.vlm.settings import TuneSettings
 
-STAGES = ("train", "export", "predict")
+STAGES = ("train", "export", "predict")  # of the bridge
 
 
 def check(
@@ -49,9 +52,11 @@ def check(
     limit: int | None = None,
     copy_to: str | Path | None = None,
     cache: bool = True,
+    images: Path | None = None,
+    tune: TuneSettings | None = None,
 ) -> list[Finding]:
-    """Return all that was found; if no level is "problem", the stage ("train", "export", "predict")
-    can start.
+    """Return all that was found; if no level is "problem", the stage (of ``STAGES``, or tune) can
+    start.
 
     Args:
         csv: questions; by default ``competition/train.csv`` or ``test.csv``. An export needs none.
@@ -62,10 +67,12 @@ def check(
         out: file that an export or a prediction will write.
         settings, bridge, revision, copy_to: as for ``train``; ``cache`` if it keeps features.
         dtype: name of the torch dtype of the weights; by default what the stage chooses.
+        images, tune: as for ``tune``.
         limit: most parameters that the sliced model may have; by default ``budget.BUDGET_LIMIT``.
     """
-    if stage not in STAGES:
-        raise InputError(f"stage {stage!r} does not exist: expected one of {', '.join(STAGES)}")
+    if stage not in (*STAGES, "tune"):
+        known = ", ".join([*STAGES, "tune"])
+        raise InputError(f"stage {stage!r} does not exist: expected one of {known}")
     found, folder = Findings(), Path(checkpoint_dir)
     try:
         check_machine(found, stage)
@@ -73,6 +80,9 @@ def check(
             csv, base = Path(csv or "competition/train.csv"), base or REAL_BASE
             size = _check_train(found, csv, base, settings, bridge, revision, dtype, limit)
             _check_places(found, [folder, *[copy_to] * bool(copy_to)], size, cache)
+        elif stage == "tune":
+            csv, tune = Path(csv or "competition/train.csv"), tune or TuneSettings()
+            check_tune(found, csv, base or REAL_BASE, images, tune, settings, revision)
         elif stage == "export":
             out = Path(out or folder / "torchscript.pt")
             _check_export(found, Path(weights or folder), base, out, revision, dtype, limit)
@@ -96,8 +106,10 @@ def print_findings(findings: Sequence[Finding]) -> bool:
     """Print a line each and a verdict; return whether the stage can start."""
     levels = [finding.level for finding in findings]
     problems, warnings = levels.count("problem"), levels.count("warning")
-    verdict = "this stage would fail" if problems else "this stage can start"
-    print(*findings, f"problems: {problems}, warnings: {warnings}; {verdict}", sep="\n")
+    verdict = say("can_start", problems=problems, warnings=warnings)
+    if problems:
+        verdict = say("would_fail", problems=problems, warnings=warnings)
+    print(*findings, verdict, sep="\n")
     return not problems
 
 

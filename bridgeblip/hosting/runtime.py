@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import tomllib
 import unicodedata
 import warnings
@@ -31,6 +32,7 @@ from packaging.requirements import Requirement
 
 from bridgeblip import HOME, IN_REPOSITORY, InputError, __version__
 from bridgeblip.files import cache_folder, copy_verified
+from bridgeblip.messages import LANGUAGE_VARIABLE, LANGUAGES, say
 
 DRIVE = Path("/content/drive")
 OLD_TORCHAO = Requirement("torchao<0.16")  # peft makes no adapters beside it
@@ -91,7 +93,7 @@ def other_copies() -> list[str]:
     return [f"{line}; this is {__version__} in {HOME}" for line in lines]
 
 
-def set_up(*extras: str) -> None:
+def set_up(*extras: str, language: str = "auto") -> None:
     """Say where this runs, go to the repository's folder, and install what is missing; a second
     call does nothing.
 
@@ -102,14 +104,19 @@ def set_up(*extras: str) -> None:
 
     Args:
         extras: of pyproject.toml, what the notebook needs; by default "train" and "notebooks".
+        language: of what is printed most: auto (the locale's), en or ko.
 
     Raises:
         InputError: if there is no torch, or if the session must be restarted, because a package
             that was imported already had to be changed.
     """
+    if language not in LANGUAGES:
+        raise InputError(f"LANGUAGE is {language!r}: expected one of {', '.join(LANGUAGES)}")
+    if language != "auto":
+        os.environ[LANGUAGE_VARIABLE] = language
     if os.access(HOME, os.W_OK):
         os.chdir(HOME)
-    print(f"{place()}, Python {sys.version.split()[0]}; working in {Path.cwd()}")
+    print(say("where", place=place(), python=sys.version.split()[0], folder=Path.cwd()))
     for line in other_copies():
         print(line)
     # Progress bars are plain text without ipywidgets.
@@ -130,7 +137,7 @@ def install_missing(wanted: list[Requirement]) -> None:
     unfit = [one for one in wanted if one.name != "torch" and not fits(one)]
     in_the_way = place() != "Jupyter" and fits(OLD_TORCHAO)
     if not unfit and not in_the_way:
-        print("all requirements are there")
+        print(say("ready"))
         return
     before = _imported_versions()
     if in_the_way:
@@ -138,7 +145,7 @@ def install_missing(wanted: list[Requirement]) -> None:
         _pip("uninstall", "--yes", "torchao")
     if unfit:
         named = [f"{one} (now {installed(one.name) or 'missing'})" for one in unfit]
-        print(f"installing {', '.join(named)}")
+        print(say("installing", packages=", ".join(named)))
         with tempfile.TemporaryDirectory() as folder:
             pinned = Path(folder) / "torch.txt"
             pinned.write_text(f"torch=={torch}\n", encoding="utf-8")
@@ -222,14 +229,14 @@ def _copied(csv: Path) -> Path:
             if path.name not in tables:
                 path.unlink()
         _fetch(tables + pictures, changed, copy, folder, target)
-    print(f"reading the copy of {folder} in {target}; to change something, change it in {folder}")
+    print(say("copied", source=folder, target=target))
     return target / csv.name
 
 
 def _unpacked(archive: Path, csv_name: str) -> Path | None:
     """Unpack ``csv_name``, the CSVs beside it and its pictures, if a zip holds it; return that
     file."""
-    target = _local_folder(archive, *_stat(archive))
+    target, one_at_a_time = _local_folder(archive, *_stat(archive)), threading.Lock()
     try:
         with _explained(archive, target), _open_zip(archive) as opened:
             members = {_plain(member.filename): member for member in opened.infolist()}
@@ -246,7 +253,8 @@ def _unpacked(archive: Path, csv_name: str) -> Path | None:
             def unpack(name: str) -> None:
                 member = copy(members[_plain(name)])  # of two spellings each gets its own
                 member.filename = name
-                opened.extract(member, target)  # never outside the folder
+                with one_at_a_time:  # zipfile minds a folder that another thread has just made
+                    opened.extract(member, target)  # never outside the folder
 
             tables = fnmatch.filter(members, posixpath.join(posixpath.dirname(csv), "*.csv"))
             _fetch(tables, missing, unpack, archive, target)
@@ -256,7 +264,7 @@ def _unpacked(archive: Path, csv_name: str) -> Path | None:
         raise InputError(
             f"{archive} can't be unpacked ({error}): copy it again, or unpack it yourself"
         ) from error
-    print(f"reading {archive} as unpacked in {target}")
+    print(say("unpacked", source=archive, target=target))
     return target / csv
 
 
@@ -344,10 +352,7 @@ def finish() -> None:
         return
     from google.colab import drive
 
-    print("waiting until Drive has stored every file; keep this page open")
+    print(say("storing"))
     os.chdir(DRIVE.parent)  # a folder that somebody stands in can't be unmounted
     drive.flush_and_unmount()
-    print(
-        "all is on Drive, and Drive is no longer mounted: to go on in this notebook, choose Run "
-        "all again"
-    )
+    print(say("stored"))

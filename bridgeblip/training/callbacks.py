@@ -17,6 +17,8 @@ from transformers import ProgressCallback, TrainerCallback
 
 from bridgeblip.evidence.figures import training_figure
 from bridgeblip.files import copy_verified
+from bridgeblip.machine import peak_memory
+from bridgeblip.messages import say
 from bridgeblip.training.state import copy_state, publish_state
 from bridgeblip.training.stopping import Stopper, copying_to
 from bridgeblip.training.weights import (
@@ -311,9 +313,10 @@ class Progress(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
-            self.training_bar.set_description("training")
+            self.training_bar.set_description(say("training"))
             self.training_bar.update(state.global_step)  # where it goes on from
             self.current_step = state.global_step
+        self.began, self.first = time.monotonic(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs:
@@ -333,7 +336,7 @@ class Progress(ProgressCallback):
     def on_prediction_step(self, args, state, control, **kwargs):
         super().on_prediction_step(args, state, control, **kwargs)
         if self.prediction_bar is not None:
-            self.prediction_bar.set_description("validating", refresh=False)
+            self.prediction_bar.set_description(say("validating"), refresh=False)
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.prediction_bar is not None:
@@ -343,9 +346,14 @@ class Progress(ProgressCallback):
     on_predict = on_evaluate
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.live and self.training_bar is not None:
-            self._draw(state)
+        if self.handle is not None:  # the whole one is drawn below, once
+            self.handle.update({}, raw=True)
         super().on_train_end(args, state, control, **kwargs)
+        if state.is_world_process_zero and state.global_step > self.first:
+            seconds = time.monotonic() - self.began
+            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            rate = (state.global_step - self.first) * batch / seconds
+            print(say("took", minutes=seconds / 60, rate=rate, memory=peak_memory()))
 
 
 def in_notebook() -> bool:

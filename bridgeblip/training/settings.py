@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bridgeblip import InputError
+from bridgeblip.messages import say
 
 # For sixty questions: more passes, a gentler start, more pictures to measure on.
 FEW = {
@@ -159,7 +160,7 @@ class TrainSettings(Settings):
 
             if process_rank()[0] == 0:
                 words = ", ".join(f"{name} {value}" for name, value in FEW.items())
-                print(f"{count} distinct pictures are few: their profile is taken ({words})")
+                print(say("few", count=count, words=words))
         return cls.given(**profile | {k: v for k, v in changes.items() if v is not None})
 
 

@@ -24,6 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.metrics import clustered_mean
 from bridgeblip.machine import NonFiniteError
+from bridgeblip.messages import say
 from bridgeblip.training.callbacks import Averages
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, read_state
@@ -142,7 +143,7 @@ class AveragingTrainer(Trainer):
         if resumed:
             self.averages.load(resumed)
         if self.args.should_save:  # in one process of several
-            print(f"going on from {resumed}" if resumed else "starting from step 0")
+            print(say("resume", state=resumed) if resumed else say("begin"))
             shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a killed save has left
         # At its end, or stopped early: only what it came to is wanted.
         if resumed and read_state(resumed)["done"]:
