@@ -55,7 +55,7 @@ def learn(family: str, task: str, data: Path, folder: Path, epochs: int, rate: f
     return tune(base, data, folder / f"run-{family}-{task}", settings, train)
 
 
-def checks(pictures: int = 400, epochs: int = 8) -> list[tuple[str, str, str, bool]]:
+def checks(pictures: int = 400, epochs: int = 60) -> list[tuple[str, str, str, bool]]:
     """What is asked and measured, a row a check, as ``verify.py`` shows it."""
     folder, rows = Path(tempfile.mkdtemp()), []
     files = write_files(folder / "data", pictures)
@@ -85,7 +85,7 @@ def checks(pictures: int = 400, epochs: int = 8) -> list[tuple[str, str, str, bo
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=400)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=60)
     arguments = parser.parse_args()
     found = checks(arguments.pictures, arguments.epochs)
     for row in found:

@@ -145,6 +145,14 @@ def check_captions() -> list[tuple[str, str, str, bool]]:
     ]
 
 
+def check_families() -> list[tuple[str, str, str, bool]]:
+    """What tuning makes of random models of two families on the embedded pictures."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from learn_families import checks
+
+    return checks()
+
+
 def check_ablation() -> list[tuple[str, str, str, bool]]:
     """The layer-selection experiment from nothing, in one command."""
     work = Path(tempfile.mkdtemp())
@@ -223,6 +231,7 @@ CHECKS = {
     "demo": check_demo,
     **{name: partial(check_tests, name) for name in TESTS},
     "captions": check_captions,
+    "families": check_families,
     "ablation": check_ablation,
     "full_size": check_full_size,
     "speed": check_speed,
