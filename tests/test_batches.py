@@ -11,6 +11,7 @@ from bridgeblip.vlm.batches import Batches, letter_logits, to_model
 from bridgeblip.vlm.families import (
     decoder_linears,
     decoder_name,
+    image_kwargs,
     image_tokens,
     load_config,
     load_model,
@@ -60,6 +61,23 @@ def test_labels_are_the_answer_and_its_end(family):
         assert (row[taught] == labels[taught]).all()
     with torch.inference_mode():
         assert model(**batch).loss.isfinite()
+
+
+def test_prompts_begin_as_transformers_renders_them(family):
+    """LLaVA's template leaves the beginning, <s>, to the tokenizer; others write theirs."""
+    _, _, batches = family
+    if not batches.processor.chat_template:
+        pytest.skip("no chat template")
+    content = [
+        {"type": "image", "image": PICTURES[0]},
+        {"type": "text", "text": batches.text(ASKED[0])},
+    ]
+    expected = batches.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        **image_kwargs(batches.processor),
+    )  # fmt: skip
+    assert batches.ask(ASKED[:1], PICTURES[:1])["input_ids"].equal(expected["input_ids"])
 
 
 def test_what_is_taught_continues_what_is_asked(family):

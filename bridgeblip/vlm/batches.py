@@ -51,6 +51,7 @@ class Batches:
         self.kind = model_config.model_type
         self.system, self.prompt = system, prompt
         self.bare = self.kind in BARE
+        self.begins = False  # whether the template writes the token that a text begins with
         self.padding_side = "right" if self.kind in PADS_RIGHT else "left"
         self.context = model_config.get_text_config(decoder=True).max_position_embeddings
         self.end = tokenizer.sep_token if self.kind == "blip" else tokenizer.eos_token
@@ -80,6 +81,8 @@ class Batches:
                 "the chat template does not write an answer where it asks for one: take a version "
                 "of the model that answers at once"
             )
+        begin = self.tokenizer.bos_token
+        self.begins = begin is not None and head.startswith(begin)
         self.between, after = whole[len(head) :].split(MARK)
         if self.special.search(after):  # else the template leaves it to the model to end
             self.end = after.rstrip()
@@ -179,7 +182,8 @@ class Batches:
 
     def _process(self, questions, pictures) -> dict[str, torch.Tensor]:
         """The processor's own batch."""
-        how = {} if self.bare else {"add_special_tokens": False}  # the template has written them
+        # As Transformers' own rendering decides: LLaVA's template leaves <s> to the tokenizer.
+        how = {"add_special_tokens": False} if self.begins else {}
         batch = self.processor(
             images=[[picture] for picture in pictures],
             text=[self.render(question) for question in questions],
