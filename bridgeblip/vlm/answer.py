@@ -29,14 +29,11 @@ from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import Answers
 from bridgeblip.files import read_json
 from bridgeblip.machine import choose_precision
-from bridgeblip.vlm.batches import Batches, letter_logits, to_model
+from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT, Batches, letter_logits, to_model
 from bridgeblip.vlm.families import count_parameters, load_config, load_model, load_processor
 from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
 
 BLANK = Image.new("RGB", (336, 336), (127, 127, 127))  # stands for a missing picture
-BEAMS = {"caption": 3, "answer": 1}
-MOST_TOKENS = 128
-"""Of a caption or an answer; one that is longer is cut off there, and named."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +202,7 @@ def answer_texts(
     questions: Sequence[Question],
     batch_size: int = 8,
     beams: int | None = None,
-    most: int = MOST_TOKENS,
+    most: int = LONGEST_TEXT,
     blank_images: bool = False,
     out: str | Path | None = None,
 ) -> tuple[list[str], Answers]:

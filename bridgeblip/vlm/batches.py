@@ -18,6 +18,8 @@ from bridgeblip.vlm.families import BARE, image_kwargs
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 CAPTION_PROMPT = "Describe the picture in one sentence."
 MARK = "\ue000"  # stands for the answer in a template: private use, and no space to be stripped
+BEAMS = {"caption": 3, "answer": 1}
+LONGEST_TEXT = 64  # tokens of a caption or an answer; a longer one is cut off there
 PADS_RIGHT = ("blip",)
 """Families whose positions count from the first column, padding or not."""
 SHAPES = ((2048, 2048), (2048, 1536), (2048, 1365), (60, 60), (60, 34), (60, 20))

@@ -3,31 +3,19 @@
 from collections.abc import Sequence
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import nn
 from transformers import enable_full_determinism, set_seed
 
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question
-from bridgeblip.training.callbacks import (
-    TrainingError,
-)
+from bridgeblip.training.callbacks import TrainingError
 from bridgeblip.training.losses import choice_loss
 from bridgeblip.vlm.batches import letter_logits, to_model
-from bridgeblip.vlm.families import (
-    decoder_linears,
-    decoder_name,
-    load_model,
-)
+from bridgeblip.vlm.families import decoder_linears, decoder_name, load_model
 from bridgeblip.vlm.plan import Plan
-from bridgeblip.vlm.settings import (
-    TuneSettings,
-)
+from bridgeblip.vlm.settings import TuneSettings
 
 GREY = (127, 127, 127)
 

@@ -13,10 +13,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import (
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers.integrations import TensorBoardCallback
 
@@ -49,10 +46,8 @@ from bridgeblip.training.trainer import (
     optimizer,
     training_arguments,
 )
-from bridgeblip.vlm.batches import to_model
-from bridgeblip.vlm.families import (
-    load_model,
-)
+from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT, to_model
+from bridgeblip.vlm.families import load_model
 from bridgeblip.vlm.learner import Collator, Teacher, load_learner
 from bridgeblip.vlm.plan import Plan, plan_tuning
 from bridgeblip.vlm.settings import (
@@ -65,8 +60,6 @@ from bridgeblip.vlm.settings import (
 
 REPORT_FILE = "report.html"
 BEFORE_FILE = "before.json"  # the texts written before any tuning
-BEAMS = {"caption": 3, "answer": 1}
-LONGEST_TEXT = 64  # tokens that are written of a caption or an answer
 
 
 @dataclass(frozen=True)
