@@ -1,7 +1,9 @@
 """The command line, ``bridgeblip VERB``; each verb calls what its notebook calls."""
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -554,6 +556,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(arguments)
     run, _, _, extras = VERBS[args.verb]
+    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")  # the first process says it for all
     try:
         _require(args.verb, extras)
         return run(args) or 0

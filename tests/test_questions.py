@@ -137,6 +137,24 @@ def read(tmp_path, text: str | bytes, **how):
 ROW = "1,a.png,What is it?,a,b,c,d\n"
 
 
+def test_excels_own_first_line_is_passed_over(tmp_path):
+    assert [question.line for question in read(tmp_path, f"sep=,\n{HEADER}{ROW}")] == [3]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (HEADER + ROW + HEADER + ROW.replace("1", "2"), "line 3 is the header once more"),
+        (HEADER + ROW + ROW.replace("1", ""), "line 3 has no ID"),
+        ((HEADER + ROW).encode("utf-32"), "UTF-32 text"),
+        (("sep=;\n" + HEADER + ROW).replace(",", ";"), "separated by semicolons"),
+    ],
+)
+def test_odd_files_are_refused_by_their_line(tmp_path, content, said):
+    with pytest.raises(InputError, match=said):
+        read(tmp_path, content)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

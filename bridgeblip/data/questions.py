@@ -245,7 +245,12 @@ def describe_problem(question: Question, path: Path) -> str:
 
 
 def check_ids(questions: Sequence[Question], path: Path) -> None:
-    """Refuse a file in which an ID comes twice."""
+    """Refuse a file in which the header comes once more, a row has no ID, or an ID comes twice."""
+    for question in questions:
+        if (question.id.lower(), question.question.lower()) == ("id", "question"):
+            raise InputError(f"{path}, line {question.line} is the header once more: take it out")
+        if not question.id:
+            raise InputError(f"{path}, line {question.line} has no ID: give it one of its own")
     ids = pd.Series([question.id for question in questions])
     repeated = ids[ids.duplicated()]
     if len(repeated):

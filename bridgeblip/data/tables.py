@@ -1,5 +1,6 @@
 """CSV tables of texts: read as written, or refused with the line at fault."""
 
+import codecs
 import csv
 import io
 import re
@@ -14,6 +15,7 @@ from bridgeblip import InputError
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 SPACE_AND_QUOTE = re.compile(r', +"[^",\r\n]')  # in a quoted text, a quote would be doubled
+EXCELS_FIRST_LINE = re.compile(r"sep=.\s*", re.IGNORECASE)  # tells Excel the separator
 QUOTED = re.compile(r'(?:(?<=,)|^)"(?:[^"]|"")*"(?=[,\r\n]|$)')  # a whole cell
 
 
@@ -47,6 +49,8 @@ def read_csv(path: str | Path) -> tuple[list[str], list[Row]]:
     path = Path(path)
     header, rows, empty = None, [], 0
     for line, raw, cells in _split(path, _text(path)):
+        if header is None and EXCELS_FIRST_LINE.fullmatch(raw):
+            continue
         if header is None:
             header = cells
             _check_separator(path, raw, cells)
@@ -85,6 +89,8 @@ def _text(path: Path) -> str:
         )
     content = path.read_bytes()
     begin = content[:1000]
+    if begin.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise InputError(f"{path} is UTF-32 text, not UTF-8: save it as UTF-8")
     if begin.startswith((b"\xff\xfe", b"\xfe\xff")) or begin.count(0) > len(begin) / 4:
         raise InputError(f"{path} is UTF-16 text, not UTF-8: save it as UTF-8")
     try:
