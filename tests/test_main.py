@@ -22,7 +22,7 @@ from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.training.settings import FEW, TrainSettings
 from bridgeblip.training.weights import save_weights, trained_tensors
 
-NAMES = ("demo", "doctor", "prepare", "train", "export", "share", "predict", "ask", "inspect",
+NAMES = ("demo", "doctor", "prepare", "train", "tune", "merge", "export", "share", "predict", "ask", "inspect",
          "blend", "evaluate")  # fmt: skip
 
 
