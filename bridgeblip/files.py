@@ -108,6 +108,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of(facts: Any) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
 def copy_verified(source: Path, target: Path) -> None:
     """Copy a file to another place, such as a mounted Drive; the source is read once, the copy
     read back.

@@ -1,7 +1,6 @@
 """What a training run decides before anything long starts, and the model that it then builds."""
 
 import gc
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings, decoder_layers
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
-from bridgeblip.files import require_writable
+from bridgeblip.files import digest_of, require_writable
 from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
@@ -198,11 +197,6 @@ def _identity(
         "processes": processes,
     }
     return json.loads(json.dumps(run))
-
-
-def digest_of(facts: Any) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _contract(processor: QuestionProcessor) -> dict:

@@ -3,9 +3,7 @@ card."""
 
 import errno
 import json
-import os
 import re
-import shutil
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -21,7 +19,7 @@ from bridgeblip.bridge.config import BridgeBlipConfig
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import empty_model
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.files import write_text
+from bridgeblip.files import replace_folder, write_text
 from bridgeblip.training.weights import load_trained, load_weights
 
 CARD_FILE = "README.md"
@@ -120,21 +118,13 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
     revision = pinned_revision(base, loaded.manifest["revision"])
     lora = model.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = base, revision
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    card = _card(loaded.manifest, loaded.tensors, config, lora, out.name)
+
+    def fill(partial: Path) -> None:
         _fill(partial, model, loaded.tensors, config)
-        write_text(
-            partial / CARD_FILE, _card(loaded.manifest, loaded.tensors, config, lora, out.name)
-        )
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(out, old)
-        os.replace(partial, out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_text(partial / CARD_FILE, card)
+
+    replace_folder(out, fill)
     return out
 
 
@@ -175,15 +165,12 @@ def _refuse_anything_else(out: Path) -> None:
 def _fill(
     folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], config: BridgeBlipConfig
 ) -> None:
-    """Have peft and transformers write their files; flush them and read the tensors back."""
+    """Have peft and transformers write their files; read the tensors back."""
     try:
         model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
     except SafetensorError as error:
         raise OSError(errno.ENOSPC, f"{folder} can't be written ({error})") from error
     config.save_pretrained(folder)
-    for path in folder.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
     stored = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     wanted = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
     whole = stored.keys() == wanted.keys() and all(

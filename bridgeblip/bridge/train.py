@@ -13,7 +13,6 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
-from transformers.integrations import TensorBoardCallback
 
 from bridgeblip import InputError
 from bridgeblip.bridge.ahead import AheadTrainer
@@ -41,6 +40,7 @@ from bridgeblip.training.callbacks import (
     WeightsKeeper,
     history_table,
     in_notebook,
+    tensorboard,
     validations,
 )
 from bridgeblip.training.settings import TrainSettings
@@ -129,7 +129,7 @@ def train_model(
         blank = BlankPictures(sliced.encode_image(grey).detach().cpu())
         trainer, keeper = _trainer(plan, model, pictures)
         if plan.process.is_main_process and not (resumed and read_state(resumed)["done"]):
-            trainer.add_callback(_tensorboard(plan.places[0]))
+            trainer.add_callback(tensorboard(plan.places[0]))
         model.has_begun = True
         trainer.go(resumed, keeper.stopper)
         if keeper.leaving:
@@ -278,9 +278,3 @@ def _cached_pictures(
         )
         return None
     return CachedPictures(cache, plan.picture_keys, plan.device)
-
-
-def _tensorboard(checkpoint_dir: Path) -> TensorBoardCallback:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    return TensorBoardCallback(SummaryWriter(str(checkpoint_dir / "tensorboard")))

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from bridgeblip.evidence.figures import training_figure
 from bridgeblip.files import copy_verified
@@ -360,3 +361,10 @@ def in_notebook() -> bool:
     """Whether a Jupyter kernel runs this."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and hasattr(shell, "kernel")
+
+
+def tensorboard(folder: Path) -> TensorBoardCallback:
+    """What writes the log into ``folder``'s own for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))

@@ -1,6 +1,5 @@
 """What a run of ``tune`` decides before anything long starts."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,19 +9,19 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForImageTextToText
 
 from bridgeblip import InputError
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, split_by_picture
 from bridgeblip.data.texts import read_task
-from bridgeblip.files import file_digest
+from bridgeblip.files import digest_of, file_digest
 from bridgeblip.machine import choose_precision
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
 from bridgeblip.vlm.batches import Batches
 from bridgeblip.vlm.families import (
     decoder_linears,
+    empty_model,
     load_config,
     load_processor,
 )
@@ -101,8 +100,7 @@ def plan_tuning(
         process.print(f"warning: the model's vocabulary can't read {unread} questions whole")
     # accelerate may say cpu:0
     device = process.device if process.device.type == "cuda" else torch.device("cpu")
-    with torch.device("meta"):
-        empty = AutoModelForImageTextToText.from_config(config)
+    empty = empty_model(config)
     decoder_linears(empty, settings.targets)
     dtype = choose_precision(device, empty.num_parameters()).dtype
     keys = picture_keys(question.image for question in questions)
@@ -123,9 +121,9 @@ def plan_tuning(
     for q in questions:
         rows.append([q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history])
     ours = {key: value for key, value in facts["train"].items() if key not in NOT_THE_RESULT}
-    identity = facts | {"train": ours, "pictures": _digest(rows), "start": _digest_of_run(start)}
+    identity = facts | {"train": ours, "pictures": digest_of(rows), "start": _digest_of_run(start)}
     identity = json.loads(json.dumps(identity | {"processes": process.num_processes}))
-    facts["run"] = _digest({key: identity[key] for key in identity if key != "versions"})
+    facts["run"] = digest_of({key: identity[key] for key in identity if key != "versions"})
     refuse_other_run([out], identity)
     return Plan(
         base, revision, settings, train, out, start, training, validation, batches, letters,
@@ -157,10 +155,6 @@ def _one_a_text(questions: Sequence[Question]) -> list[Question]:
         for text in dict.fromkeys(question.references):
             rows.append(replace(question, references=(text,)))
     return rows
-
-
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _digest_of_run(folder: Path | None) -> list[str]:

@@ -15,7 +15,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from transformers.integrations import TensorBoardCallback
 
 from bridgeblip import InputError
 from bridgeblip.data.pictures import open_picture
@@ -33,6 +32,7 @@ from bridgeblip.training.callbacks import (
     StateKeeper,
     history_table,
     in_notebook,
+    tensorboard,
     validations,
 )
 from bridgeblip.training.hold import holding
@@ -113,7 +113,7 @@ def tune(
         teacher = Teacher(load_learner(plan), plan)
         trainer, keeper = _trainer(plan, teacher)
         if process.is_main_process and not (resumed and read_state(resumed)["done"]):
-            trainer.add_callback(_tensorboard(out))
+            trainer.add_callback(tensorboard(out))
         trainer.go(resumed, keeper.stopper)
         if keeper.leaving:
             raise TrainingStopped(
@@ -246,9 +246,3 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
             f"best epoch: {plan.metric} {best:.3f}. {facts['verdict']['sentence']} More in {report}"
         )
     return TuneResult(history, questions, probabilities, texts)
-
-
-def _tensorboard(folder: Path) -> TensorBoardCallback:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
