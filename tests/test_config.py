@@ -4,8 +4,9 @@ import pytest
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.bridge.config import BridgeBlipConfig, check_decoder_layers, slice_config
-from bridgeblip.bridge.settings import LAYER_SELECTIONS, BridgeSettings, decoder_layers
+from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
+from bridgeblip.bridge.settings import BridgeSettings
+from bridgeblip.training.layers import LAYER_SELECTIONS, check_decoder_layers, decoder_layers
 from bridgeblip.training.settings import FEW, TrainSettings
 
 
