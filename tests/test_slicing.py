@@ -27,6 +27,8 @@ from transformers import (
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.files import cache_folder
+from bridgeblip.hosting.doctor_tune import held_memory
+from bridgeblip.machine import Precision
 from bridgeblip.training.tensors import TensorReader
 from bridgeblip.vlm import slicing
 from bridgeblip.vlm.batches import Batches
@@ -35,6 +37,7 @@ from bridgeblip.vlm.merge import logits_of, probe
 from bridgeblip.vlm.settings import TuneSettings, read_run
 from bridgeblip.vlm.slicing import describe_budget, layers_of, slice_config, slice_model
 
+ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [0, 2, 5]
 OF = 6
 
@@ -371,7 +374,40 @@ LLAVA_1_5_7B = LlavaConfig(
 )  # fmt: skip
 
 
-def test_published_models_before_and_after_the_shallowest_cut_that_fits():
-    for config in (QWEN2_5_VL_3B, INTERNVL3_2B, LLAVA_1_5_7B):
-        print(count_parameters(config), describe_budget(config, config))
-    assert count_parameters(QWEN2_5_VL_3B) == 3_754_622_976
+PUBLISHED = {
+    "Qwen2.5-VL-3B": (QWEN2_5_VL_3B, 3_754_622_976, "block-26 would have 2,983,853,056"),
+    "InternVL3-2B": (INTERNVL3_2B, 2_088_957_440, "at most 3,000,000,000"),
+    "LLaVA-1.5-7B": (LLAVA_1_5_7B, 7_063_427_072, "block-11 would have 2,813,376,512"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_before_and_after_the_shallowest_cut_that_fits(name):
+    config, count, said = PUBLISHED[name]
+    assert count_parameters(config) == count
+    fits, line = describe_budget(config, config)
+    assert fits == (count <= 3e9) and line.endswith(said)
+    if not fits:
+        shallowest = int(re.search(r"block-(\d+)", said)[1])
+        sliced, _ = slice_config(config, f"block-{shallowest}")
+        assert f"{count_parameters(sliced):,}" in said
+        less, _ = slice_config(config, f"block-{shallowest + 1}")
+        assert count_parameters(less) > 3e9
+        assert "no cut" in describe_budget(config, config, 10**8)[1]
+
+
+def test_the_recipes_are_what_doctor_computes(monkeypatch):
+    usual = Precision(torch.bfloat16, "as on a GPU")
+    monkeypatch.setattr("bridgeblip.hosting.doctor_tune.choose_precision", lambda *args: usual)
+    for page in ("other-models.md", "other-models.ko.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        rows = re.findall(r"^\| (\S+) \| ([\d,]+) \| `(\S+)` \| (.*) \|$", text, flags=re.M)
+        assert len(rows) == 4 and {row[0] for row in rows} == set(PUBLISHED)
+        for name, whole, layers, rest in rows:
+            config, count, _ = PUBLISHED[name]
+            sliced, kept = slice_config(config, layers)
+            learning, held = held_memory(sliced, TuneSettings(layers=layers))
+            depth = config.get_text_config().num_hidden_layers
+            facts = [f"{len(kept)} / {depth}", f"{count_parameters(sliced):,}", f"{learning:,}"]
+            assert whole == f"{count:,}"
+            assert rest.split(" | ") == [*facts, f"{held / 1e9:.1f}"]
