@@ -216,6 +216,10 @@ def test_bases_that_can_not_be_sliced_are_one_line(base, llava, csv, tmp_path, c
     command = f"tune --data {csv} --few no --out {tmp_path / 'run'} --layers 0,2 --base "
     assert main(f"{command}{base}".split()) == 2  # InstructBLIP-FlanT5's kind
     assert re.search(r"encoder-decoder .*there is train", capsys.readouterr().err)
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "config.json").write_text('{"model_type": "vit"}')
+    assert main(f"{command}{tmp_path / 'tower'}".split()) == 2
+    assert re.search(r"is a 'vit' model, no image-text-to-text model", capsys.readouterr().err)
     odd = tmp_path / "odd"
     shutil.copytree(llava, odd)
     for path in odd.glob("*.safetensors"):
@@ -256,7 +260,7 @@ REFUSED = {
     "three lists": (
         IdeficsConfig(**SMALL, num_hidden_layers=4),
         "0,2",
-        r"\d lists of 4 layers are in the decoder of a 'idefics' model, expected one",
+        r"2 lists of 4 layers are in the decoder of a 'idefics' model, expected one",
     ),
 }
 
@@ -389,8 +393,6 @@ def test_published_models_before_and_after_the_shallowest_cut_that_fits(name):
     assert fits == (count <= 3e9) and line.endswith(said)
     if not fits:
         shallowest = int(re.search(r"block-(\d+)", said)[1])
-        sliced, _ = slice_config(config, f"block-{shallowest}")
-        assert f"{count_parameters(sliced):,}" in said
         less, _ = slice_config(config, f"block-{shallowest + 1}")
         assert count_parameters(less) > 3e9
         assert "no cut" in describe_budget(config, config, 10**8)[1]
@@ -399,15 +401,16 @@ def test_published_models_before_and_after_the_shallowest_cut_that_fits(name):
 def test_the_recipes_are_what_doctor_computes(monkeypatch):
     usual = Precision(torch.bfloat16, "as on a GPU")
     monkeypatch.setattr("bridgeblip.hosting.doctor_tune.choose_precision", lambda *args: usual)
+    rows = []
     for page in ("other-models.md", "other-models.ko.md"):
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-        rows = re.findall(r"^\| (\S+) \| ([\d,]+) \| `(\S+)` \| (.*) \|$", text, flags=re.M)
-        assert len(rows) == 4 and {row[0] for row in rows} == set(PUBLISHED)
-        for name, whole, layers, rest in rows:
-            config, count, _ = PUBLISHED[name]
-            sliced, kept = slice_config(config, layers)
-            learning, held = held_memory(sliced, TuneSettings(layers=layers))
-            depth = config.get_text_config().num_hidden_layers
-            facts = [f"{len(kept)} / {depth}", f"{count_parameters(sliced):,}", f"{learning:,}"]
-            assert whole == f"{count:,}"
-            assert rest.split(" | ") == [*facts, f"{held / 1e9:.1f}"]
+        rows.append(re.findall(r"^\| (\S+) \| ([\d,]+) \| `(\S+)` \| (.*) \|$", text, flags=re.M))
+    assert rows[0] == rows[1] and {row[0] for row in rows[0]} == set(PUBLISHED)
+    for name, whole, layers, rest in rows[0]:
+        config, count, _ = PUBLISHED[name]
+        sliced, kept = slice_config(config, layers)
+        learning, held = held_memory(sliced, TuneSettings(layers=layers))
+        depth = config.get_text_config().num_hidden_layers
+        facts = [f"{len(kept)} / {depth}", f"{count_parameters(sliced):,}", f"{learning:,}"]
+        assert whole == f"{count:,}"
+        assert rest.split(" | ") == [*facts, f"{held / 1e9:.1f}"]

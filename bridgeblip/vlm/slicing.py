@@ -297,13 +297,12 @@ def describe_budget(
     if total <= limit:
         return True, f"{total:,} parameters, each counted once, of at most {limit:,}"
     above = f"{total:,} parameters, each counted once, are above the budget of {limit:,}"
-    left = count_parameters(whole)
+    model = empty_model(whole)
+    left = model.num_parameters()
     try:
-        sizes = [
-            sum(p.numel() for p in layer.parameters()) for layer in layers_of(empty_model(whole))[1]
-        ]
-        for count in range(len(sizes) - 1, 0, -1):
-            left -= sizes[count - 1]
+        _, stack = layers_of(model)
+        for count in range(len(stack) - 1, 0, -1):
+            left -= sum(parameter.numel() for parameter in stack[count - 1].parameters())
             if left <= limit:
                 slice_config(whole, f"block-{count}")
                 return False, f"{above}: --layers block-{count} would have {left:,}"
