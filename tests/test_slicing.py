@@ -112,17 +112,15 @@ def test_tied_or_not_as_the_base_is(tied, tmp_path):
 
 
 def test_a_wrong_layer_is_caught_and_nothing_is_kept(llava, monkeypatch):
-    usual, last = slicing.save_file, {}
+    usual = slicing.save_torch_state_dict
 
-    def planted(tensors, *args):
-        for name in [name for name in tensors if ".mlp.up_proj." in name]:
-            if "layers.1." in name:
-                tensors[name] = last["layers.0"]
-            last["layers.0"] = tensors[name]
-        usual(tensors, *args)
+    def planted(tensors, *args, **how):
+        name = next(name for name in tensors if "layers.1.mlp.up_proj" in name)
+        tensors[name] = tensors[name.replace("layers.1", "layers.0")].clone()
+        usual(tensors, *args, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(slicing, "save_file", planted)
+        patch.setattr(slicing, "save_torch_state_dict", planted)
         with pytest.raises(InputError, match=r"1 tensors of the slice .*layers\.1\.mlp\.up_proj"):
             slice_model(llava, None, LAYERS)
     assert not [*cache_folder().rglob("*.safetensors")]
@@ -134,15 +132,15 @@ def test_a_wrong_layer_is_caught_and_nothing_is_kept(llava, monkeypatch):
 
 
 def test_a_killed_slicing_leaves_nothing_that_is_taken_for_whole(llava, monkeypatch):
-    usual, written = slicing.save_file, []
+    written = []
 
-    def save_and_die(*args):
+    def save_and_die(*args, **how):
         if len(written) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        written.append(usual(*args))
+        written.append(save_file(*args, **how))
 
     with monkeypatch.context() as patch:
-        patch.setattr(slicing, "save_file", save_and_die)
+        patch.setattr("safetensors.torch.save_file", save_and_die)
         context = multiprocessing.get_context("fork")
         process = context.Process(target=slice_model, args=(llava, None, LAYERS))
         process.start()
