@@ -68,7 +68,7 @@ def check(
         settings, bridge, revision, copy_to: as for ``train``; ``cache`` if it keeps features.
         dtype: name of the torch dtype of the weights; by default what the stage chooses.
         images, tune: as for ``tune``.
-        limit: most parameters that the sliced model may have; by default ``budget.BUDGET_LIMIT``.
+        limit: most parameters that the sliced model may have; by default ``layers.BUDGET_LIMIT``.
     """
     if stage not in (*STAGES, "tune"):
         known = ", ".join([*STAGES, "tune"])
@@ -82,7 +82,7 @@ def check(
             _check_places(found, [folder, *[copy_to] * bool(copy_to)], size, cache)
         elif stage == "tune":
             csv, tune = Path(csv or "competition/train.csv"), tune or TuneSettings()
-            check_tune(found, csv, base or REAL_BASE, images, tune, settings, revision)
+            check_tune(found, csv, base or REAL_BASE, images, tune, settings, revision, limit)
         elif stage == "export":
             out = Path(out or folder / "torchscript.pt")
             _check_export(found, Path(weights or folder), base, out, revision, dtype, limit)

@@ -225,7 +225,17 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
     _take_best(trainer, plan)
     history, questions = history_table(log, plan.metric), plan.validation
     report, probabilities, texts = plan.out / REPORT_FILE, None, []
-    named = ("base", "revision", "task", "method", "settings", "train", "dtype", "pictures")
+    named = (
+        "base",
+        "revision",
+        "layers",
+        "task",
+        "method",
+        "settings",
+        "train",
+        "dtype",
+        "pictures",
+    )
     about = {"manifest": {key: plan.facts[key] for key in named}}
     about["data"] = f"{len(questions):,} validation questions"
     if plan.letters:
