@@ -14,6 +14,7 @@ from bridgeblip import InputError
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question, letters
 from bridgeblip.vlm.families import BARE, image_kwargs
+from bridgeblip.vlm.processing import question_text
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 CAPTION_PROMPT = "Describe the picture in one sentence."
@@ -94,15 +95,10 @@ class Batches:
 
     def text(self, question: Question) -> str:
         """What the user says: the question, its choices and the prompt, a line each."""
-        lines = [question.question]
-        for name, choice in zip(letters(len(question.choices)), question.choices, strict=True):
-            if choice:
-                lines.append(f"{name}. {choice}")
         asking = LETTER_PROMPT if question.choices else ""
         if not question.choices and not question.question and not self.bare:
             asking = CAPTION_PROMPT
-        lines.append(self.prompt or asking)
-        return self._plain("\n".join(filter(None, lines)))
+        return self._plain(question_text(question, self.prompt or asking))
 
     def _plain(self, text: str) -> str:
         """Only the template writes special tokens: one in a text, such as ``<image>``, is taken

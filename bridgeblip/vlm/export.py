@@ -1,0 +1,272 @@
+"""One file from a chat model: its letters' rows alone, traced by a wrapper of our own.
+
+Of the families whose pictures are one fixed grid of tokens. Tracing Transformers' own ``forward``
+would freeze the size of a batch.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from bridgeblip import InputError
+from bridgeblip.bundle.export import export_device, write_bundle
+from bridgeblip.bundle.gate import ParityGate
+from bridgeblip.data.questions import NUM_CHOICES, Question
+from bridgeblip.vlm.answer import find_tuned, load_batches, with_adapter
+from bridgeblip.vlm.batches import LETTER_PROMPT, MARK, Batches
+from bridgeblip.vlm.families import empty_model, image_kwargs, load_model
+from bridgeblip.vlm.processing import ChatProcessor
+
+SHAPES = ((128, 96), (37, 61), (200, 30), (300, 400))  # of the pictures to compare processors on
+TEXTS = ("What is this?", "How many  are there, and where?\nIn <image>?", "이것은 무엇입니까?", "A")
+
+
+def _llava_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+    config = model.config
+    layers = config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
+    first = int(config.vision_feature_select_strategy == "default")  # without the class token
+    states = model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    chosen = [states[layer][:, first:] for layer in layers]
+    return model.multi_modal_projector(torch.cat(chosen, dim=-1))
+
+
+def _internvl_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+    return model.get_image_features(pixels).pooler_output
+
+
+FEATURES = {"llava": _llava_features, "internvl": _internvl_features}
+"""By family: what the language model reads of pictures, (B, tokens, width)."""
+
+
+class TraceableChat(nn.Module):
+    """Exists for export: a chat model that answers with the letters' rows of its head."""
+
+    def __init__(self, model: PreTrainedModel, letter_ids: list[int]):
+        super().__init__()
+        self.model = model.model
+        self.features = FEATURES[model.config.model_type]
+        self.image_id = model.config.image_token_id
+        rows = model.get_output_embeddings().weight[letter_ids]
+        self.head = nn.Linear(rows.shape[1], len(letter_ids), bias=False, device=rows.device)
+        self.head.weight = nn.Parameter(rows.detach().clone())
+
+    def encode_image(self, pixel_values):
+        """Return (B, tokens, width) of ``pixel_values`` (B, 3, height, width)."""
+        return self.features(self.model, pixel_values.to(self.head.weight.dtype))
+
+    def score(self, image_embeds, input_ids, attention_mask):
+        """Return logits (B, letters), fp32, of texts (B, L) padded on the right.
+
+        What is padded comes later than what is read, so that a causal mask is all it takes.
+        """
+        embeds = self.model.get_input_embeddings()(input_ids)
+        pictured = (input_ids == self.image_id).unsqueeze(-1)
+        embeds = embeds.masked_scatter(pictured, image_embeds)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        causal = (places[None] <= places[:, None])[None, None]  # (1, 1, L, L)
+        hidden = self.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=causal,
+            position_ids=places[None],
+            use_cache=False,
+        ).last_hidden_state
+        last = (attention_mask.sum(1) - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return self.head(hidden.gather(1, last)[:, 0]).float()
+
+    def forward(self, pixel_values, input_ids, attention_mask):
+        return self.score(self.encode_image(pixel_values), input_ids, attention_mask)
+
+
+class AsTransformers(nn.Module):
+    """The same by Transformers' own ``forward``: what the file must answer like."""
+
+    def __init__(self, model: nn.Module, letter_ids: list[int]):
+        super().__init__()
+        self.model, self.letter_ids = model, letter_ids
+
+    def forward(self, pixel_values, input_ids, attention_mask):
+        logits = self.model(
+            pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask
+        ).logits
+        rows = torch.arange(len(logits), device=logits.device)
+        return logits[rows, attention_mask.sum(1) - 1][:, self.letter_ids]
+
+
+def export_chat(
+    model: str | Path, out: str | Path, dtype: str | None = None
+) -> tuple[Path, pd.DataFrame]:
+    """Write the one file of a run of ``tune``, a merged folder or another model of these families,
+    as ``bridge.export.export_bundle`` does for a bridge.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; by default the one that it was tuned in, or is
+            stored in.
+
+    Returns:
+        The path and the parity table. Merging and our wrapper are held against Transformers in
+        float32, the number format against float32, the file against what was written.
+
+    Raises:
+        InputError: if the family, its pictures or the task don't fit into one file.
+        ParityError: if the logits part; nothing is written then.
+    """
+    out, (source, revision, run, adapter) = Path(out), find_tuned(model)
+    batches = load_batches(source, revision, run)
+    processor = make_processor(batches, run, model)
+    texts, pictures = _probe(batches)
+    _hold_against_family(processor, batches, texts, pictures, model)
+    config = batches.config
+    stored = run.get("dtype") or str(config.dtype or torch.float32).removeprefix("torch.")
+    kind = getattr(torch, dtype or stored)
+    loaded = load_model(source, revision, device=export_device(kind))
+    if adapter is not None:
+        loaded = with_adapter(loaded, adapter, source)
+    pixels = torch.stack([processor.pixels(picture) for picture in pictures])
+    probe = {"pixel_values": pixels}
+    probe |= processor.encode_prompts([processor.prompt(question) for question in texts])
+    gate = ParityGate(probe, AsTransformers(loaded, processor.letter_ids), torch.float32)
+    merged = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
+    wrapper = TraceableChat(merged, processor.letter_ids).eval()
+    drop_dead_work(wrapper, TraceableChat(empty_model(config), processor.letter_ids), pixels)
+    gate.compare_merged(wrapper)
+    if kind != torch.float32:
+        for parameter in wrapper.parameters():  # buffers, such as angles, stay as they are
+            parameter.data = parameter.data.to(kind)
+        gate.compare_cast(wrapper, kind)
+    gate.check(out)
+    trained = {"base": str(source), "permute_below": None} | run
+    trained["layers"] = run.get("layers") or "all"
+    about = {"kind": "chat", "config": json.loads(config.to_json_string()), "trained": trained}
+    models = [wrapper]
+    del loaded, merged, wrapper
+    write_bundle(out, models, gate, processor, about)
+    return out, gate.table
+
+
+def make_processor(batches: Batches, run: dict, name: str | Path) -> ChatProcessor:
+    """Return what makes the same inputs as ``batches``, without Transformers.
+
+    Raises:
+        InputError: if the family, its pictures or the task don't fit into one file.
+    """
+    refused = f"{name} can't become one file"
+    remedy = "merge makes an ordinary folder of any run"
+    if batches.kind not in FEATURES:
+        known = ", ".join(FEATURES)
+        raise InputError(f"{refused}: it is a {batches.kind!r} model, none of {known}; {remedy}")
+    if run.get("task", "choice") != "choice":
+        raise InputError(f"{refused}: it writes texts, and a file answers with letters; {remedy}")
+    family, tokenizer = batches.processor, batches.tokenizer
+    if image_kwargs(family).get("crop_to_patches"):
+        raise InputError(f"{refused}: it cuts pictures into tiles, tune it with one; {remedy}")
+    mark = Question("", None, MARK, ("", ""))
+    head, tail = batches.render(mark).split(batches.text(mark))
+    count = int(
+        (batches.ask([mark], [Image.new("RGB", (8, 8))])["input_ids"] == batches.image_id).sum()
+    )
+    begin, end = (getattr(family, f"{place}_image_token", "") for place in ("start", "end"))
+    text = batches.config.get_text_config(decoder=True)
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    if batches.begins:  # the template writes what the tokenizer would
+        spec["post_processor"] = None
+    settings = {
+        "letter_ids": batches.letter_ids(run.get("letters") or NUM_CHOICES),
+        # beyond a sliding window the language model would forget
+        "prompt_limit": min(batches.context - 1, getattr(text, "sliding_window", 0) or 10**9),
+        "head": head,
+        "tail": tail,
+        "asking": batches.prompt or LETTER_PROMPT,
+        "placeholder": family.image_token,
+        "picture": f"{begin}{family.image_token * count}{end}",
+        "pad_token": tokenizer.convert_ids_to_tokens(batches.pad_id),
+        "unknown": tokenizer.unk_token_id,
+    }
+    pictures = _picture_settings(family, f"{refused}: its pictures are no fixed grid; {remedy}")
+    return ChatProcessor(
+        {"tokenizer.json": json.dumps(spec), "processor.json": json.dumps(settings | pictures)}
+    )
+
+
+def _picture_settings(family: ProcessorMixin, refusal: str) -> dict:
+    """How the family resizes a picture, and what it makes of each of the 256 values of a pixel."""
+    image = family.image_processor
+    crop = getattr(image, "do_center_crop", False) and image.crop_size
+    size, shortest = crop or image.size, image.size.get("shortest_edge")
+    if not size.get("height") or not (crop or image.size.get("height")) or not image.do_resize:
+        raise InputError(refusal)
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    ramp = Image.fromarray(np.stack([ramp] * 3, axis=-1))
+    how = {"do_resize": False} | image_kwargs(family) | ({"do_center_crop": False} if crop else {})
+    levels = image(images=[ramp], return_tensors="pt", **how)["pixel_values"][0]
+    return {
+        "image_size": [size["height"], size["width"]],
+        "shortest": shortest if crop else None,
+        "resample": int(image.resample),
+        "backend": image.backend,
+        "levels": levels.flatten(1).tolist(),
+    }
+
+
+def _probe(batches: Batches) -> tuple[list[Question], list[Image.Image]]:
+    """Questions and pictures of export's own: noise, so that every part of a model has its say."""
+    generator = np.random.default_rng(0)
+    pictures = []
+    for width, height in SHAPES:
+        noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        pictures.append(Image.fromarray(noise))
+    return [Question(text, None, text, ("one", "", "two <s>")) for text in TEXTS], pictures
+
+
+def _hold_against_family(processor, batches, texts, pictures, name) -> None:
+    """Refuse a processor that does not make what the family's own makes, to the bit."""
+    theirs = batches.ask(texts, pictures)
+    ours = processor.encode_prompts([processor.prompt(question) for question in texts])
+    pixels = torch.stack([processor.pixels(picture) for picture in pictures])
+    same = torch.equal(pixels, theirs["pixel_values"])
+    for row in range(len(texts)):
+        kept = [
+            batch["input_ids"][row][batch["attention_mask"][row].bool()] for batch in (ours, theirs)
+        ]
+        same &= torch.equal(*kept)
+    if not same:
+        raise InputError(
+            f"{name} can't become one file: its processor does more than can be carried; merge "
+            f"makes an ordinary folder of any run"
+        )
+
+
+def drop_dead_work(wrapper: TraceableChat, empty: TraceableChat, pixels: torch.Tensor) -> None:
+    """Empty the modules that no picture's features depend on, such as a tower's last layers where
+    an earlier one's output is taken; the layers' number stays, by which outputs are chosen.
+
+    Autograd finds them.
+
+    Args:
+        empty: the same on ``meta``: no picture is computed, no weight is needed.
+    """
+    parameters = dict(empty.model.named_parameters())
+    for name, _ in empty.model.language_model.named_parameters(prefix="language_model"):
+        del parameters[name]
+    features = empty.encode_image(pixels.to("meta"))
+    found = torch.autograd.grad(features.sum(), [*parameters.values()], allow_unused=True)
+    live = [name for name, gradient in zip(parameters, found, strict=True) if gradient is not None]
+    for name, module in wrapper.model.named_modules():
+        inside = f"{name}."
+        if any(known.startswith(inside) for known in parameters) and not any(
+            known.startswith(inside) for known in live
+        ):
+            module.forward = _pass_on
+            module._modules.clear()
+            module._parameters.clear()
+
+
+def _pass_on(hidden, *rest, **named):
+    return hidden
