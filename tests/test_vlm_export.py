@@ -1,9 +1,9 @@
 """One file from a chat model: exact, small, and alone."""
 
-import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import families
 import numpy as np
@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import ROOT
 from test_merge import run_of
-from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
@@ -21,12 +20,15 @@ from bridgeblip.bundle.format import as_traced, load_bundle
 from bridgeblip.bundle.gate import ParityError
 from bridgeblip.bundle.trace import constants_of, graphs
 from bridgeblip.data.pictures import open_picture
-from bridgeblip.data.questions import Question, read_questions
-from bridgeblip.files import write_text
-from bridgeblip.vlm import answer, export
+from bridgeblip.data.questions import NUM_CHOICES, Question, read_questions
+from bridgeblip.evidence.answers import letters_of
+from bridgeblip.vlm import answer
 from bridgeblip.vlm.answer import load_tuned
 from bridgeblip.vlm.batches import letter_logits
+from bridgeblip.vlm.export import FEATURES, _llava_features, export_chat
+from bridgeblip.vlm.families import load_model
 from bridgeblip.vlm.merge import merge
+from bridgeblip.vlm.processing import ChatProcessor
 
 LETTERS = 5
 SETTINGS = {"pixels": 56, "system": "", "prompt": ""}
@@ -97,13 +99,97 @@ def test_follows_its_inputs_anywhere(path, bundle):
 
 
 def test_answers_as_the_live_model_does(bundle, live, competition, monkeypatch):
-    rows = read_questions(competition / "test.csv")[:36]
+    rows = read_questions(competition / "test.csv")
     rows.append(Question("blank", None, "What?", ("a", "b", "c", "d", "e")))
+    long = " ".join(["and"] * 3000)
     encoded, encode = [], bundled._encode_pictures
-    monkeypatch.setattr(bundled, "_encode_pictures", lambda bundle, pixels, size: encoded.extend(pixels) or encode(bundle, pixels, size))
-    ours = bundled.predict(bundle, rows)
-    theirs = answer.predict(live, rows)
-    assert len(encoded) == len({row.image for row in rows})
+
+    def count(bundle, pixels, size):
+        encoded.extend(pixels)
+        return encode(bundle, pixels, size)
+
+    monkeypatch.setattr(bundled, "_encode_pictures", count)
+    ours, theirs = bundled.predict(bundle, rows), answer.predict(live, rows)
+    assert len(encoded) == 1 + len({row.image.read_bytes() for row in rows[:-1]}) < len(rows) / 2
     np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-5)
+    assert letters_of(ours.probabilities) == letters_of(theirs.probabilities)
     assert (ours.flags, ours.problems) == (theirs.flags, theirs.problems)
-    assert any("permuted" in flags for flags in ours.flags)
+    assert {"permuted", "blank"} <= {flag for flags in ours.flags for flag in flags}
+    shortened = bundled.predict(bundle, [replace(rows[0], question=long)])
+    assert "shortened" in shortened.flags[0] and shortened.probabilities.sum() == pytest.approx(1)
+
+
+def test_alone_it_answers_and_says_what_it_is(path, bundle, competition, tmp_path):
+    """In a process that can import none of the training libraries."""
+    csv, out = competition / "test.csv", tmp_path / "submission.csv"
+    picture = str(read_questions(csv)[0].image)
+    commands = [
+        ["predict", "--model", str(path), "--csv", str(csv), "--out", str(out)],
+        ["ask", str(path), picture, "What is <image> shown?", *"abcde"],
+        ["inspect", str(path)],
+        ["doctor", "--stage", "predict", "--csv", str(csv), "--checkpoint-dir", str(path.parent)],
+    ]
+    script = f"""
+        import sys
+        for name in ("transformers", "peft", "accelerate", "huggingface_hub", "torchvision"):
+            sys.modules[name] = None
+        sys.path.insert(0, {str(ROOT)!r})
+        from bridgeblip.__main__ import main
+        sys.exit(max(main(command) for command in {commands!r}))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "E. e" in done.stdout and "answers     A, B, C, D, E" in done.stdout
+    expected = bundled.predict(bundle, read_questions(csv))
+    assert list(pd.read_csv(out)["answer"]) == letters_of(expected.probabilities)
+
+
+def test_a_merged_folder_gives_the_same_file(run, bundle, live, tmp_path):
+    merge(run)
+    path, parity = export_chat(run / "merged", tmp_path / "torchscript.pt", "bfloat16")
+    assert list(parity["form"].unique()) == ["merged", "bfloat16", "reloaded"]
+    other = load_bundle(path)
+    assert other.processor.fingerprint == bundle.processor.fingerprint
+    assert {p.dtype for p in other.model.parameters()} == {torch.bfloat16}
+    assert path.stat().st_size < 0.9 * (run / "torchscript.pt").stat().st_size
+
+
+def test_only_what_lives_is_in_the_file(tmp_path):
+    folder = families.save("llava", tmp_path / "wide", width=256)
+    path, _ = export_chat(folder, tmp_path / "torchscript.pt")
+    model = load_model(folder)
+    dead = [model.lm_head, model.model.vision_tower.post_layernorm]
+    dead.append(model.model.vision_tower.encoder.layers[-1])  # the one before it is looked at
+    live = model.num_parameters() + NUM_CHOICES * 256
+    live -= sum(parameter.numel() for module in dead for parameter in module.parameters())
+    assert sum(p.numel() for p in load_bundle(path).model.parameters()) == live
+    assert path.stat().st_size <= 1.03 * 4 * live
+
+
+@pytest.mark.parametrize(
+    "family, facts, reason",
+    [("blip", {}, "it is a 'blip' model, none of llava, internvl"),
+     ("llava", {"task": "caption"}, "it writes texts"),
+     ("internvl", {"settings": SETTINGS | {"pixels": 0}}, "it cuts pictures into tiles")],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_and_pointed_to_merge(family, facts, reason, tmp_path):
+    run, _ = run_of(family, tmp_path, **facts)
+    with pytest.raises(InputError, match=f"can't become one file: {reason}.*; merge") as raised:
+        export_chat(run, tmp_path / "torchscript.pt")
+    assert "\n" not in str(raised.value) and not (tmp_path / "torchscript.pt").exists()
+    assert main(["export", "--weights", str(run), "--base", "tiny"]) == 2
+
+
+def test_faults_stop_the_export(tmp_path, monkeypatch):
+    run, _ = run_of("llava", tmp_path)
+    flipped = ChatProcessor.shrink
+    with monkeypatch.context() as planted, pytest.raises(InputError, match="can be carried"):
+        planted.setattr(ChatProcessor, "shrink", lambda *given: flipped(*given)[::-1])
+        export_chat(run, tmp_path / "torchscript.pt")
+    monkeypatch.setitem(FEATURES, "llava", lambda *given: -_llava_features(*given))
+    with pytest.raises(ParityError, match="merged"):
+        export_chat(run, tmp_path / "torchscript.pt")
+    assert not (tmp_path / "torchscript.pt").exists()
