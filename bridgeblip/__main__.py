@@ -213,8 +213,12 @@ def merge(args):
 
 @verb(
     "--weights runs/internvl --out checkpoint/torchscript.pt",
-    option("--weights", type=Path, help="what train wrote, a run of tune, or a model folder; by "
-                                        "default the best weights beside --out"),
+    option(
+        "--weights",
+        type=Path,
+        help="what train wrote, a run of tune, or a model folder; by "
+        "default the best weights beside --out",
+    ),
     BASE,
     option("--out", type=Path, default="checkpoint/torchscript.pt", help="the bundle to write"),
     option("--dtype", choices=("float32", "bfloat16", "float16"), help="by default as trained"),

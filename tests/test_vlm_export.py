@@ -25,7 +25,7 @@ from bridgeblip.evidence.answers import letters_of
 from bridgeblip.vlm import answer
 from bridgeblip.vlm.answer import load_tuned
 from bridgeblip.vlm.batches import letter_logits
-from bridgeblip.vlm.export import FEATURES, _llava_features, export_chat
+from bridgeblip.vlm.export import FEATURES, export_chat, llava_features
 from bridgeblip.vlm.families import load_model
 from bridgeblip.vlm.merge import merge
 from bridgeblip.vlm.processing import ChatProcessor
@@ -189,7 +189,7 @@ def test_faults_stop_the_export(tmp_path, monkeypatch):
     with monkeypatch.context() as planted, pytest.raises(InputError, match="can be carried"):
         planted.setattr(ChatProcessor, "shrink", lambda *given: flipped(*given)[::-1])
         export_chat(run, tmp_path / "torchscript.pt")
-    monkeypatch.setitem(FEATURES, "llava", lambda *given: -_llava_features(*given))
+    monkeypatch.setitem(FEATURES, "llava", lambda *given: -llava_features(*given))
     with pytest.raises(ParityError, match="merged"):
         export_chat(run, tmp_path / "torchscript.pt")
     assert not (tmp_path / "torchscript.pt").exists()

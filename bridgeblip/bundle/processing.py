@@ -3,7 +3,6 @@
 
 import hashlib
 import re
-from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,49 +20,29 @@ from bridgeblip.data.pictures import as_seen, open_picture
 from bridgeblip.data.questions import Question
 
 
-class Processor(ABC):
+class Processor:
     """Turns pictures and questions into the inputs of one kind of model.
+
+    A subclass has ``NAMES``, of its files in the fingerprint's order; the ``letters`` that its
+    model answers with, their tokens ``letter_ids``, and ``template``, the prompt before it is
+    filled in; and sets
+
+        tokenizer, unknown: the language model's, and the token for what its vocabulary lacks.
+        special: finds the tokens that only we may write.
+        image_size, levels: height and width; (3, 256) fp32: a pixel has 256 values a channel, so
+            that rescaling and normalising is a table look-up.
+        prompt_limit: most tokens of a prompt.
+
+    It defines ``prompt(question) -> str``; ``encode_prompts(prompts)``, the text inputs of
+    ``score``, (B, L) int64, padded on the right to the longest; and ``shrink(image)``, a picture in
+    RGB as (height, width, 3), uint8.
 
     Args:
         files: the text of each of ``NAMES``, as a bundle holds them.
     """
 
-    NAMES: tuple[str, ...]
-    """Of its files; their order is the fingerprint's."""
-    tokenizer: Tokenizer
-    """The language model's."""
-    unknown: int | None
-    """What stands for a character that the vocabulary lacks."""
-    special: re.Pattern
-    """Finds the tokens that only we may write."""
-    image_size: tuple[int, int]
-    """Height and width of what the model sees."""
-    levels: np.ndarray
-    """(3, 256) fp32: a pixel has 256 values a channel, so that rescaling and normalising is a
-    table look-up."""
-    prompt_limit: int
-    """Most tokens of a prompt."""
-    letters: Sequence[str]
-    """What the model can answer."""
-    letter_ids: list[int]
-    """The tokens of these letters, as the language model answers."""
-    template: str
-    """The prompt, before question and options are filled in."""
-
     def __init__(self, files: dict[str, str]):
         self.files = files
-
-    @abstractmethod
-    def prompt(self, question: Question) -> str:
-        """Return the text that the model reads for a question."""
-
-    @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the text inputs of ``score``, (B, L) int64, padded on the right to the longest."""
-
-    @abstractmethod
-    def shrink(self, image: Image.Image) -> np.ndarray:
-        """Return a picture in RGB as (height, width, 3) of ``image_size``, uint8."""
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """How long each prompt is for the language model, placeholders of the image included."""

@@ -25,24 +25,24 @@ from bridgeblip.vlm.families import empty_model, image_kwargs, load_model
 from bridgeblip.vlm.processing import ChatProcessor
 
 SHAPES = ((128, 96), (37, 61), (200, 30), (300, 400))  # of the pictures to compare processors on
+REMEDY = "merge makes an ordinary folder of any run"
 TEXTS = ("What is this?", "How many  are there, and where?\nIn <image>?", "이것은 무엇입니까?", "A")
 
 
-def _llava_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
-    config = model.config
-    layers = config.vision_feature_layer
+def llava_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+    """As the family's own ``get_image_features``, which takes a batch apart."""
+    layers = model.config.vision_feature_layer
     layers = [layers] if isinstance(layers, int) else layers
-    first = int(config.vision_feature_select_strategy == "default")  # without the class token
+    first = int(model.config.vision_feature_select_strategy == "default")  # no class token
     states = model.vision_tower(pixels, output_hidden_states=True).hidden_states
     chosen = [states[layer][:, first:] for layer in layers]
     return model.multi_modal_projector(torch.cat(chosen, dim=-1))
 
 
-def _internvl_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
-    return model.get_image_features(pixels).pooler_output
-
-
-FEATURES = {"llava": _llava_features, "internvl": _internvl_features}
+FEATURES = {
+    "llava": llava_features,
+    "internvl": lambda model, pixels: model.get_image_features(pixels).pooler_output,
+}
 """By family: what the language model reads of pictures, (B, tokens, width)."""
 
 
@@ -121,21 +121,18 @@ def export_chat(
     out, (source, revision, run, adapter) = Path(out), find_tuned(model)
     batches = load_batches(source, revision, run)
     processor = make_processor(batches, run, model)
-    texts, pictures = _probe(batches)
-    _hold_against_family(processor, batches, texts, pictures, model)
+    probe = _probe(processor, batches, model)
     config = batches.config
     stored = run.get("dtype") or str(config.dtype or torch.float32).removeprefix("torch.")
     kind = getattr(torch, dtype or stored)
     loaded = load_model(source, revision, device=export_device(kind))
     if adapter is not None:
         loaded = with_adapter(loaded, adapter, source)
-    pixels = torch.stack([processor.pixels(picture) for picture in pictures])
-    probe = {"pixel_values": pixels}
-    probe |= processor.encode_prompts([processor.prompt(question) for question in texts])
     gate = ParityGate(probe, AsTransformers(loaded, processor.letter_ids), torch.float32)
     merged = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
     wrapper = TraceableChat(merged, processor.letter_ids).eval()
-    drop_dead_work(wrapper, TraceableChat(empty_model(config), processor.letter_ids), pixels)
+    empty = TraceableChat(empty_model(config), processor.letter_ids)
+    drop_dead_work(wrapper, empty, probe["pixel_values"])
     gate.compare_merged(wrapper)
     if kind != torch.float32:
         for parameter in wrapper.parameters():  # buffers, such as angles, stay as they are
@@ -158,20 +155,18 @@ def make_processor(batches: Batches, run: dict, name: str | Path) -> ChatProcess
         InputError: if the family, its pictures or the task don't fit into one file.
     """
     refused = f"{name} can't become one file"
-    remedy = "merge makes an ordinary folder of any run"
     if batches.kind not in FEATURES:
         known = ", ".join(FEATURES)
-        raise InputError(f"{refused}: it is a {batches.kind!r} model, none of {known}; {remedy}")
+        raise InputError(f"{refused}: it is a {batches.kind!r} model, none of {known}; {REMEDY}")
     if run.get("task", "choice") != "choice":
-        raise InputError(f"{refused}: it writes texts, and a file answers with letters; {remedy}")
+        raise InputError(f"{refused}: it writes texts, and a file answers with letters; {REMEDY}")
     family, tokenizer = batches.processor, batches.tokenizer
     if image_kwargs(family).get("crop_to_patches"):
-        raise InputError(f"{refused}: it cuts pictures into tiles, tune it with one; {remedy}")
+        raise InputError(f"{refused}: it cuts pictures into tiles, tune it with one; {REMEDY}")
     mark = Question("", None, MARK, ("", ""))
     head, tail = batches.render(mark).split(batches.text(mark))
-    count = int(
-        (batches.ask([mark], [Image.new("RGB", (8, 8))])["input_ids"] == batches.image_id).sum()
-    )
+    ids = batches.ask([mark], [Image.new("RGB", (8, 8))])["input_ids"]
+    count = int((ids == batches.image_id).sum())
     begin, end = (getattr(family, f"{place}_image_token", "") for place in ("start", "end"))
     text = batches.config.get_text_config(decoder=True)
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -189,7 +184,7 @@ def make_processor(batches: Batches, run: dict, name: str | Path) -> ChatProcess
         "pad_token": tokenizer.convert_ids_to_tokens(batches.pad_id),
         "unknown": tokenizer.unk_token_id,
     }
-    pictures = _picture_settings(family, f"{refused}: its pictures are no fixed grid; {remedy}")
+    pictures = _picture_settings(family, f"{refused}: its pictures are no fixed grid; {REMEDY}")
     return ChatProcessor(
         {"tokenizer.json": json.dumps(spec), "processor.json": json.dumps(settings | pictures)}
     )
@@ -198,49 +193,46 @@ def make_processor(batches: Batches, run: dict, name: str | Path) -> ChatProcess
 def _picture_settings(family: ProcessorMixin, refusal: str) -> dict:
     """How the family resizes a picture, and what it makes of each of the 256 values of a pixel."""
     image = family.image_processor
-    crop = getattr(image, "do_center_crop", False) and image.crop_size
-    size, shortest = crop or image.size, image.size.get("shortest_edge")
-    if not size.get("height") or not (crop or image.size.get("height")) or not image.do_resize:
+    size, shortest, how = image.size, None, image_kwargs(family) | {"do_resize": False}
+    if getattr(image, "do_center_crop", False):
+        size, shortest, how["do_center_crop"] = image.crop_size, size.get("shortest_edge"), False
+    height, width = size.get("height"), size.get("width")
+    if not image.do_resize or not height or (shortest or height) < max(height, width):
         raise InputError(refusal)
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     ramp = Image.fromarray(np.stack([ramp] * 3, axis=-1))
-    how = {"do_resize": False} | image_kwargs(family) | ({"do_center_crop": False} if crop else {})
     levels = image(images=[ramp], return_tensors="pt", **how)["pixel_values"][0]
     return {
-        "image_size": [size["height"], size["width"]],
-        "shortest": shortest if crop else None,
+        "image_size": [height, width],
+        "shortest": shortest,
         "resample": int(image.resample),
         "backend": image.backend,
         "levels": levels.flatten(1).tolist(),
     }
 
 
-def _probe(batches: Batches) -> tuple[list[Question], list[Image.Image]]:
-    """Questions and pictures of export's own: noise, so that every part of a model has its say."""
+def _probe(processor: ChatProcessor, batches: Batches, name: str | Path) -> dict:
+    """Return a batch of questions and pictures of export's own: noise, so that every part of a
+    model has its say.
+
+    Raises:
+        InputError: if it is not to the bit what the family's own processor makes.
+    """
     generator = np.random.default_rng(0)
     pictures = []
     for width, height in SHAPES:
         noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
         pictures.append(Image.fromarray(noise))
-    return [Question(text, None, text, ("one", "", "two <s>")) for text in TEXTS], pictures
-
-
-def _hold_against_family(processor, batches, texts, pictures, name) -> None:
-    """Refuse a processor that does not make what the family's own makes, to the bit."""
-    theirs = batches.ask(texts, pictures)
-    ours = processor.encode_prompts([processor.prompt(question) for question in texts])
-    pixels = torch.stack([processor.pixels(picture) for picture in pictures])
-    same = torch.equal(pixels, theirs["pixel_values"])
-    for row in range(len(texts)):
-        kept = [
-            batch["input_ids"][row][batch["attention_mask"][row].bool()] for batch in (ours, theirs)
-        ]
-        same &= torch.equal(*kept)
-    if not same:
+    questions = [Question(text, None, text, ("one", "", "two <s>")) for text in TEXTS]
+    theirs = batches.ask(questions, pictures)
+    probe = {"pixel_values": torch.stack([processor.pixels(picture) for picture in pictures])}
+    probe |= processor.encode_prompts([processor.prompt(question) for question in questions])
+    read = [batch["input_ids"][batch["attention_mask"].bool()] for batch in (probe, theirs)]
+    if not (torch.equal(probe["pixel_values"], theirs["pixel_values"]) and torch.equal(*read)):
         raise InputError(
-            f"{name} can't become one file: its processor does more than can be carried; merge "
-            f"makes an ordinary folder of any run"
+            f"{name} can't become one file: its processor does more than can be carried; {REMEDY}"
         )
+    return probe
 
 
 def drop_dead_work(wrapper: TraceableChat, empty: TraceableChat, pixels: torch.Tensor) -> None:
@@ -257,12 +249,10 @@ def drop_dead_work(wrapper: TraceableChat, empty: TraceableChat, pixels: torch.T
         del parameters[name]
     features = empty.encode_image(pixels.to("meta"))
     found = torch.autograd.grad(features.sum(), [*parameters.values()], allow_unused=True)
-    live = [name for name, gradient in zip(parameters, found, strict=True) if gradient is not None]
+    live = {name for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
     for name, module in wrapper.model.named_modules():
-        inside = f"{name}."
-        if any(known.startswith(inside) for known in parameters) and not any(
-            known.startswith(inside) for known in live
-        ):
+        inside = [known for known in parameters if known.startswith(f"{name}.")]
+        if inside and not live.intersection(inside):
             module.forward = _pass_on
             module._modules.clear()
             module._parameters.clear()

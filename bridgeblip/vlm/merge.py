@@ -2,18 +2,17 @@
 
 import importlib.util
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from PIL import Image
 from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.files import replace_folder, require_writable
+from bridgeblip.vlm.answer import with_adapter
 from bridgeblip.vlm.batches import Batches, to_model
 from bridgeblip.vlm.families import load_model, load_processor
 from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
@@ -66,7 +65,7 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     model = load_model(base, revision)  # in fp32, whatever it was tuned in
     batches = Batches(processor, model.config, settings["system"], settings["prompt"])
     batch = probe(batches)
-    adapted = load_adapter(model, run)
+    adapted = with_adapter(model, run / ADAPTER_FOLDER, base)
     expected = logits_of(adapted, batch)
     merged = adapted.merge_and_unload()
     distance = parted(logits_of(merged, batch), expected)
@@ -87,26 +86,6 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
 
     replace_folder(out, fill)
     return Merged(out, distance, bits)
-
-
-def load_adapter(model: nn.Module, run: Path) -> PeftModel:
-    """Return a model with a run's adapter.
-
-    Raises:
-        InputError: if tensors are left over or missing, which peft would only warn of.
-    """
-    folder = run / ADAPTER_FOLDER
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = PeftModel.from_pretrained(model, folder).eval()
-    own, stored = get_peft_model_state_dict(adapted).keys(), load_peft_weights(str(folder)).keys()
-    if own != stored:
-        raise InputError(
-            f"the adapter in {folder} does not fit {model.config.name_or_path}: "
-            f"{len(own ^ stored)} tensors are missing or left over, the first is "
-            f"{min(own ^ stored)!r}"
-        )
-    return adapted
 
 
 def probe(batches: Batches) -> dict[str, torch.Tensor]:
@@ -139,4 +118,5 @@ def _distance_to_bits(run: Path, facts: dict, batch: dict, merged: torch.Tensor)
     dtype = getattr(torch, facts["dtype"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(facts["base"], facts["revision"], dtype, device, bits=True)
-    return parted(merged, logits_of(load_adapter(model, run), batch))
+    adapted = with_adapter(model, run / ADAPTER_FOLDER, facts["base"])
+    return parted(merged, logits_of(adapted, batch))
