@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from bridgeblip import InputError
-from bridgeblip.bundle.processing import Processor, any_of, read_tokenizer, stack
+from bridgeblip.bundle.processing import Processor, read_tokenizer, stack, take_apart
 from bridgeblip.data.questions import NUM_CHOICES, Question, letters
 from bridgeblip.files import read_json, read_text
 
@@ -52,9 +52,9 @@ class QuestionProcessor(Processor):
             if self.unread(written) and not self.unread(plain)
         }
         tokenizers = (self.tokenizer, self.qformer_tokenizer)
-        self.special = any_of(
-            [t.content for r in tokenizers for t in r.get_added_tokens_decoder().values()]
-        )
+        self.special = [
+            t.content for r in tokenizers for t in r.get_added_tokens_decoder().values()
+        ]
         levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)
         mean, std = (
             np.array(settings[key], dtype=np.float32)[:, None]
@@ -121,7 +121,8 @@ class QuestionProcessor(Processor):
 
         Where the vocabulary lacks a typographic character, its plain form stands.
         """
-        return self.apart(render_prompt(question.question, question.choices).translate(self.plain))
+        text = render_prompt(question.question, question.choices).translate(self.plain)
+        return take_apart(self.special, text)
 
     @property
     def letter_ids(self) -> list[int]:

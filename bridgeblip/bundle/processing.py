@@ -28,7 +28,7 @@ class Processor:
     filled in; and sets
 
         tokenizer, unknown: the language model's, and the token for what its vocabulary lacks.
-        special: finds the tokens that only we may write.
+        special: the tokens that only we may write.
         image_size, levels: height and width; (3, 256) fp32: a pixel has 256 values a channel, so
             that rescaling and normalising is a table look-up.
         prompt_limit: most tokens of a prompt.
@@ -47,10 +47,6 @@ class Processor:
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """How long each prompt is for the language model, placeholders of the image included."""
         return [len(self.tokenizer.encode(prompt)) for prompt in prompts]
-
-    def apart(self, text: str) -> str:
-        """Take special tokens in a text, such as ``<image>``, apart: only we write them."""
-        return self.special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     @property
     def fingerprint(self) -> str:
@@ -185,6 +181,7 @@ def read_tokenizer(text: str, pad_token: str) -> Tokenizer:
     return tokenizer
 
 
-def any_of(tokens: Sequence[str]) -> re.Pattern:
-    """Return what finds any of these tokens in a text."""
-    return re.compile("|".join(map(re.escape, tokens)))
+def take_apart(special: Sequence[str], text: str) -> str:
+    """Return a text without special tokens, such as ``<image>``: only we write them."""
+    found = re.compile("|".join(map(re.escape, special)))  # which ``re`` remembers
+    return found.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)

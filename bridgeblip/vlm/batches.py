@@ -1,6 +1,5 @@
 """Questions to a model's inputs, for any family: prompts, answers as labels, letters."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from bridgeblip import InputError
+from bridgeblip.bundle.processing import take_apart
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question, letters
 from bridgeblip.vlm.families import BARE, image_kwargs
@@ -62,8 +62,7 @@ class Batches:
         if self.pad_id is None:
             self.pad_id = tokenizer.convert_tokens_to_ids(self.end)
         added = tokenizer.added_tokens_decoder.values()
-        special = [re.escape(token.content) for token in added if token.special]
-        self.special = re.compile("|".join(special))
+        self.special = [token.content for token in added if token.special]
         self.image_id = getattr(model_config, "image_token_id", None)
         if self.bare and system:
             raise InputError(f"a {self.kind!r} model has no system message: say it in the prompt")
@@ -87,7 +86,9 @@ class Batches:
         begin = self.tokenizer.bos_token
         self.begins = begin is not None and head.startswith(begin)
         self.between, after = whole[len(head) :].split(MARK)
-        if self.special.search(after):  # else the template leaves it to the model to end
+        if (
+            take_apart(self.special, after) != after
+        ):  # else the template leaves it to the model to end
             self.end = after.rstrip()
 
     def _apply(self, turns: list[dict], **how) -> str:
@@ -103,7 +104,7 @@ class Batches:
     def _plain(self, text: str) -> str:
         """Only the template writes special tokens: one in a text, such as ``<image>``, is taken
         apart."""
-        return self.special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text.strip())
+        return take_apart(self.special, text.strip())
 
     def render(self, question: Question) -> str:
         """Return the whole prompt, up to where the answer begins."""

@@ -193,18 +193,18 @@ def make_processor(batches: Batches, run: dict, name: str | Path) -> ChatProcess
 def _picture_settings(family: ProcessorMixin, refusal: str) -> dict:
     """How the family resizes a picture, and what it makes of each of the 256 values of a pixel."""
     image = family.image_processor
-    size, shortest, how = image.size, None, image_kwargs(family) | {"do_resize": False}
+    size, shortest, how = image.size, 0, image_kwargs(family) | {"do_resize": False}
     if getattr(image, "do_center_crop", False):
-        size, shortest, how["do_center_crop"] = image.crop_size, size.get("shortest_edge"), False
+        shortest, size, how["do_center_crop"] = size.get("shortest_edge"), image.crop_size, False
     height, width = size.get("height"), size.get("width")
-    if not image.do_resize or not height or (shortest or height) < max(height, width):
+    if not image.do_resize or not height or 0 < (shortest or 0) < max(height, width):
         raise InputError(refusal)
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     ramp = Image.fromarray(np.stack([ramp] * 3, axis=-1))
     levels = image(images=[ramp], return_tensors="pt", **how)["pixel_values"][0]
     return {
         "image_size": [height, width],
-        "shortest": shortest,
+        "shortest": shortest or 0,
         "resample": int(image.resample),
         "backend": image.backend,
         "levels": levels.flatten(1).tolist(),

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from bridgeblip.bundle.processing import Processor, any_of, read_tokenizer, stack
+from bridgeblip.bundle.processing import Processor, read_tokenizer, stack, take_apart
 from bridgeblip.data.questions import Question, letters
 
 BLANK = Image.new("RGB", (336, 336), (127, 127, 127))  # stands for a missing picture
@@ -27,28 +27,24 @@ def question_text(question: Question, asking: str) -> str:
 
 class ChatProcessor(Processor):
     """Turns pictures and questions into a chat model's inputs: equal to the bit to what its
-    family's own processor makes, with which ``vlm.export`` has compared it."""
+    family's own processor makes, with which ``vlm.export`` has compared it.
+
+    Settings that ``processor.json`` holds beside those of every processor: ``head`` and ``tail``,
+    which the template writes around a text, and ``asking``, its last line; ``picture``, which
+    stands in the head for ``placeholder``; ``shortest``, the edge before the centre is cut out, or
+    0; ``resample``, Pillow's number, and ``backend``: Pillow and torchvision round apart.
+    """
 
     NAMES = ("processor.json", "tokenizer.json")
 
     def __init__(self, files: dict[str, str]):
         super().__init__(files)
-        settings = json.loads(files["processor.json"])
-        self.letter_ids = settings["letter_ids"]
+        vars(self).update(json.loads(files["processor.json"]))
+        self.levels = np.array(self.levels, dtype=np.float32)
         self.letters = letters(len(self.letter_ids))
-        self.prompt_limit = settings["prompt_limit"]
-        self.head, self.tail = settings["head"], settings["tail"]  # what the template writes around
-        self.asking = settings["asking"]
-        self.placeholder, self.picture = settings["placeholder"], settings["picture"]
-        self.image_size = tuple(settings["image_size"])  # height, width
-        self.shortest = settings["shortest"]  # edge before the centre is cut out; or None
-        self.resample = Image.Resampling(settings["resample"])
-        self.backend = settings["backend"]
-        self.levels = np.array(settings["levels"], dtype=np.float32)
-        self.tokenizer = read_tokenizer(files["tokenizer.json"], settings["pad_token"])
-        self.unknown = settings["unknown"]
+        self.tokenizer = read_tokenizer(files["tokenizer.json"], self.pad_token)
         added = self.tokenizer.get_added_tokens_decoder().values()
-        self.special = any_of([token.content for token in added if token.special])
+        self.special = [token.content for token in added if token.special]
 
     @property
     def template(self) -> str:
@@ -58,7 +54,7 @@ class ChatProcessor(Processor):
 
     def prompt(self, question: Question) -> str:
         head = self.head.replace(self.placeholder, self.picture)
-        return f"{head}{self.apart(question_text(question, self.asking))}{self.tail}"
+        return f"{head}{take_apart(self.special, question_text(question, self.asking))}{self.tail}"
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         ids, mask = stack(self.tokenizer.encode_batch(list(prompts)))
@@ -70,17 +66,14 @@ class ChatProcessor(Processor):
             longest = int(self.shortest * max(image.size) / min(image.size))
             upright = image.height >= image.width
             size = (longest, self.shortest) if upright else (self.shortest, longest)
-        grid = self._resize(image, size)
+        if self.backend == "pil":
+            grid = np.asarray(image.resize(size[::-1], self.resample))
+        else:
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous()
+            pixels = interpolate(pixels, size, mode=MODES[self.resample], antialias=True)
+            grid = pixels[0].permute(1, 2, 0).numpy()
         top, left = (grid.shape[0] - height) // 2, (grid.shape[1] - width) // 2
         return grid[top : top + height, left : left + width]
-
-    def _resize(self, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-        """Resize to (height, width) as Pillow does, or as torchvision: they round apart."""
-        if self.backend == "pil":
-            return np.asarray(image.resize(size[::-1], self.resample))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous()
-        pixels = interpolate(pixels, size, mode=MODES[self.resample], antialias=True)
-        return pixels[0].permute(1, 2, 0).numpy()
 
     @property
     def blank_pixels(self) -> torch.Tensor:
