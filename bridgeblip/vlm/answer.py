@@ -21,6 +21,7 @@ from bridgeblip.bundle.predict import (
     batches_of,
     in_halves,
     in_windows,
+    or_blank,
     probabilities_of,
     weigh,
 )
@@ -159,16 +160,7 @@ def _in_windows(questions, blank_images, answer, settings, batch_size, out) -> l
         raise InputError(f"batch size is {batch_size}: expected at least 1")
     if blank_images:
         questions = [replace(question, image=None) for question in questions]
-    return in_windows(questions, _picture_or_blank, answer, settings, out)
-
-
-def _picture_or_blank(path: Path | None) -> tuple[Image.Image, str]:
-    """A picture, and what is wrong with it: then it is blank."""
-    try:
-        return open_picture(path) if path else BLANK, ""
-    except InputError as error:
-        cause = error.__cause__
-        return BLANK, f"{type(cause).__name__}: {cause}"
+    return in_windows(questions, partial(or_blank, open_picture, BLANK), answer, settings, out)
 
 
 def _laid_out(groups, pictures) -> tuple[list[Question], list[Image.Image], list[str]]:

@@ -22,11 +22,10 @@ from bridgeblip.data.questions import NUM_CHOICES, Question
 from bridgeblip.vlm.answer import find_tuned, load_batches, with_adapter
 from bridgeblip.vlm.batches import LETTER_PROMPT, MARK, Batches
 from bridgeblip.vlm.families import empty_model, image_kwargs, load_model
+from bridgeblip.vlm.merge import probe
 from bridgeblip.vlm.processing import ChatProcessor
 
-SHAPES = ((128, 96), (37, 61), (200, 30), (300, 400))  # of the pictures to compare processors on
 REMEDY = "merge makes an ordinary folder of any run"
-TEXTS = ("What is this?", "How many  are there, and where?\nIn <image>?", "이것은 무엇입니까?", "A")
 
 
 def llava_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
@@ -121,18 +120,18 @@ def export_chat(
     out, (source, revision, run, adapter) = Path(out), find_tuned(model)
     batches = load_batches(source, revision, run)
     processor = make_processor(batches, run, model)
-    probe = _probe(processor, batches, model)
+    batch = _compared_batch(processor, batches, model)
     config = batches.config
     stored = run.get("dtype") or str(config.dtype or torch.float32).removeprefix("torch.")
     kind = getattr(torch, dtype or stored)
     loaded = load_model(source, revision, device=export_device(kind))
     if adapter is not None:
         loaded = with_adapter(loaded, adapter, source)
-    gate = ParityGate(probe, AsTransformers(loaded, processor.letter_ids), torch.float32)
+    gate = ParityGate(batch, AsTransformers(loaded, processor.letter_ids), torch.float32)
     merged = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
     wrapper = TraceableChat(merged, processor.letter_ids).eval()
     empty = TraceableChat(empty_model(config), processor.letter_ids)
-    drop_dead_work(wrapper, empty, probe["pixel_values"])
+    drop_dead_work(wrapper, empty, batch["pixel_values"])
     gate.compare_merged(wrapper)
     if kind != torch.float32:
         for parameter in wrapper.parameters():  # buffers, such as angles, stay as they are
@@ -211,28 +210,22 @@ def _picture_settings(family: ProcessorMixin, refusal: str) -> dict:
     }
 
 
-def _probe(processor: ChatProcessor, batches: Batches, name: str | Path) -> dict:
-    """Return a batch of questions and pictures of export's own: noise, so that every part of a
-    model has its say.
+def _compared_batch(processor: ChatProcessor, batches: Batches, name: str | Path) -> dict:
+    """Return a batch that was made without Transformers.
 
     Raises:
         InputError: if it is not to the bit what the family's own processor makes.
     """
-    generator = np.random.default_rng(0)
-    pictures = []
-    for width, height in SHAPES:
-        noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        pictures.append(Image.fromarray(noise))
-    questions = [Question(text, None, text, ("one", "", "two <s>")) for text in TEXTS]
+    questions, pictures = probe()
     theirs = batches.ask(questions, pictures)
-    probe = {"pixel_values": torch.stack([processor.pixels(picture) for picture in pictures])}
-    probe |= processor.encode_prompts([processor.prompt(question) for question in questions])
-    read = [batch["input_ids"][batch["attention_mask"].bool()] for batch in (probe, theirs)]
-    if not (torch.equal(probe["pixel_values"], theirs["pixel_values"]) and torch.equal(*read)):
+    ours = {"pixel_values": torch.stack([processor.pixels(picture) for picture in pictures])}
+    ours |= processor.encode_prompts([processor.prompt(question) for question in questions])
+    read = [batch["input_ids"][batch["attention_mask"].bool()] for batch in (ours, theirs)]
+    if not (torch.equal(ours["pixel_values"], theirs["pixel_values"]) and torch.equal(*read)):
         raise InputError(
             f"{name} can't become one file: its processor does more than can be carried; {REMEDY}"
         )
-    return probe
+    return ours
 
 
 def drop_dead_work(wrapper: TraceableChat, empty: TraceableChat, pixels: torch.Tensor) -> None:

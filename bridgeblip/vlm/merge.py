@@ -5,6 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -18,6 +19,12 @@ from bridgeblip.vlm.families import load_model, load_processor
 from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
 
 MERGED_FOLDER = "merged"
+PROBE = {
+    (128, 96): "What is this?",
+    (37, 61): "How many  are there, and where?\nIn <image>?",
+    (200, 30): "이것은 무엇입니까?",
+    (300, 400): "A",
+}
 TOLERANCE = 1e-4
 """Most that a merged logit may be off in fp32, of the standard deviation of all logits."""
 
@@ -64,7 +71,7 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     processor = load_processor(base, revision, settings["pixels"] or None)
     model = load_model(base, revision)  # in fp32, whatever it was tuned in
     batches = Batches(processor, model.config, settings["system"], settings["prompt"])
-    batch = probe(batches)
+    batch = batches.ask(*probe())
     adapted = with_adapter(model, run / ADAPTER_FOLDER, base)
     expected = logits_of(adapted, batch)
     merged = adapted.merge_and_unload()
@@ -88,13 +95,15 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     return Merged(out, distance, bits)
 
 
-def probe(batches: Batches) -> dict[str, torch.Tensor]:
-    """A batch of questions of merging's own: noise, so that every part of a model has its say."""
-    noise = torch.randint(256, (3, 96, 128, 3), generator=torch.Generator().manual_seed(0))
-    pictures = [Image.fromarray(picture) for picture in noise.to(torch.uint8).numpy()]
-    texts = ("What is this?", "How many are there, and where?", "Which is it?")
-    questions = [Question(text, None, text, ("one", "two")) for text in texts]
-    return batches.ask(questions, pictures)
+def probe() -> tuple[list[Question], list[Image.Image]]:
+    """Questions and pictures of our own, in different shapes and scripts: noise, so that every part
+    of a model has its say."""
+    generator, questions, pictures = np.random.default_rng(0), [], []
+    for (width, height), text in PROBE.items():
+        noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        pictures.append(Image.fromarray(noise))
+        questions.append(Question(text, None, text, ("one", "", "two <s>")))
+    return questions, pictures
 
 
 @torch.no_grad()
