@@ -26,7 +26,6 @@ from bridgeblip.vlm import answer
 from bridgeblip.vlm.answer import load_tuned
 from bridgeblip.vlm.batches import letter_logits
 from bridgeblip.vlm.export import FEATURES, export_chat, llava_features
-from bridgeblip.vlm.families import load_model
 from bridgeblip.vlm.merge import merge
 from bridgeblip.vlm.processing import ChatProcessor
 
@@ -143,6 +142,7 @@ def test_alone_it_answers_and_says_what_it_is(path, bundle, competition, tmp_pat
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "E. e" in done.stdout and "answers     A, B, C, D, E" in done.stdout
+    assert done.stdout.count("\nprompt ") == 1 and "A. {choice}\\nB. {choice}" in done.stdout
     expected = bundled.predict(bundle, read_questions(csv))
     assert list(pd.read_csv(out)["answer"]) == letters_of(expected.probabilities)
 
@@ -157,13 +157,19 @@ def test_a_merged_folder_gives_the_same_file(run, bundle, live, tmp_path):
     assert path.stat().st_size < 0.9 * (run / "torchscript.pt").stat().st_size
 
 
-def test_only_what_lives_is_in_the_file(tmp_path):
-    folder = families.save("llava", tmp_path / "wide", width=256)
-    path, _ = export_chat(folder, tmp_path / "torchscript.pt")
-    model = load_model(folder)
-    dead = [model.lm_head, model.model.vision_tower.post_layernorm]
-    dead.append(model.model.vision_tower.encoder.layers[-1])  # the one before it is looked at
-    live = model.num_parameters() + NUM_CHOICES * 256
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_only_what_lives_is_in_the_file(family, tmp_path):
+    angles = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # as InternVL3 has it
+    model, processor = families.build(family, width=384, rope_parameters=angles)
+    dead, tower = [], model.model.vision_tower
+    if family == "llava":  # whose head is not tied, and the layer before the last is looked at
+        dead = [model.lm_head, tower.encoder.layers[-1], tower.post_layernorm]
+    else:
+        processor.image_processor.crop_to_patches = False
+    model.save_pretrained(tmp_path / "wide")
+    processor.save_pretrained(tmp_path / "wide")
+    path, _ = export_chat(tmp_path / "wide", tmp_path / "torchscript.pt")
+    live = model.num_parameters() + NUM_CHOICES * 384
     live -= sum(parameter.numel() for module in dead for parameter in module.parameters())
     assert sum(p.numel() for p in load_bundle(path).model.parameters()) == live
     assert path.stat().st_size <= 1.03 * 4 * live

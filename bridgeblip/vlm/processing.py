@@ -48,9 +48,10 @@ class ChatProcessor(Processor):
 
     @property
     def template(self) -> str:
-        """The prompt, before question and choices are filled in."""
+        """The prompt before question and choices are filled in, in one line."""
         form = Question("", None, "{question}", ("{choice}",) * len(self.letters))
-        return f"{self.head}{question_text(form, self.asking)}{self.tail}"
+        text = f"{self.head}{question_text(form, self.asking)}{self.tail}"
+        return text.replace("\n", "\\n")
 
     def prompt(self, question: Question) -> str:
         head = self.head.replace(self.placeholder, self.picture)
