@@ -213,18 +213,30 @@ def merge(args):
 
 
 @verb(
-    "--out checkpoint/torchscript.pt",
-    WEIGHTS,
+    "--weights runs/internvl --out checkpoint/torchscript.pt",
+    option(
+        "--weights",
+        type=Path,
+        help="what train wrote, a run of tune, or a model folder; by "
+        "default the best weights beside --out",
+    ),
     BASE,
     option("--out", type=Path, default="checkpoint/torchscript.pt", help="the bundle to write"),
     option("--dtype", choices=("float32", "bfloat16", "float16"), help="by default as trained"),
     extras=("train",),
 )
 def export(args):
-    """Turn weights into the one-file bundle; writes torchscript.pt."""
-    from bridgeblip.bridge.export import export_bundle
+    """Turn weights or a run into the one-file bundle; writes torchscript.pt."""
+    if args.weights and not _is_bundle(args.weights):
+        from bridgeblip.vlm.export import export_chat
 
-    out, parity = export_bundle(_weights("exporting", args), args.out, args.base, args.dtype)
+        if args.base:
+            raise InputError(f"{args.weights} names its own base: leave --base out")
+        out, parity = export_chat(args.weights, args.out, args.dtype)
+    else:
+        from bridgeblip.bridge.export import export_bundle
+
+        out, parity = export_bundle(_weights("exporting", args), args.out, args.base, args.dtype)
     print(f"{parity.to_string(index=False)}\nwrote {out}")
 
 

@@ -17,10 +17,9 @@ from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
-from bridgeblip.bundle.export import write_bundle
+from bridgeblip.bundle.export import export_device, write_bundle
 from bridgeblip.bundle.gate import ParityGate
 from bridgeblip.files import file_digest
-from bridgeblip.machine import best_device, slow_format
 from bridgeblip.training.weights import Weights, load_trained, load_weights, permutation_margin
 
 INPUTS = (
@@ -86,12 +85,6 @@ def restore(
         revision=revision,
     )
     return Restored(_put_weights(sliced, loaded), processor, manifest, dtype)
-
-
-def export_device(dtype: torch.dtype) -> str:
-    """Where to export: on the CPU, which every machine has, unless it is slow in this format and
-    there is a GPU."""
-    return best_device() if slow_format("cpu", dtype) else "cpu"
 
 
 def config_changes(weights: str | Path, base: str | Path | None = None) -> list[str]:

@@ -148,7 +148,7 @@ def _check_places(found: Findings, folders: Sequence[str | Path], size: int, cac
 
 def _check_export(found, weights, base, out, revision, dtype, limit) -> None:
     from bridgeblip.bridge.budget import held_memory
-    from bridgeblip.bridge.export import export_device
+    from bridgeblip.bundle.export import export_device
 
     if weights.is_dir():
         weights, _ = found.attempt(choose_weights, weights) or (None, None)
@@ -196,7 +196,8 @@ def _check_predict(found, csv, bundle, sample, limit) -> None:
     dtype = getattr(torch, header.manifest["dtype"])
     check_speed(found, best_device(), dtype, "export it as float32, for an older GPU as float16")
     check_memory(found, bundle.stat().st_size)
-    if installed("transformers") and installed("peft"):  # answering needs neither
+    bridge = header.manifest["kind"] == "instructblip"
+    if bridge and installed("transformers") and installed("peft"):  # answering needs neither
         from bridgeblip.bridge.config import BridgeBlipConfig
 
         check_budget(found, BridgeBlipConfig.from_dict(header.manifest["config"]), limit)

@@ -2,24 +2,30 @@
 
 import importlib.util
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from PIL import Image
 from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.files import replace_folder, require_writable
+from bridgeblip.vlm.answer import with_adapter
 from bridgeblip.vlm.batches import Batches, to_model
 from bridgeblip.vlm.families import load_model, load_processor
 from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
 from bridgeblip.vlm.slicing import source_of
 
 MERGED_FOLDER = "merged"
+PROBE = {
+    (128, 96): "What is this?",
+    (37, 61): "How many  are there, and where?\nIn <image>?",
+    (200, 30): "이것은 무엇입니까?",
+    (300, 400): "A",
+}
 TOLERANCE = 1e-4
 """Most that a merged logit may be off in fp32, of the standard deviation of all logits."""
 
@@ -67,8 +73,8 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     processor = load_processor(base, revision, settings["pixels"] or None)
     model = load_model(base, revision)  # in fp32, whatever it was tuned in
     batches = Batches(processor, model.config, settings["system"], settings["prompt"])
-    batch = probe(batches)
-    adapted = load_adapter(model, run)
+    batch = batches.ask(*probe())
+    adapted = with_adapter(model, run / ADAPTER_FOLDER, base)
     expected = logits_of(adapted, batch)
     merged = adapted.merge_and_unload()
     distance = parted(logits_of(merged, batch), expected)
@@ -91,33 +97,15 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     return Merged(out, distance, bits)
 
 
-def load_adapter(model: nn.Module, run: Path) -> PeftModel:
-    """Return a model with a run's adapter.
-
-    Raises:
-        InputError: if tensors are left over or missing, which peft would only warn of.
-    """
-    folder = run / ADAPTER_FOLDER
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = PeftModel.from_pretrained(model, folder).eval()
-    own, stored = get_peft_model_state_dict(adapted).keys(), load_peft_weights(str(folder)).keys()
-    if own != stored:
-        raise InputError(
-            f"the adapter in {folder} does not fit {model.config.name_or_path}: "
-            f"{len(own ^ stored)} tensors are missing or left over, the first is "
-            f"{min(own ^ stored)!r}"
-        )
-    return adapted
-
-
-def probe(batches: Batches) -> dict[str, torch.Tensor]:
-    """A batch of questions of merging's own: noise, so that every part of a model has its say."""
-    noise = torch.randint(256, (3, 96, 128, 3), generator=torch.Generator().manual_seed(0))
-    pictures = [Image.fromarray(picture) for picture in noise.to(torch.uint8).numpy()]
-    texts = ("What is this?", "How many are there, and where?", "Which is it?")
-    questions = [Question(text, None, text, ("one", "two")) for text in texts]
-    return batches.ask(questions, pictures)
+def probe() -> tuple[list[Question], list[Image.Image]]:
+    """Questions and pictures of our own, in different shapes and scripts: noise, so that every part
+    of a model has its say."""
+    generator, questions, pictures = np.random.default_rng(0), [], []
+    for (width, height), text in PROBE.items():
+        noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        pictures.append(Image.fromarray(noise))
+        questions.append(Question(text, None, text, ("one", "", "two <s>")))
+    return questions, pictures
 
 
 @torch.no_grad()
@@ -141,4 +129,5 @@ def _distance_to_bits(run: Path, facts: dict, batch: dict, merged: torch.Tensor)
     dtype = getattr(torch, facts["dtype"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(facts["base"], facts["revision"], dtype, device, bits=True)
-    return parted(merged, logits_of(load_adapter(model, run), batch))
+    adapted = with_adapter(model, run / ADAPTER_FOLDER, facts["base"])
+    return parted(merged, logits_of(adapted, batch))
