@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import Script
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import BlipConfig, BlipForConditionalGeneration
 
@@ -190,6 +191,7 @@ BAD = {
     "--method half": r"expected one of",
     "--pixels 99": r"pixels",
     "--rank 0": r"rank is 0",
+    "--report-to wandb": r"report_to is 'wandb', which is not installed here.*pip install wandb",
     "--base /not/there": r"no model can be loaded from /not/there",
 }
 
@@ -204,6 +206,62 @@ def test_bad_input_is_one_line_before_the_long_work(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ")
     assert re.search(BAD[options], error)
+
+
+def without_processor(base, folder):
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (base / name).unlink(missing_ok=True)
+
+
+def without_template(base, folder):
+    (base / "chat_template.jinja").unlink()
+
+
+def without_letters(base, folder):
+    """BLIP's vocabulary, but for B, C and D: each becomes [UNK]."""
+    path = base / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    for letter in "bcd":
+        tokenizer["model"]["vocab"][f"no-{letter}"] = tokenizer["model"]["vocab"].pop(letter)
+    path.write_text(json.dumps(tokenizer))
+
+
+def with_a_long_answer(base, folder):
+    rows = ["image,question,answer"]
+    for row in range(12):
+        Image.new("RGB", (40, 40), (9 * row, 0, 0)).save(folder / f"{row}.png")
+        rows.append(f"{row}.png,which?,{'one ' * (900 if row == 3 else 1)}")
+    (folder / "data.csv").write_text("\n".join(rows) + "\n")
+
+
+def with_a_lost_picture(base, folder):
+    (folder / "data.csv").write_text("ID,img_path,Question,A,B,answer\n7,lost.png,which?,1,2,A\n")
+
+
+FAULTS = {
+    without_processor: ("llava", r"processor"),
+    without_template: ("llava", r"has no chat template, and a 'llava' model needs one"),
+    without_letters: ("blip", r"the letters A, B, C, D have no tokens of their own"),
+    with_a_long_answer: ("llava", r"line 5 \(ID 4\): \d+ tokens with .*more than the 2048"),
+    with_a_lost_picture: ("llava", r"1 of 1 pictures not found.*lost\.png \(ID 7\)"),
+}
+
+
+@pytest.mark.parametrize("spoil", FAULTS)
+def test_what_spoils_a_run_is_one_line_before_the_long_work(
+    spoil, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("bridgeblip.vlm.tune.load_learner", lambda plan: pytest.fail("long work"))
+    family, expected = FAULTS[spoil]
+    base = families.save(family, tmp_path / "base")
+    spoil(base, tmp_path)
+    file = tmp_path / "data.csv"
+    file = file if file.exists() else data["choice"]
+    capsys.readouterr()
+    command = f"tune --base {base} --data {file} --few no --out {tmp_path / 'run'}"
+    assert main(command.split()) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert error.startswith("error: ") and re.search(expected, error), error
 
 
 def test_four_bits_without_bitsandbytes_are_refused(llava, data, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers.integrations import get_available_reporting_integrations
 
 from bridgeblip import InputError
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
@@ -80,6 +81,7 @@ def plan_tuning(
         InputError: as ``tune``.
     """
     process = PartialState(cpu=not torch.cuda.is_available())
+    _check_service(settings.report_to)
     base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
     start = _start(continue_from, base, settings)
     processor = load_processor(base, revision, settings.pixels or None)
@@ -129,6 +131,16 @@ def plan_tuning(
         base, revision, settings, train, out, start, training, validation, batches, letters,
         process, device, dtype, facts, identity,
     )  # fmt: skip
+
+
+def _check_service(name: str) -> None:
+    """Refuse a service that ``Trainer`` would only miss once the model is loaded."""
+    known = get_available_reporting_integrations()
+    if name not in ("", "none", *known):
+        raise InputError(
+            f"report_to is {name!r}, which is not installed here, or nothing that Trainer knows: "
+            f"installed are {', '.join(known)}; pip install {name}, or leave it out"
+        )
 
 
 def _start(folder: str | Path | None, base: str, settings: TuneSettings) -> Path | None:
