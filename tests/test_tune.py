@@ -230,7 +230,7 @@ def with_a_long_answer(base, folder):
     rows = ["image,question,answer"]
     for row in range(12):
         Image.new("RGB", (40, 40), (9 * row, 0, 0)).save(folder / f"{row}.png")
-        rows.append(f"{row}.png,which?,{'one ' * (900 if row == 3 else 1)}")
+        rows.append(f"{row}.png,which?,{'one ' * (3000 if row == 3 else 1)}")
     (folder / "data.csv").write_text("\n".join(rows) + "\n")
 
 

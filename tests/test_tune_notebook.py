@@ -35,7 +35,7 @@ def test_the_notebook_goes_the_whole_road(family, task, competition, captions, t
     printed = "".join(output.get("text", "") for output in outputs)
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert f"{task}: " in printed and "best epoch: " in printed and "within " in printed
-    assert "Traceback" not in printed and "Warning" not in printed
+    assert "Traceback" not in printed and "Warning" not in printed, printed
     assert len(pictures) == (2 if task == "choice" else 1)
     for name in ("adapter", "merged", "run.json", "report.html"):
         assert (out / name).exists()

@@ -103,8 +103,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """
     try:
         stored = load_peft_weights(str(adapter), device="cpu").keys()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             adapted = PeftModel.from_pretrained(model, adapter).eval()
         parted = stored ^ get_peft_model_state_dict(adapted).keys()
         reason = f"{len(parted)} tensors have no counterpart" if parted else ""
