@@ -24,9 +24,7 @@ from bridgeblip.bridge.features import (
 )
 from bridgeblip.bridge.plan import Plan, build_bridge, held, load_slice, plan_training
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.questions import Question
-from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
 from bridgeblip.files import cache_folder, copy_missing, copy_verified, require_writable
@@ -190,13 +188,7 @@ def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> Trai
     questions = plan.validation
     once = trainer.answer(questions)
     unseen = trainer.answer(questions, partial(plan.processor.collate, pictures=blank))
-    views = ask_in_orders(
-        questions, once, range(len(once)), lambda rows, shown: trainer.answer(shown)
-    )
-    often = np.array([np.mean(seen, axis=0) for seen in views])
-    margin = choose_permutation_margin(once, often, [q.answer for q in questions])
-    pays = say("orders_pay", margin=margin) if margin else say("orders_idle")
-    plan.process.print(pays)
+    margin = trainer.permutation_margin(questions, once)
     if plan.process.is_main_process:
         named = ("base", "revision", "layers", "bridge", "train", "dtype", "pictures")
         report = plan.places[0] / REPORT_FILE

@@ -21,7 +21,9 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.questions import Question
+from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.metrics import clustered_mean
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.messages import say
@@ -137,6 +139,22 @@ class AveragingTrainer(Trainer):
             logits = self.predict(questions).predictions
         self.data_collator = usual
         return torch.from_numpy(logits).softmax(-1).numpy()
+
+    def permutation_margin(self, questions: Sequence[Question], once: np.ndarray) -> float | None:
+        """Return the margin below which it pays to ask the questions in every order of their
+        choices, see ``choose_permutation_margin``, and say so.
+
+        Args:
+            once: what ``answer`` makes of them.
+        """
+        views = ask_in_orders(
+            questions, once, range(len(once)), lambda rows, shown: self.answer(shown)
+        )
+        often = np.array([np.mean(seen, axis=0) for seen in views])
+        margin = choose_permutation_margin(once, often, [q.answer for q in questions])
+        if self.args.should_save:
+            print(say("orders_pay", margin=margin) if margin else say("orders_idle"))
+        return margin
 
     def go(self, resumed: Path | None, stopper: Stopper) -> None:
         """Train, from a saved state if there is one."""
