@@ -361,21 +361,30 @@ def _predict_texts(args, questions, how):
 
 @verb(
     'checkpoint/torchscript.pt photo.jpg "What is shown?" cup bowl plate fork',
-    option("model", type=Path, help="the bundle, torchscript.pt"),
+    option("model", type=Path, help="a bundle, a run of tune, a model folder, or a hub id"),
     option("picture", type=Path, help="its file"),
-    option("question", help="in quotes"),
-    option("choices", nargs="+", metavar="CHOICE", help="two or more, each in quotes of its own"),
+    option("question", nargs="?", default="", help="in quotes; none asks for a caption"),
+    option("choices", nargs="*", metavar="CHOICE",
+           help="two or more, each in quotes of its own; none lets a model that can write do so"),
 )  # fmt: skip
 def ask(args):
-    """Ask a bundle one question about one picture; prints how likely each choice is."""
-    from bridgeblip.hosting.ask import ask, bars
+    """Ask a model one question about one picture; prints how likely each choice is."""
+    from bridgeblip.hosting.ask import ask, bars, is_bundle, write
 
-    print(bars(*ask(args.model, args.picture, args.question, args.choices)))
+    if not is_bundle(args.model):
+        _require("a model folder", ("train",))
+    if args.choices or is_bundle(args.model):
+        print(bars(*ask(args.model, args.picture, args.question, args.choices)))
+    else:
+        print(write(args.model, args.picture, args.question))
 
 
-@verb("checkpoint/torchscript.pt", option("model", type=Path, help="the bundle, torchscript.pt"))
+@verb(
+    "checkpoint/torchscript.pt",
+    option("model", type=Path, help="a bundle, a run of tune, or what merge wrote"),
+)
 def inspect(args):
-    """Say what a bundle is: made from what, how good, how large, with which prompt."""
+    """Say what a model is: made from what, how good, how large, with which prompt."""
     from bridgeblip.hosting.ask import inspect
 
     print(inspect(args.model))

@@ -30,6 +30,7 @@ from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
+from bridgeblip.training.trainer import require_service
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def plan_training(
         InputError: as ``train``.
     """
     process_rank()
+    require_service(settings.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
     places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
     with held(places, process):

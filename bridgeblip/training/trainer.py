@@ -19,8 +19,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
+from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.metrics import clustered_mean
 from bridgeblip.machine import NonFiniteError
@@ -180,19 +182,30 @@ def tensor_floats() -> Iterator[None]:
         products.fp32_precision = before
 
 
+def require_service(name: str) -> None:
+    """Refuse a service that ``Trainer`` can't report to, before anything long.
+
+    Raises:
+        InputError: if it is unknown, or its package is not installed.
+    """
+    try:
+        for callback in get_reporting_integration_callbacks([name] * (name not in ("", "none"))):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(f"report_to is {name!r}: {error}") from error
+
+
 def training_arguments(
     checkpoint_dir: str | Path,
     settings: TrainSettings,
     dtype=torch.float32,
     bf16: bool = False,
-    report_to: Sequence[str] = (),
 ) -> TrainingArguments:
     """The ``Trainer``'s arguments that follow from the settings.
 
     Args:
         dtype: of the model; float16 has its loss scaled.
         bf16: whether products of a float32 model are computed in bfloat16.
-        report_to: services that ``Trainer`` reports to, such as wandb.
     """
     gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -219,7 +232,7 @@ def training_arguments(
         accelerator_config={"non_blocking": gpu},  # what is pinned needs no waiting for
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=list(report_to),
+        report_to=settings.report_to or [],
         seed=settings.seed,
         full_determinism=settings.deterministic,
     )

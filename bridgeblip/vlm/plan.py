@@ -18,6 +18,7 @@ from bridgeblip.files import digest_of, file_digest
 from bridgeblip.machine import choose_precision
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
+from bridgeblip.training.trainer import require_service
 from bridgeblip.vlm.batches import Batches
 from bridgeblip.vlm.families import (
     decoder_linears,
@@ -79,6 +80,7 @@ def plan_tuning(
     Raises:
         InputError: as ``tune``.
     """
+    require_service(train.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
     base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
     start = _start(continue_from, base, settings)

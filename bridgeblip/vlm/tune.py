@@ -142,10 +142,9 @@ def write_texts(model: nn.Module, plan: Plan, questions: Sequence[Question]) -> 
 def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeeper]:
     settings, train = plan.settings, plan.train
     bf16 = plan.dtype == torch.bfloat16 and settings.method == "full"
-    report_to = [settings.report_to] if settings.report_to else []
     trainer = AveragingTrainer(
         teacher,
-        training_arguments(plan.out, train, plan.dtype, bf16, report_to),
+        training_arguments(plan.out, train, plan.dtype, bf16),
         train_dataset=TrainingQuestions(plan.training, train.seed, train.shuffle_choices),
         eval_dataset=plan.validation,
         data_collator=Collator(plan),
