@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
 from bridgeblip.data.formats import SOURCES
 from bridgeblip.files import FULL
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
-from bridgeblip.vlm.settings import METHODS, TuneSettings
+from bridgeblip.vlm.settings import TuneSettings
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
 with problems; 130 interrupted, run the same again to go on"""
@@ -82,9 +83,13 @@ MODEL = option(
     default="checkpoint/torchscript.pt",
     help="a bundle, a run of tune, a model folder, or a hub id",
 )
-IMAGES = option("--images", type=Path, help="pictures' folder, where they are not beside --csv")
-SPLIT = option("--split", help="of Karpathy's file, such as test")
+IMAGES = option("--images", type=Path, help="pictures' folder, where they are not beside the data")
+SPLIT = option("--split", help="splits of a file that has several, such as train,restval")
+REVISION = option("--revision", help="of the hub's model; by default the newest, or the one pinned")
+DTYPE = option("--dtype", choices=("float32", "bfloat16", "float16"), help="by default as trained")
+SAMPLE = option("--sample", type=Path, help="sample submission; by default beside the CSV")
 SETTINGS = (*options_of(TrainSettings), *options_of(BridgeSettings))
+OF_TUNE_ALONE = [given for given in options_of(TuneSettings) if given[0] not in dict(SETTINGS)]
 TUNE_TRAINING = [given for given in options_of(TrainSettings) if "head" not in given[0][0]]
 
 
@@ -105,9 +110,12 @@ def demo(args):
     option("--stage", choices=("train", "export", "predict", "tune"), default="train",
            help="what is to be run"),
     option("--csv", type=Path, help="questions; by default competition/train.csv or test.csv"),
-    BASE, CHECKPOINT_DIR, FEW_OPTION, COPY_TO, NO_CACHE, *SETTINGS, IMAGES,
-    option("--method", choices=METHODS, default="lora", help="of tune"),
-    option("--pixels", type=int, default=0, help="of tune"),
+    BASE, REVISION, CHECKPOINT_DIR, FEW_OPTION, COPY_TO, NO_CACHE, *SETTINGS, IMAGES, SPLIT,
+    WEIGHTS, DTYPE, *OF_TUNE_ALONE,
+    option("--model", type=Path, help="what is to predict; by default the bundle in "
+                                      "--checkpoint-dir"),
+    SAMPLE,
+    option("--out", type=Path, help="the file that export or predict will write"),
 )  # fmt: skip
 def doctor(args):
     """Look at machine, versions, data, model and budget before a stage; writes nothing."""
@@ -123,8 +131,9 @@ def doctor(args):
     findings = check(
         args.stage, args.csv, args.base, args.checkpoint_dir, settings=settings,
         bridge=BridgeSettings.given(**values_of(BridgeSettings, args)),
-        copy_to=args.copy_to, cache=not args.no_cache, images=args.images,
-        tune=TuneSettings(method=args.method, pixels=args.pixels),
+        copy_to=args.copy_to, cache=not args.no_cache, images=args.images, split=args.split,
+        weights=args.weights, dtype=args.dtype, model=args.model, sample=args.sample, out=args.out,
+        revision=args.revision, tune=TuneSettings.given(**values_of(TuneSettings, args)),
     )  # fmt: skip
     return 0 if print_findings(findings) else 1
 
@@ -171,10 +180,9 @@ def train(args):
 @verb(
     "--base Qwen/Qwen2.5-VL-3B-Instruct --data competition/train.csv --out runs/qwen",
     option("--base", required=True, help="hub id or folder of an image-text-to-text model"),
-    option("--revision", help="of the hub's model; by default the newest"),
+    REVISION,
     option("--data", type=Path, required=True, help="questions, captions or dialogues"),
-    option("--images", type=Path, help="folder of the pictures; by default beside the data"),
-    option("--split", help="splits of a file that has several, such as train,restval"),
+    IMAGES, SPLIT,
     option("--out", type=Path, required=True, help="folder of the run"),
     option("--continue", dest="continue_from", type=Path, metavar="RUN",
            help="start from another run's best weights"),
@@ -216,7 +224,7 @@ def merge(args):
     WEIGHTS,
     BASE,
     option("--out", type=Path, default="checkpoint/torchscript.pt", help="the bundle to write"),
-    option("--dtype", choices=("float32", "bfloat16", "float16"), help="by default as trained"),
+    DTYPE,
     extras=("train",),
 )
 def export(args):
@@ -257,7 +265,7 @@ def _weights(doing, args):
     "--model checkpoint/torchscript.pt --csv competition/test.csv --out submission.csv",
     MODEL, CSV, IMAGES, SPLIT,
     option("--out", type=Path, default="submission.csv", help="the submission to write"),
-    option("--sample", type=Path, help="sample submission; by default beside the CSV"),
+    SAMPLE,
     option("--batch-size", type=int, help="most rows at a time; halved where memory is short"),
     option("--permute-below", type=float, metavar="MARGIN",
            help="ask rows whose two best are closer than this in every order; by default what the "
@@ -578,9 +586,20 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         full = error.errno in FULL
         message, code = f"{error}{': free some space, then run the same again' * full}", 2
+    from tqdm import tqdm
+
+    for bar in list(tqdm._instances):
+        bar.close()  # else the message would stand at its end
     print(f"error: {message}", file=sys.stderr)
     return code
 
 
+def run() -> None:
+    """The command: it exits with ``main``'s code, and a Ctrl-C then ends it without a traceback."""
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -96,10 +96,10 @@ MESSAGES: dict[str, tuple[str, str]] = {
     ),
     "believe": (
         "Believe it, for questions and pictures like these: between {low:.1%} and {high:.1%}, "
-        "better than each simpler way below, and looking at the pictures is worth {points:.1f} "
-        "points.",
-        "이와 비슷한 질문과 사진이라면 믿어도 됩니다. {low:.1%}에서 {high:.1%} 사이이고, 아래의 더 "
-        "단순한 방식 모두보다 낫고, 사진을 보는 것이 {points:.1f}점만큼 보탭니다.",
+        "better than each simpler way that was tried, and looking at the pictures is worth "
+        "{points:.1f} points.",
+        "이와 비슷한 질문과 사진이라면 믿어도 됩니다. {low:.1%}에서 {high:.1%} 사이이고, 비교한 더 "
+        "단순한 방식보다 모두 낫습니다. 사진을 보고 답하는 것이 {points:.1f}점만큼 보탭니다.",
     ),
     "wrote": (
         "wrote {out} and {probabilities}: {rows} answers",

@@ -120,7 +120,10 @@ def test_runs_of_other_models_are_asked_and_inspected_too(run, name, picture, ca
 
 
 def test_a_model_that_is_none_is_one_line(tmp_path, picture, capsys):
-    for command in (["ask", str(tmp_path), str(picture), "?", "a", "b"], ["inspect", str(tmp_path)]):
+    for command in (
+        ["ask", str(tmp_path), str(picture), "?", "a", "b"],
+        ["inspect", str(tmp_path)],
+    ):
         assert main(command) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and str(tmp_path) in error

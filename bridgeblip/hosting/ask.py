@@ -136,7 +136,11 @@ def _of_run(folder: Path) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
     known = defaultdict(lambda: "not recorded", run)
     task, settings = known["task"], defaultdict(str, run.get("settings", {}))
-    answers = {"choice": "letters, for choices", "caption": "captions", "answer": "answers in words"}
+    answers = {
+        "choice": "letters, for choices",
+        "caption": "captions",
+        "answer": "answers in words",
+    }
     facts = {"folder": f"{folder}, {size:,.1f} MB"}
     facts["answers"] = f"{answers.get(task, task)}, for a question about a picture"
     facts["made from"] = f"{known['base']}, by {known['method']}"

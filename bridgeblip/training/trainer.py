@@ -1,5 +1,6 @@
 """Hugging Face's ``Trainer``, so that training survives the night."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.metrics import clustered_mean
+from bridgeblip.files import read_json, write_text
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import Averages
@@ -34,7 +36,7 @@ from bridgeblip.training.stopping import Stopper
 from bridgeblip.training.weights import load_trained, trained_tensors
 
 TRAINED_FILE = "trained.safetensors"
-
+BEFORE_FILE = "before.json"  # what is answered before any training
 STAGING_FOLDER = ".staging"
 
 
@@ -254,6 +256,31 @@ def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
         },
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
+
+
+def keep_before(trainer: Trainer, places: Sequence[Path], answers: list) -> None:
+    """Keep what is answered before the first step, for the report; a row a validation question."""
+    if trainer.state.global_step == 0 and trainer.args.should_save:
+        for place in places:
+            write_text(place / BEFORE_FILE, json.dumps(answers, ensure_ascii=False))
+
+
+def read_before(places: Sequence[Path], rows: int) -> list | None:
+    """Return what ``keep_before`` has kept; None if it is gone."""
+    for place in places:
+        path = place / BEFORE_FILE
+        if path.is_file() and len(kept := read_json(path)) == rows:
+            return kept
+    return None
+
+
+def measure_letters(
+    trainer: Trainer, places: Sequence[Path], groups: Sequence[int], prediction: EvalPrediction
+) -> dict[str, float]:
+    """Measure the accuracy; the very first answers are kept in ``places``."""
+    probabilities = torch.from_numpy(prediction.predictions).softmax(-1)
+    keep_before(trainer, places, probabilities.tolist())
+    return accuracy(prediction, groups)
 
 
 def accuracy(prediction: EvalPrediction, groups: Sequence[int] | None = None) -> dict[str, float]:

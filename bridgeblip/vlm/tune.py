@@ -42,8 +42,10 @@ from bridgeblip.training.stopping import Stopper, TrainingStopped, in_one_line
 from bridgeblip.training.trainer import (
     AveragingTrainer,
     TrainingQuestions,
-    accuracy,
+    keep_before,
+    measure_letters,
     optimizer,
+    read_before,
     training_arguments,
 )
 from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT, to_model
@@ -59,7 +61,6 @@ from bridgeblip.vlm.settings import (
 )
 
 REPORT_FILE = "report.html"
-BEFORE_FILE = "before.json"  # the texts written before any tuning
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeepe
     # The mean over a batch's rows is divided by the accumulated steps, not by their tokens.
     trainer.model_accepts_loss_kwargs = False
     groups = picture_groups(plan.validation)
-    trainer.compute_metrics = partial(accuracy, groups=groups)
+    trainer.compute_metrics = partial(measure_letters, trainer, [plan.out], groups)
     if not plan.letters:
         trainer.compute_metrics = partial(_score_texts, trainer, plan)
     keeper = StateKeeper([plan.out], plan.identity, trainer.averages, Stopper(), train.save_minutes)
@@ -170,8 +171,7 @@ def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeepe
 def _score_texts(trainer: AveragingTrainer, plan: Plan, prediction: Any) -> dict[str, float]:
     """Measure what the model writes for the validation questions; the very first is kept."""
     texts = write_texts(trainer.model.model, plan, plan.validation)
-    if trainer.state.global_step == 0 and plan.process.is_main_process:
-        write_text(plan.out / BEFORE_FILE, json.dumps(texts, ensure_ascii=False))
+    keep_before(trainer, [plan.out], texts)
     references = [question.references for question in plan.validation]
     score = score_captions if plan.settings.task == "caption" else score_answers
     return score(references, texts)
@@ -227,6 +227,7 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
     named = ("base", "revision", "task", "method", "settings", "train", "dtype", "pictures")
     about = {"manifest": {key: plan.facts[key] for key in named}}
     about["data"] = f"{len(questions):,} validation questions"
+    about["before"] = read_before([plan.out], len(questions))
     if plan.letters:
         probabilities = trainer.answer(questions)
         about["blank_probabilities"] = trainer.answer(questions, Collator(plan, blank=True))
@@ -236,7 +237,6 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
     else:
         trainer.model.eval()
         texts = write_texts(trainer.model.model, plan, questions)
-        about["before"] = json.loads((plan.out / BEFORE_FILE).read_text(encoding="utf-8"))
         write = partial(write_text_report, report, plan.settings.task, questions, texts)
     if plan.process.is_main_process:
         facts = write(**about)
