@@ -379,8 +379,6 @@ def ask(args):
     """Ask a model one question about one picture; prints how likely each choice is."""
     from bridgeblip.hosting.ask import ask, bars, is_bundle, write
 
-    if not is_bundle(args.model):
-        _require("a model folder", ("train",))
     if args.choices or is_bundle(args.model):
         print(bars(*ask(args.model, args.picture, args.question, args.choices)))
     else:

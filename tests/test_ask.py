@@ -127,3 +127,10 @@ def test_a_model_that_is_none_is_one_line(tmp_path, picture, capsys):
         assert main(command) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and str(tmp_path) in error
+
+
+def test_what_a_folder_needs_and_is_not_there_is_one_line(run, picture, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bridgeblip.vlm.answer", None)
+    monkeypatch.delattr("bridgeblip.vlm.answer", raising=False)
+    assert main(["ask", str(run), str(picture), "?", "a", "b"]) == 2
+    assert "pip install 'bridgeblip[train]'" in capsys.readouterr().err

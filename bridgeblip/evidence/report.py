@@ -168,7 +168,6 @@ def _shown(
         "by_letter": by_letter,
         "confusion": confusion_figure(questions, probabilities),
         "reliability": reliability_figure(measures.reliability),
-        "origin": pd.json_normalize(facts["manifest"] or {}, sep=": ").to_dict("records"),
         "fewest": metrics.FEWEST_GROUPS,
         "rows_shown": ROWS_SHOWN,
     }

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from bridgeblip import InputError
@@ -42,8 +43,7 @@ def ask(
     if is_bundle(model):
         bundle = model if isinstance(model, Bundle) else load_bundle(model, best_device())
         return asked, predict(bundle, [asked])
-    from bridgeblip.vlm import answer  # needs transformers and peft, which a bundle does not
-
+    answer = _answering()
     return asked, answer.predict(answer.load_tuned(model, best_device()), [asked])
 
 
@@ -54,10 +54,21 @@ def write(model: str | Path, picture: str | Path, question: str = "") -> str:
         InputError: if model or picture can't be read.
     """
     asked = _question(picture, question, ())
-    from bridgeblip.vlm import answer
-
+    answer = _answering()
     (text,), answers = answer.answer_texts(answer.load_tuned(model, best_device()), [asked])
     return "\n".join([text, *filter(None, answers.problems)])
+
+
+def _answering() -> ModuleType:
+    """What answers with other models; it needs transformers and peft, which a bundle does not."""
+    try:
+        from bridgeblip.vlm import answer
+    except ImportError as error:
+        raise InputError(
+            f"a model folder needs {error.name}, not installed here: pip install "
+            f"'bridgeblip[train]'"
+        ) from error
+    return answer
 
 
 def is_bundle(model: Any) -> bool:
@@ -137,12 +148,12 @@ def _of_run(folder: Path) -> dict[str, Any]:
     known = defaultdict(lambda: "not recorded", run)
     task, settings = known["task"], defaultdict(str, run.get("settings", {}))
     answers = {
-        "choice": "letters, for choices",
-        "caption": "captions",
-        "answer": "answers in words",
+        "choice": "letters, for questions with choices",
+        "caption": "captions, for pictures",
+        "answer": "words, for questions",
     }
     facts = {"folder": f"{folder}, {size:,.1f} MB"}
-    facts["answers"] = f"{answers.get(task, task)}, for a question about a picture"
+    facts["answers"] = answers.get(task, task)
     facts["made from"] = f"{known['base']}, by {known['method']}"
     if merged:
         facts["made from"] += "; merged, an ordinary model folder"

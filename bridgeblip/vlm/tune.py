@@ -24,6 +24,7 @@ from bridgeblip.evidence.report import write_report
 from bridgeblip.evidence.texts import score_answers, score_captions, write_text_report
 from bridgeblip.files import replace_folder, require_writable, write_text
 from bridgeblip.machine import process_rank
+from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
     BestKeeper,
     Patience,
@@ -241,7 +242,6 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
     if plan.process.is_main_process:
         facts = write(**about)
         best = max(validations(log, plan.metric)[0])
-        print(
-            f"best epoch: {plan.metric} {best:.3f}. {facts['verdict']['sentence']} More in {report}"
-        )
+        print(f"best epoch: {plan.metric} {best:.3f}")
+        print(say("verdict", sentence=facts["verdict"]["sentence"], report=report))
     return TuneResult(history, questions, probabilities, texts)
