@@ -24,7 +24,7 @@ VERBS: dict[str, tuple] = {}  # name -> function, example, options, extras that 
 
 def option(*names: str, help: str, **settings) -> tuple:
     """An argument, as ``add_argument`` takes it; the help names the default if there is one."""
-    if settings.get("default") is not None:
+    if settings.get("default") not in (None, ""):
         help += " (%(default)s)"
     return names, {"help": help, **settings}
 
@@ -94,7 +94,7 @@ TUNE_TRAINING = [given for given in options_of(TrainSettings) if "head" not in g
 
 
 @verb(
-    "--out demo",
+    "",
     option("--out", type=Path, default="demo", help="folder for all that it writes"),
     extras=("train", "notebooks", "demo"),
 )
@@ -106,7 +106,7 @@ def demo(args):
 
 
 @verb(
-    "--stage train --base tiny --csv competition/train.csv",
+    "--stage train --base tiny --csv demo/competition/train.csv",
     option("--stage", choices=("train", "export", "predict", "tune"), default="train",
            help="what is to be run"),
     option("--csv", type=Path, help="questions; by default competition/train.csv or test.csv"),
@@ -139,7 +139,7 @@ def doctor(args):
 
 
 @verb(
-    "aokvqa aokvqa_v1p0_train.json --images train2017 --out questions/train.csv",
+    "aokvqa aokvqa_v1p0_train.json --images competition/coco --out competition/aokvqa.csv",
     option("source", choices=(*SOURCES, "csv"), help="whose files"),
     option("files", type=Path, nargs="+", metavar="FILE", help="annotation files, or question CSVs "
                                                                "with answers, to be joined"),
@@ -161,7 +161,7 @@ def prepare(args):
 
 
 @verb(
-    "--base tiny --train-csv demo/competition/train.csv --checkpoint-dir checkpoint",
+    "--base tiny --train-csv demo/competition/train.csv --checkpoint-dir rehearsal",
     TRAIN_CSV, BASE, CHECKPOINT_DIR, FEW_OPTION, COPY_TO, NO_CACHE, *SETTINGS, extras=("train",),
 )  # fmt: skip
 def train(args):
@@ -178,7 +178,7 @@ def train(args):
 
 
 @verb(
-    "--base Qwen/Qwen2.5-VL-3B-Instruct --data competition/train.csv --out runs/qwen",
+    "--base Qwen/Qwen2.5-VL-3B-Instruct --data competition/train.csv --pixels 448 --out runs/qwen",
     option("--base", required=True, help="hub id or folder of an image-text-to-text model"),
     REVISION,
     option("--data", type=Path, required=True, help="questions, captions or dialogues"),
@@ -220,7 +220,7 @@ def merge(args):
 
 
 @verb(
-    "--out checkpoint/torchscript.pt",
+    "--out rehearsal/torchscript.pt",
     WEIGHTS,
     BASE,
     option("--out", type=Path, default="checkpoint/torchscript.pt", help="the bundle to write"),
@@ -236,7 +236,7 @@ def export(args):
 
 
 @verb(
-    "--weights checkpoint/weights-0.pt --out adapter",
+    "--weights rehearsal/weights-0.pt --out adapter",
     WEIGHTS,
     option("--out", type=Path, default="checkpoint/adapter", help="the folder to write"),
     option("--push", metavar="OWNER/NAME", help="upload it to the hub, as the login there allows"),
@@ -262,7 +262,8 @@ def _weights(doing, args):
 
 
 @verb(
-    "--model checkpoint/torchscript.pt --csv competition/test.csv --out submission.csv",
+    "--model rehearsal/torchscript.pt --csv demo/competition/test.csv "
+    "--out rehearsal/submission.csv",
     MODEL, CSV, IMAGES, SPLIT,
     option("--out", type=Path, default="submission.csv", help="the submission to write"),
     SAMPLE,
@@ -368,7 +369,7 @@ def _predict_texts(args, questions, how):
 
 
 @verb(
-    'checkpoint/torchscript.pt photo.jpg "What is shown?" cup bowl plate fork',
+    'torchscript.pt photo.jpg "What is shown?" cup bowl plate fork',
     option("model", type=Path, help="a bundle, a run of tune, a model folder, or a hub id"),
     option("picture", type=Path, help="its file"),
     option("question", nargs="?", default="", help="in quotes; none asks for a caption"),
@@ -386,7 +387,7 @@ def ask(args):
 
 
 @verb(
-    "checkpoint/torchscript.pt",
+    "torchscript.pt",
     option("model", type=Path, help="a bundle, a run of tune, or what merge wrote"),
 )
 def inspect(args):
@@ -397,7 +398,7 @@ def inspect(args):
 
 
 @verb(
-    "one/probabilities.csv other/probabilities.csv --out blend/submission.csv",
+    "runs/a/probabilities.csv runs/b/probabilities.csv --out blend/submission.csv",
     option("files", type=Path, nargs="+", metavar="FILE",
            help="probabilities.csv of the same questions"),
     option("--out", type=Path, required=True,
@@ -413,7 +414,7 @@ def blend(args):
 
 
 @verb(
-    "probabilities.csv --csv validation.csv --out report.html",
+    "--model rehearsal/torchscript.pt --csv demo/competition/test.csv --answers demo/answers.csv",
     option("results", type=Path, nargs="*", metavar="RESULT",
            help="probabilities.csv, a folder that holds it, or captions.json: one to judge, two to "
                 "compare; none lets --model answer"),
@@ -542,8 +543,11 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
     for verb, (function, example, options, _) in VERBS.items():
         text = function.__doc__
-        epilog = f"example: %(prog)s {example}"
-        sub = verbs.add_parser(verb, help=text, description=text, epilog=epilog)
+        epilog = f"example: %(prog)s {example}".rstrip()
+        raw = argparse.RawDescriptionHelpFormatter  # an example is one line, to be copied
+        sub = verbs.add_parser(
+            verb, help=text, description=text, epilog=epilog, formatter_class=raw
+        )
         for names, settings in options:
             sub.add_argument(*names, **settings)
     return parser

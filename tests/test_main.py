@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -51,10 +52,11 @@ def test_help_names_every_verb_loads_nothing_heavy_and_is_quick():
 def test_every_verb_has_help_with_an_example_that_parses(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         build_parser().parse_args([verb, "--help"])
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
     function, example, options, _ = VERBS[verb]
     assert caught.value.code == 0 and "--" in printed
-    assert function.__doc__ in printed and f"{verb} {example}" in printed
+    assert re.fullmatch(r"[A-Z][^\n]+\.", function.__doc__) and function.__doc__ in printed
+    assert printed.endswith(f"bridgeblip {verb} {example}".rstrip() + "\n")
     args = build_parser().parse_args([verb, *shlex.split(example)])
     assert args.verb == verb and all(settings["help"] for _, settings in options)
 
