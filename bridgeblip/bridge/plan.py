@@ -31,6 +31,7 @@ from bridgeblip.training.hold import holding
 from bridgeblip.training.layers import BUDGET_LIMIT, decoder_layers
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
+from bridgeblip.training.trainer import require_service
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def plan_training(
         InputError: as ``train``.
     """
     process_rank()
+    require_service(settings.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
     places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
     with held(places, process):

@@ -1,7 +1,6 @@
 """What to share of a trained model: bridge and head as a plain PEFT adapter folder, with a model
 card."""
 
-import errno
 import json
 import re
 from pathlib import Path, PureWindowsPath
@@ -10,7 +9,6 @@ import torch
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bridgeblip import InputError
@@ -166,10 +164,7 @@ def _fill(
     folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], config: BridgeBlipConfig
 ) -> None:
     """Have peft and transformers write their files; read the tensors back."""
-    try:
-        model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
-    except SafetensorError as error:
-        raise OSError(errno.ENOSPC, f"{folder} can't be written ({error})") from error
+    model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
     config.save_pretrained(folder)
     stored = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     wanted = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)

@@ -46,8 +46,9 @@ from bridgeblip.training.state import STATE_FOLDER, newest_state, read_state
 from bridgeblip.training.stopping import Stopper, TrainingStopped, copying_to, in_one_line
 from bridgeblip.training.trainer import (
     TrainingQuestions,
-    accuracy,
+    measure_letters,
     optimizer,
+    read_before,
     training_arguments,
 )
 from bridgeblip.training.weights import best_epoch, load_weights, save_best, weights_path
@@ -151,10 +152,11 @@ def _trainer(
         eval_dataset=plan.validation,
         data_collator=collate,
         pictures=pictures,
-        compute_metrics=partial(accuracy, groups=picture_groups(plan.validation)),
         optimizers=(optimizer(model, settings), None),
         average=settings.average,
     )
+    groups = picture_groups(plan.validation)
+    trainer.compute_metrics = partial(measure_letters, trainer, plan.places, groups)
     probe = plan.processor.collate(plan.validation[:PROBE_SIZE])
     keeper = StateKeeper(
         plan.places, plan.identity, trainer.averages, Stopper(), settings.save_minutes
@@ -197,6 +199,7 @@ def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> Trai
             questions,
             once,
             blank_probabilities=unseen,
+            before=read_before(plan.places, len(questions)),
             references={"sliced, not yet bridged": history["accuracy"].dropna().iloc[0]},
             manifest={key: plan.manifest[key] for key in named},
             data=f"{len(questions):,} validation questions",

@@ -222,7 +222,7 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> tuple[
         references={name: accuracy[name] for name in list(ways)[1:3]},
         cost={f"{stage['stage']}, seconds": stage["seconds"] for stage in stages},
         manifest=bundle.manifest,
-        data=f"{len(questions)} held-out questions",
+        data=f"{len(questions):,} held-out questions",
     )
     table = pd.DataFrame(accuracy.items(), columns=["answers by", "accuracy"]).round(4)
     return table, facts["verdict"]["sentence"]

@@ -21,7 +21,7 @@ FEW_PICTURES = 100
 """Distinct pictures below which the profile for few is taken by itself."""
 FEW_CHOICES = ("auto", "yes", "no")
 
-NOT_THE_RESULT = ("workers", "save_minutes")  # settings that a resumed run may change
+NOT_THE_RESULT = ("workers", "save_minutes", "report_to")  # settings that a resumed run may change
 
 
 def setting(default: Any, text: str, **bounds: float) -> Any:
@@ -129,6 +129,7 @@ class TrainSettings(Settings):
     save_minutes: float = setting(
         5.0, "time between two saved states, the most that a disconnect costs", least=0
     )
+    report_to: str = setting("", "a service that Trainer reports to beside TensorBoard, as wandb")
 
     def __post_init__(self):
         if self.head_learning_rate is None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.files import file_digest, write_bytes, write_text
+from bridgeblip.messages import say
 
 WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
@@ -172,7 +173,7 @@ def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
             )
         accuracies = best["validation_accuracy"]
         epoch = int(re.findall(r"\d+", path.name)[0])
-        why = f"best of {len(accuracies)} epochs, validation accuracy {accuracies[epoch]:.3f}"
+        why = say("best", count=len(accuracies), accuracy=accuracies[epoch])
         own = [weights_path(folder, number) for number in range(len(accuracies))]
         older = [other.name for other in found if other not in own]
         return path, why + (f"; {', '.join(older)} are an earlier run's" if older else "")

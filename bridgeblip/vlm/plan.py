@@ -19,6 +19,7 @@ from bridgeblip.files import digest_of, file_digest
 from bridgeblip.machine import choose_precision
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
+from bridgeblip.training.trainer import require_service
 from bridgeblip.vlm.batches import Batches
 from bridgeblip.vlm.families import (
     decoder_linears,
@@ -84,6 +85,7 @@ def plan_tuning(
     Raises:
         InputError: as ``tune``.
     """
+    require_service(train.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
     _check_service(settings.report_to)
     base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
