@@ -59,6 +59,7 @@ from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.gate import PARITY_BOUND, RELOADING_SHARE
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.pictures import picture_keys
+from bridgeblip.data.questions import read_questions
 from bridgeblip.evidence.answers import margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import best_device, choose_precision
@@ -281,17 +282,20 @@ def stored_parameters(base: str) -> int:
 
 def write_bundle(base: str, folder: Path, dtype) -> None:
     """Export the sliced base as it is, unbridged, its head the letters' rows of the LM head."""
-    bridge = BridgeSettings(rank=0)
-    letter_ids = QuestionProcessor.from_base(resolve_base(base)).letter_ids
-    tensors = trained_tensors(attach_bridge(load_sliced(base, letter_ids, dtype=dtype), bridge))
+    bridge, processor = BridgeSettings(rank=0), QuestionProcessor.from_base(resolve_base(base))
+    model = attach_bridge(load_sliced(base, processor.letter_ids, dtype=dtype), bridge).eval()
+    inputs = processor.collate(read_questions(folder / "questions" / "test.csv")[:EACH])
+    with torch.no_grad():
+        logits = model(**inputs).logits
     manifest = {
         "base": str(base),
         "revision": None,
         "layers": list(DEFAULT_DECODER_LAYERS),
         "bridge": asdict(bridge),
         "dtype": str(dtype).removeprefix("torch."),
+        "probe": {"inputs": inputs, "logits": logits},
     }
-    save_weights(folder / "weights-0.pt", tensors, manifest)
+    save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
     export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
 
 

@@ -100,10 +100,6 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
             or ``out`` is something else already.
     """
     out, loaded = Path(out), load_weights(weights)
-    if loaded.manifest is None:
-        raise InputError(
-            f"{weights} is a bare state dict, without adapters: share a weights-N.pt of train.ipynb"
-        )
     settings = BridgeSettings(**loaded.manifest["bridge"])
     if settings.rank == 0:
         raise InputError(

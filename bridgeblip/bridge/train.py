@@ -237,7 +237,7 @@ def _load_best(
     if not best.is_file():
         raise InputError(f"{best} is gone although training has ended: {remedy}")
     weights = load_weights(best)
-    if (weights.manifest or {}).get("run") != plan.manifest["run"]:
+    if weights.manifest.get("run") != plan.manifest["run"]:
         raise InputError(f"{best} is not this run's, so nothing is reported of it: {remedy}")
     trainer.averages.take(weights.tensors)
     there = [path for path in paths if path.is_file()]

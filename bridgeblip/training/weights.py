@@ -22,6 +22,7 @@ from bridgeblip.files import file_digest, write_bytes, write_text
 
 WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
+NAMED = {"base", "revision", "layers", "bridge", "dtype"}  # that a weights file needs to say
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,9 @@ class Weights:
     """What a weights file holds."""
 
     tensors: dict[str, torch.Tensor]
-    """Adapters and head by name, fp32; or the complete state dict of a sliced model."""
-    manifest: dict[str, Any] | None
-    """Base, layers, bridge, prompt and so on (see ``training``); None with a complete state
-    dict."""
+    """Adapters and head by name, fp32."""
+    manifest: dict[str, Any]
+    """Base, layers, bridge, prompt, a probe with its logits and so on (see ``bridge.plan``)."""
 
 
 def save_weights(
@@ -45,7 +45,7 @@ def save_weights(
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Read ``weights-N.pt``, or a complete state dict of the sliced model.
+    """Read ``weights-N.pt``.
 
     Raises:
         InputError: if the file is missing, damaged, foreign, or of a newer format.
@@ -53,38 +53,26 @@ def load_weights(path: str | Path) -> Weights:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} not found: run train.ipynb first, or put a weights file there")
-    content = _torch_load(path)
-    if not isinstance(content, dict) or not content:
-        raise InputError(
-            f"{path} holds a {type(content).__name__}: expected what train.ipynb writes"
-        )
-    if "tensors" not in content:
-        _check_tensors(path, content)
-        return Weights(content, None)
-    form, tensors, manifest = (content.get(key) for key in ("format", "tensors", "manifest"))
-    if not isinstance(form, int) or not isinstance(manifest, dict):
-        raise InputError(f"{path} has no format or no manifest: expected what train.ipynb writes")
-    if form > WEIGHTS_FORMAT:
-        raise InputError(
-            f"{path} has format {form}, this version reads {WEIGHTS_FORMAT}: update bridgeblip"
-        )
-    _check_tensors(path, tensors)
-    return Weights(tensors, manifest)
-
-
-def _check_tensors(path: Path, tensors: Any) -> None:
-    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not named or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise InputError(f"{path} was not written by train.ipynb, nor is it a state dict")
-
-
-def _torch_load(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each raise their own
         raise InputError(
             f"{path} can't be read ({type(error).__name__}: {str(error)[:200]}): copy it again"
         ) from error
+    kinds = {"format": int, "tensors": dict, "manifest": dict}
+    held = content if isinstance(content, dict) else {}
+    whole = all(isinstance(held.get(key), kind) for key, kind in kinds.items())
+    if not whole or not content["manifest"].keys() >= NAMED:
+        raise InputError(
+            f"{path} lacks its format, its tensors or its {', '.join(sorted(NAMED))}: expected "
+            f"what train.ipynb writes"
+        )
+    if content["format"] > WEIGHTS_FORMAT:
+        raise InputError(
+            f"{path} has format {content['format']}, this version reads {WEIGHTS_FORMAT}: update "
+            f"bridgeblip"
+        )
+    return Weights(content["tensors"], content["manifest"])
 
 
 def weights_path(checkpoint_dir: str | Path, epoch: int) -> Path:
