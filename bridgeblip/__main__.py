@@ -85,7 +85,6 @@ MODEL = option(
 IMAGES = option("--images", type=Path, help="pictures' folder, where they are not beside --csv")
 SPLIT = option("--split", help="of Karpathy's file, such as test")
 SETTINGS = (*options_of(TrainSettings), *options_of(BridgeSettings))
-TUNE_TRAINING = [given for given in options_of(TrainSettings) if "head" not in given[0][0]]
 
 
 @verb(
@@ -178,7 +177,7 @@ def train(args):
     option("--out", type=Path, required=True, help="folder of the run"),
     option("--continue", dest="continue_from", type=Path, metavar="RUN",
            help="start from another run's best weights"),
-    *options_of(TuneSettings), FEW_OPTION, *TUNE_TRAINING, extras=("train",),
+    *options_of(TuneSettings), FEW_OPTION, *options_of(TrainSettings), extras=("train",),
 )  # fmt: skip
 def tune(args):
     """Tune any vision-language model; writes adapter/ or model/, run.json and a report."""

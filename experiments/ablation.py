@@ -543,8 +543,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     tiny = args.base == "tiny"
     rate = args.learning_rate or (TINY_RATE if tiny else TrainSettings.learning_rate)
-    rates = {"learning_rate": rate, "head_learning_rate": rate}
-    settings = TrainSettings(batch_size=args.batch_size, **rates)
+    settings = TrainSettings(batch_size=args.batch_size, learning_rate=rate)
     csv = args.train_csv or (None if tiny else Path("competition/train.csv"))
     try:
         ablate(csv, args.base, args.out, args.also, args.seeds, settings)

@@ -30,7 +30,7 @@ from experiments.ablation import (
     summarise,
 )
 
-SETTINGS = TrainSettings(batch_size=8, learning_rate=3e-3, head_learning_rate=3e-3)
+SETTINGS = TrainSettings(batch_size=8, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")

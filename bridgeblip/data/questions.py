@@ -49,6 +49,8 @@ class Question:
     references: tuple[str, ...] = ()
     # Earlier turns of the same dialogue, (asked, answered) each.
     history: tuple[tuple[str, str], ...] = ()
+    # Which part of a published set it belongs to; None if the set is in one piece.
+    split: str | None = None
 
     @property
     def choice_mask(self) -> list[bool]:

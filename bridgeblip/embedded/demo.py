@@ -115,9 +115,7 @@ def run_demo(
     out = Path(out).resolve()
     competition, checkpoint = out / "competition", out / "checkpoint"
     write_competition(competition, out / "answers.csv", limits)
-    settings = TrainSettings(
-        epochs=epochs, batch_size=TINY_BATCH, learning_rate=TINY_RATE, head_learning_rate=TINY_RATE
-    )
+    settings = TrainSettings(epochs=epochs, batch_size=TINY_BATCH, learning_rate=TINY_RATE)
     shared = {"COMPETITION_DIR": str(competition), "CHECKPOINT_DIR": str(checkpoint)}
     training = {
         "BASE": "tiny",

@@ -231,16 +231,10 @@ def training_arguments(
 
 
 def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable tensors, adapters and head each with their own rate."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if "lora_" in name], "lr": settings.learning_rate},
-        {
-            "params": [p for name, p in named if "lora_" not in name],
-            "lr": settings.head_learning_rate,
-        },
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
+    """AdamW over the trainable tensors."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    return torch.optim.AdamW(trained, **rates)
 
 
 def accuracy(prediction: EvalPrediction, groups: Sequence[int] | None = None) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Published question sets, a file each: it says what to download, and reads the annotations.
 
 A file has ``FORM``, what its annotations are called and look like, and ``entries(path, images,
-seed)``, which yields every question. Each set has its own terms of use. Several have pictures of
+seed)``, which yields every question, usable or not: with its ``split``, its choices in order, an
+empty text where there is none. Each set has its own terms of use. Several have pictures of
 COCO: where they are stored as other bytes, a split by picture content can't tell that a picture of
 two sets is the same.
 """
@@ -9,22 +10,9 @@ two sets is the same.
 import json
 import pkgutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 SOURCES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-
-
-class Entry(NamedTuple):
-    """One question as its source gives it, usable or not."""
-
-    id: str
-    split: str | None  # None: the set is in one piece
-    picture: Path | None
-    question: str
-    choices: list[str]  # in order; an empty text is no choice
-    answer: int | None  # index of the right choice
-    source: str = ""  # what goes before the ID if another entry has the same
-    problem: str = ""  # what else keeps it from being used
 
 
 def load_json(path: Path) -> Any:
