@@ -17,8 +17,8 @@ FEW = {
     "label_smoothing": 0.1,
     "validation_fraction": 0.2,
 }
+# Distinct pictures below which the profile for few is taken by itself.
 FEW_PICTURES = 100
-"""Distinct pictures below which the profile for few is taken by itself."""
 FEW_CHOICES = ("auto", "yes", "no")
 
 NOT_THE_RESULT = ("workers", "save_minutes")  # settings that a resumed run may change

@@ -29,10 +29,10 @@ NAMED = {"base", "revision", "layers", "bridge", "dtype"}  # that a weights file
 class Weights:
     """What a weights file holds."""
 
+    # Adapters and head by name, fp32.
     tensors: dict[str, torch.Tensor]
-    """Adapters and head by name, fp32."""
+    # Base, layers, bridge, prompt, a probe with its logits and so on (see ``bridge.plan``).
     manifest: dict[str, Any]
-    """Base, layers, bridge, prompt, a probe with its logits and so on (see ``bridge.plan``)."""
 
 
 def save_weights(
