@@ -195,7 +195,7 @@ def test_weights_on_another_base_of_the_same_shape_are_caught(result_of_training
     shutil.copytree(base, tmp_path / "base")
     shard = tmp_path / "base" / TensorReader(base).shard_of["query_tokens"]
     tensors = load_file(shard)
-    save_file({name: tensor + 0.1 for name, tensor in tensors.items()}, shard)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, shard)
     _, parity = export_bundle(result_of_training, tmp_path / "torchscript.pt")
     assert parity["form"].tolist()[0] == "as trained" and parity["ok"].all()
     with pytest.raises(ParityError, match="as trained"):

@@ -37,6 +37,7 @@ from bridgeblip.files import file_digest
 
 KILLS = int(os.environ.get("BRIDGEBLIP_KILLS", 2))  # more of them for a long check
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}  # the same sums in every process
+TOGETHER = ALONE | {"CUDA_VISIBLE_DEVICES": ""}  # there may be one GPU for two of them
 
 
 def make_bundle(base, processor, folder):
@@ -435,7 +436,7 @@ def test_two_processes_share_the_rows(uninterrupted, bundle_path, official, tmp_
     ]
     done = subprocess.run(
         [*launch, "-m", "bridgeblip", *command(bundle_path, official, out)],
-        cwd=ROOT, env=ALONE, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=TOGETHER, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("852 answers") == 1
@@ -465,7 +466,7 @@ def test_two_processes_evaluate(bundle_path, competition, tmp_path):
         str(page),
     ]
     done = subprocess.run(
-        [*launch, *evaluate], cwd=ROOT, env=ALONE, capture_output=True, text=True, timeout=120
+        [*launch, *evaluate], cwd=ROOT, env=TOGETHER, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert page.is_file() and done.stdout.count("wrote") == 1
