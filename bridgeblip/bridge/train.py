@@ -40,12 +40,11 @@ from bridgeblip.training.callbacks import (
     WeightsKeeper,
     history_table,
     in_notebook,
-    tensorboard,
     validations,
 )
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, newest_state, read_state
-from bridgeblip.training.stopping import Stopper, TrainingStopped, copying_to, in_one_line
+from bridgeblip.training.state import STATE_FOLDER, newest_state
+from bridgeblip.training.stopping import copying_to, in_one_line
 from bridgeblip.training.trainer import (
     TrainingQuestions,
     accuracy,
@@ -128,16 +127,8 @@ def train_model(
         grey = plan.processor.blank_pixels[None].to(plan.device)
         blank = BlankPictures(sliced.encode_image(grey).detach().cpu())
         trainer, keeper = _trainer(plan, model, pictures)
-        if plan.process.is_main_process and not (resumed and read_state(resumed)["done"]):
-            trainer.add_callback(tensorboard(plan.places[0]))
         model.has_begun = True
-        trainer.go(resumed, keeper.stopper)
-        if keeper.leaving:
-            raise TrainingStopped(
-                f"stopped on request after step {trainer.state.global_step} of "
-                f"{trainer.state.max_steps}; all is saved in "
-                f"{plan.places[0] / STATE_FOLDER}: run the same again to go on"
-            )
+        trainer.go(resumed, keeper)
         return _conclude(trainer, plan, blank)
 
 
@@ -158,9 +149,7 @@ def _trainer(
         average=settings.average,
     )
     probe = plan.processor.collate(plan.validation[:PROBE_SIZE])
-    keeper = StateKeeper(
-        plan.places, plan.identity, trainer.averages, Stopper(), settings.save_minutes
-    )
+    keeper = StateKeeper(plan.places, plan.identity, trainer.averages, settings.save_minutes)
     trainer.add_callback(SelfCheck(model))
     trainer.add_callback(Progress(live=in_notebook()))
     trainer.add_callback(WeightsKeeper(plan.places, plan.manifest, probe))

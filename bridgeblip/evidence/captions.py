@@ -60,7 +60,7 @@ def tokenized(
     references: Sequence[Sequence[str]], texts: Sequence[str]
 ) -> tuple[list[list[list[str]]], list[list[str]]]:
     """Return the tokens of the references of each row, and of its text."""
-    return [[tokens(text) for text in row] for row in references], [tokens(text) for text in texts]
+    return [list(map(tokens, row)) for row in references], list(map(tokens, texts))
 
 
 def _grams(words: Sequence[str], order: int) -> Counter:

@@ -196,13 +196,15 @@ def stale_bundle(bundle: str | Path, trained: dict[str, Any]) -> str:
     )
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what training changes, by name: adapters and head, or all that learns."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors that training changes, by name: adapters and head, in fp32, on the CPU."""
-    return {
-        name: parameter.detach().to("cpu", torch.float32).clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """Return the values of what is ``trainable``, by name, in fp32, on the CPU."""
+    own = trainable(model)
+    return {name: p.detach().to("cpu", torch.float32).clone() for name, p in own.items()}
 
 
 def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -211,7 +213,7 @@ def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     Raises:
         InputError: if a tensor is missing, left over or of another shape; nothing is changed then.
     """
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = trainable(model)
     wrong = sorted(own.keys() ^ tensors.keys())
     wrong += [
         name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
