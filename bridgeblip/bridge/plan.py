@@ -41,20 +41,20 @@ class Plan:
     layers: list[int]
     settings: TrainSettings
     bridge: BridgeSettings
+    # The checkpoint folder, and perhaps a second one for copies.
     places: list[Path]
-    """The checkpoint folder, and perhaps a second one for copies."""
     training: list[Question]
     validation: list[Question]
+    # Content key of each picture.
     picture_keys: dict[Path, str]
-    """Content key of each picture."""
     processor: QuestionProcessor
     process: PartialState
     device: torch.device
     dtype: torch.dtype
+    # What each weights file says of itself.
     manifest: dict[str, Any]
-    """What each weights file says of itself."""
+    # What a saved state must agree with.
     identity: dict[str, Any]
-    """What a saved state must agree with."""
 
 
 def plan_training(

@@ -62,17 +62,17 @@ SHARED_MEMORY = Path("/dev/shm")  # through which loaders hand over their batche
 class TrainResult:
     """What training leaves behind."""
 
+    # One row a logged step: ``step``, ``epoch``, ``loss``; where validated ``accuracy`` on so many
+    # ``pictures``, its interval ``low`` to ``high``. An epoch has its weights file's number; -1 is
+    # the bare slice.
     history: pd.DataFrame
-    """One row a logged step: ``step``, ``epoch``, ``loss``; where validated ``accuracy`` on so
-    many ``pictures``, its interval ``low`` to ``high``. An epoch has its weights file's number; -1
-    is the bare slice."""
     validation: list[Question]
+    # (validation questions, choices), by the weights of the best epoch.
     probabilities: np.ndarray
-    """(validation questions, choices), by the weights of the best epoch."""
+    # The same without the pictures: what the questions alone give away.
     blank_probabilities: np.ndarray
-    """The same without the pictures: what the questions alone give away."""
+    # The files written, one an epoch.
     weights: list[Path]
-    """The files written, one an epoch."""
 
 
 def train(

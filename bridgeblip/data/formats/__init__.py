@@ -16,8 +16,18 @@ SOURCES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load_json(path: Path) -> Any:
-    """Return the content of a JSON file, with or without byte order mark; of JSON lines, a list."""
+    """Return the content of a JSON file, with or without byte order mark; of JSON lines, a list.
+
+    Raises:
+        ValueError: naming the line at fault.
+    """
     text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    return json.loads(text)
+    lines = path.suffix.lower() == ".jsonl"
+    rows = []
+    for number, part in enumerate(text.split("\n") if lines else [text]):
+        try:
+            if part.strip() or not lines:
+                rows.append(json.loads(part))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number + error.lineno} is no JSON: {error.msg}") from error
+    return rows if lines else rows[0]
