@@ -17,8 +17,8 @@ from bridgeblip.files import FULL
 from bridgeblip.machine import NonFiniteError, is_out_of_memory
 from bridgeblip.training.state import STATE_FOLDER
 
-# Words of torch.save and of safetensors, which give no number, on a full disk.
 WRITERS = ("PytorchStreamWriter", "inline_container", os.strerror(errno.ENOSPC))
+"""Words of torch.save and of safetensors, which give no number, on a full disk."""
 
 
 class TrainingStopped(InputError):
@@ -31,8 +31,8 @@ class Stopper:
     """Hears the stop button, Ctrl-C and SIGTERM, so that training can end after the step at hand,
     its state saved."""
 
-    # How many listen in this process now.
     listeners = 0
+    """How many listen in this process now."""
 
     def __init__(self):
         self.asked = False
