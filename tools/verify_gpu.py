@@ -89,7 +89,6 @@ class Check:
         name = re.sub(r"\W+", "-", self.card.lower()) + ("-tiny" if tiny else "")
         self.file = out / f"gpu-{name}.json"
         self.pictures = 12 if self.small else 213
-        self.ceiling = math.nan
         self.dtype = choose_precision(self.device, 10 if tiny else 3 * 10**9).dtype
 
     def row(self, what: str, asked: str, measured: str, ok: bool | None = None) -> None:
@@ -107,6 +106,17 @@ class Check:
         title = f"# {self.card}, {facts['date']}, torch {torch.__version__}"
         table = markdown(self.rows) if self.rows else ""
         write_text(self.file.with_suffix(".md"), f"{title}\n\n{table}\n")
+
+    @cached_property
+    def ceiling(self) -> float:
+        """Operations a second of a large matrix product, in the number format of the model."""
+        size = 8192 if self.cuda else 256
+        return 2 * size**3 / self.multiply(size, self.dtype)
+
+    def multiply(self, size: int, dtype: torch.dtype) -> float:
+        """Median seconds of a product of two square matrices."""
+        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in "ab")
+        return statistics.median(clock(lambda: a @ b) for _ in range(5))
 
     @cached_property
     def questions(self) -> Path:
@@ -218,11 +228,8 @@ def machine(check: Check) -> None:
         check.row(f"{check.card}, {os.cpu_count()} cores", "computes", finding.what, ok)
     size = 8192 if check.cuda else 256
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        a, b = (torch.randn(size, size, device=check.device).to(dtype) for _ in "ab")
-        seconds = statistics.median(clock(lambda a=a, b=b: a @ b) for _ in range(5))
+        seconds = check.multiply(size, dtype)
         check.row(f"matrix product, {dtype}", "", f"{2 * size**3 / seconds / 1e12:.2f} TFLOP/s")
-        if dtype == check.dtype:
-            check.ceiling = 2 * size**3 / seconds
     pageable = torch.randn(size * size)
     for name in ("pageable", "pinned") if check.cuda else ("pageable",):
         host = pageable.pin_memory() if name == "pinned" else pageable
