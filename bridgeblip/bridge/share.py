@@ -209,7 +209,7 @@ def _card(
         alpha=lora.lora_alpha,
         dropout=lora.lora_dropout,
         targets=lora.target_modules,
-        trained=sum(tensor.numel() for tensor in tensors.values()),
+        trained=sum(map(torch.numel, tensors.values())),
         total=manifest["budget"]["total"],
         limit=manifest["budget"]["limit"],
         prompt=manifest["prompt"],

@@ -263,7 +263,7 @@ def _conversations(path: Path, rows: Sequence[dict[str, Any]], folder: Path) -> 
 
 def _question(name: Any, image: Path, asked: str, right: Sequence[Any], line: int = 0) -> Question:
     """A question without choices; empty texts are no references."""
-    texts = tuple(filter(None, (str(text).strip() for text in right)))
+    texts = tuple(filter(None, map(str.strip, map(str, right))))
     return Question(str(name), image, asked, (), line=line, references=texts)
 
 

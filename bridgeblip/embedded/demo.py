@@ -160,9 +160,10 @@ def run_demo(
 def _example(out: Path) -> str:
     """A command that asks the demo's bundle about one of its pictures."""
     question = read_questions(out / "competition" / "test.csv")[0]
-    choices = " ".join(shlex.quote(choice) for choice in question.choices)
-    files = " ".join(os.path.relpath(path) for path in (out / BUNDLE, question.image))
-    return f"python -m bridgeblip ask {files} {shlex.quote(question.question)} {choices}"
+    files = map(os.path.relpath, (out / BUNDLE, question.image))
+    return shlex.join(
+        ["python", "-m", "bridgeblip", "ask", *files, question.question, *question.choices]
+    )
 
 
 def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> tuple[pd.DataFrame, str]:

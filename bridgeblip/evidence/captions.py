@@ -84,7 +84,7 @@ def bleu(references: Sequence[Sequence[list[str]]], given: Sequence[list[str]]) 
     ratio = (length + TINY) / (closest + SMALL)
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     means = np.cumprod((hits + TINY) / (counts + SMALL)) ** (1 / np.arange(1, ORDERS + 1))
-    return [float(value) for value in brevity * means]
+    return (brevity * means).tolist()
 
 
 def rouge(references: Sequence[Sequence[list[str]]], given: Sequence[list[str]]) -> list[float]:
