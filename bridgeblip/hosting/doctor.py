@@ -167,14 +167,9 @@ def _check_export(found, weights, base, out, revision, dtype, limit) -> None:
     loaded = weights and found.attempt(load_weights, weights)
     if not loaded:
         return
-    named = loaded.manifest or {"base": base, "revision": revision}
+    named = loaded.manifest
     base = base or named["base"]
-    if base is None:
-        remedy = "say which one it was sliced from"
-        found.add("problem", f"{weights}: a bare state dict names no base: {remedy}")
-        return
-    layers = named.get("layers", BridgeSettings.layers)
-    processor, config = check_base(found, base, layers, named["revision"])
+    processor, config = check_base(found, base, named["layers"], named["revision"])
     if processor and named.get("processor", processor.fingerprint) != processor.fingerprint:
         found.add(
             "problem",

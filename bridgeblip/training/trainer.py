@@ -31,11 +31,11 @@ from bridgeblip.evidence.metrics import clustered_mean
 from bridgeblip.files import read_json, write_text
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.messages import say
-from bridgeblip.training.callbacks import Averages
+from bridgeblip.training.callbacks import Averages, StateKeeper, tensorboard
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, read_state
-from bridgeblip.training.stopping import Stopper
-from bridgeblip.training.weights import load_trained, trained_tensors
+from bridgeblip.training.stopping import TrainingStopped
+from bridgeblip.training.weights import load_trained, trainable, trained_tensors
 
 TRAINED_FILE = "trained.safetensors"
 BEFORE_FILE = "before.json"  # what is answered before any training
@@ -94,7 +94,7 @@ class AveragingTrainer(Trainer):
     def __init__(self, model, args, average: float = 0.0, **kwargs):
         super().__init__(model, args, **kwargs)
         self.averages = Averages(model, average)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.trained = list(trainable(model).values())
         # Walking all of the frozen parameters in every step would cost the host its time.
         model.zero_grad = self._zero_grad
         self.inputs = {}
@@ -160,8 +160,12 @@ class AveragingTrainer(Trainer):
             print(say("orders_pay", margin=margin) if margin else say("orders_idle"))
         return margin
 
-    def go(self, resumed: Path | None, stopper: Stopper) -> None:
-        """Train, from a saved state if there is one."""
+    def go(self, resumed: Path | None, keeper: StateKeeper) -> None:
+        """Train, from a saved state if there is one.
+
+        Raises:
+            TrainingStopped: if it ends because it was asked to; all is saved.
+        """
         if resumed:
             self.averages.load(resumed)
         if self.args.should_save:  # in one process of several
@@ -172,12 +176,20 @@ class AveragingTrainer(Trainer):
             self._load_from_checkpoint(resumed)
             self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             return
+        if self.args.should_save:
+            self.add_callback(tensorboard(keeper.folders[0]))
         try:
-            with stopper.listening():
+            with keeper.stopper.listening():
                 self.train(resume_from_checkpoint=str(resumed) if resumed else None)
         finally:
             if self.args.should_save:
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a failed save left
+        if keeper.leaving:
+            raise TrainingStopped(
+                f"stopped on request after step {self.state.global_step} of "
+                f"{self.state.max_steps}; all is saved in {keeper.folders[0] / STATE_FOLDER}: run "
+                f"the same again to go on"
+            )
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self.args.should_save:
@@ -264,16 +276,10 @@ def training_arguments(
 
 
 def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable tensors, adapters and head each with their own rate."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if "lora_" in name], "lr": settings.learning_rate},
-        {
-            "params": [p for name, p in named if "lora_" not in name],
-            "lr": settings.head_learning_rate,
-        },
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
+    """AdamW over the trainable tensors."""
+    trained = list(trainable(model).values())
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    return torch.optim.AdamW(trained, **rates)
 
 
 def keep_before(trainer: Trainer, places: Sequence[Path], answers: list) -> None:

@@ -31,13 +31,12 @@ from bridgeblip.training.callbacks import (
     StateKeeper,
     history_table,
     in_notebook,
-    tensorboard,
     validations,
 )
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, newest_state, read_state
-from bridgeblip.training.stopping import Stopper, TrainingStopped, in_one_line
+from bridgeblip.training.state import STATE_FOLDER, newest_state
+from bridgeblip.training.stopping import in_one_line
 from bridgeblip.training.trainer import (
     AveragingTrainer,
     TrainingQuestions,
@@ -113,15 +112,7 @@ def tune(
         resumed = newest_state([out], plan.identity)
         teacher = Teacher(load_learner(plan), plan)
         trainer, keeper = _trainer(plan, teacher)
-        if process.is_main_process and not (resumed and read_state(resumed)["done"]):
-            trainer.add_callback(tensorboard(out))
-        trainer.go(resumed, keeper.stopper)
-        if keeper.leaving:
-            raise TrainingStopped(
-                f"stopped on request after step {trainer.state.global_step} of "
-                f"{trainer.state.max_steps}; all is saved in {out / STATE_FOLDER}: run the same "
-                f"again to go on"
-            )
+        trainer.go(resumed, keeper)
         return _conclude(trainer, plan)
 
 
@@ -150,7 +141,7 @@ def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeepe
     trainer.compute_metrics = partial(measure_letters, trainer, [plan.out], groups)
     if not plan.letters:
         trainer.compute_metrics = partial(_score_texts, trainer, plan)
-    keeper = StateKeeper([plan.out], plan.identity, trainer.averages, Stopper(), train.save_minutes)
+    keeper = StateKeeper([plan.out], plan.identity, trainer.averages, train.save_minutes)
     trainer.add_callback(SelfCheck(teacher))
     trainer.add_callback(Progress(live=in_notebook() and plan.letters > 0))
     trainer.add_callback(BestKeeper(partial(_write_run, trainer, plan), plan.metric))
