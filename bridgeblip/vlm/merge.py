@@ -13,9 +13,9 @@ from torch import nn
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.files import replace_folder, require_writable
-from bridgeblip.vlm.answer import with_adapter
-from bridgeblip.vlm.batches import Batches, to_model
-from bridgeblip.vlm.families import load_model, load_processor
+from bridgeblip.vlm.answer import load_batches, with_adapter
+from bridgeblip.vlm.batches import to_model
+from bridgeblip.vlm.families import load_model
 from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
 from bridgeblip.vlm.slicing import source_of
 
@@ -69,10 +69,9 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
         raise InputError(f"{out} is there already and no merged run: give another --out")
     require_writable(out.parent)
     facts["base"], facts["revision"] = source_of(facts)
-    settings, base, revision = facts["settings"], facts["base"], facts["revision"]
-    processor = load_processor(base, revision, settings["pixels"] or None)
+    base, revision = facts["base"], facts["revision"]
+    batches = load_batches(base, revision, facts)
     model = load_model(base, revision)  # in fp32, whatever it was tuned in
-    batches = Batches(processor, model.config, settings["system"], settings["prompt"])
     batch = batches.ask(*probe())
     adapted = with_adapter(model, run / ADAPTER_FOLDER, base)
     expected = logits_of(adapted, batch)
@@ -90,7 +89,7 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
 
     def fill(folder: Path) -> None:
         merged.to(getattr(torch, facts["dtype"])).save_pretrained(folder)
-        processor.save_pretrained(folder)
+        batches.processor.save_pretrained(folder)
         shutil.copy(run / RUN_FILE, folder / RUN_FILE)
 
     replace_folder(out, fill)
