@@ -96,7 +96,9 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(tmp_path):
     path = run / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({name.replace("layers.1", "layers.9"): t for name, t in tensors.items()}, path)
-    with pytest.raises(InputError, match=r"adapter does not fit"):
+    with pytest.raises(
+        InputError, match=r"adapter does not fit .*base .*tensors have no counterpart"
+    ):
         merge(run)
 
 

@@ -90,7 +90,7 @@ def test_the_sliced_folder_equals_slicing_in_memory(family, tmp_path):
     assert len([*folder.glob("*.safetensors")]) > 2 and facts["layers"] == LAYERS
     sliced, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    batch = probe(Batches(AutoProcessor.from_pretrained(folder), sliced.config))
+    batch = Batches(AutoProcessor.from_pretrained(folder), sliced.config).ask(*probe())
     whole, _ = families.build(family, layers=OF)
     before = logits_of(whole, batch)
     expected = logits_of(cut_in_memory(whole, LAYERS), batch)

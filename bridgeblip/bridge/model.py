@@ -67,10 +67,10 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         "language_model.encoder.embed_tokens.weight": "language_model.shared.weight",
         "language_model.decoder.embed_tokens.weight": "language_model.shared.weight",
     }
+    # Of the bridge, once it is there.
     adapter_dropouts: Sequence[nn.Module] = ()
-    """Of the bridge, once it is there."""
+    # Share of the target that training spreads evenly over the choices that exist.
     label_smoothing = 0.0
-    """Share of the target that training spreads evenly over the choices that exist."""
     accepts_loss_kwargs = (
         False  # the loss is a mean over the batch: Trainer must divide by the accumulation steps
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,7 +32,14 @@ from bridgeblip.evidence.answers import Answers
 from bridgeblip.files import read_json
 from bridgeblip.machine import choose_precision
 from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT, Batches, letter_logits, to_model
-from bridgeblip.vlm.families import count_parameters, load_config, load_model, load_processor
+from bridgeblip.vlm.families import (
+    LOADING,
+    count_parameters,
+    in_short,
+    load_config,
+    load_model,
+    load_processor,
+)
 from bridgeblip.vlm.processing import BLANK
 from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
 from bridgeblip.vlm.slicing import source_of
@@ -50,12 +58,16 @@ class Tuned:
 
 
 def load_tuned(
-    model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    model: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    bits: bool | None = None,
 ) -> Tuned:
     """Load a run of ``tune``, a folder that it merged, any other model folder, or a hub id.
 
     Args:
         dtype: of the weights; None: what the device computes well in.
+        bits: whether an adapter's base is loaded in 4 bits; None: as it was tuned.
 
     Raises:
         InputError: if it can't be loaded, or the adapter is not one of the run's base.
@@ -65,10 +77,11 @@ def load_tuned(
     config = batches.config
     if dtype is None:
         dtype = choose_precision(device, count_parameters(config)).dtype
-    bits = adapter is not None and run.get("method") == "qlora"
+    if bits is None:
+        bits = adapter is not None and run.get("method") == "qlora"
     loaded = load_model(source, revision, dtype, device, bits)
     if adapter is not None:
-        loaded = with_adapter(loaded, adapter, source)
+        loaded = load_adapter(loaded, adapter)
     return Tuned(loaded, batches, run, _fingerprint(model, run, config))
 
 
@@ -103,20 +116,26 @@ def load_batches(source: str | Path, revision: str | None, run: dict[str, Any]) 
     return Batches(processor, load_config(source, revision), **wording)
 
 
-def with_adapter(model: PreTrainedModel, adapter: Path, base: str) -> PreTrainedModel:
-    """The model with a run's adapter on it, if all of it fits; PEFT passes over what does not."""
+def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """Return a model with the adapter of a folder on it.
+
+    Raises:
+        InputError: if not all of it fits the model, or all of the model's: PEFT would only warn.
+    """
     try:
-        saved = load_peft_weights(str(adapter), device="cpu")
-        model = PeftModel.from_pretrained(model, str(adapter)).eval()
-        parted = set(saved) ^ set(get_peft_model_state_dict(model))
+        stored = load_peft_weights(str(adapter), device="cpu").keys()
+        with warnings.catch_warnings(action="ignore"):
+            adapted = PeftModel.from_pretrained(model, adapter).eval()
+        parted = stored ^ get_peft_model_state_dict(adapted).keys()
         reason = f"{len(parted)} tensors have no counterpart" if parted else ""
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
+    except (*LOADING, RuntimeError) as error:  # RuntimeError: other shapes
+        reason = in_short(error)
     if reason:
         raise InputError(
-            f"{adapter} does not fit {base} ({reason}): give the base that it was tuned on"
+            f"{adapter} does not fit {model.config.name_or_path} ({reason}): give the base that it "
+            f"was tuned on"
         )
-    return model
+    return adapted
 
 
 def _fingerprint(model: str | Path, run: dict, config) -> str:

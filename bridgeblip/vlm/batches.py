@@ -245,10 +245,8 @@ class Batches:
     def problem(self, question: Question, room: int = 1) -> str:
         """Say why a row can't be asked: with ``room`` tokens for its answer it is longer than the
         model's context; empty if it can."""
-        if self.length_bound(question) + room <= self.context:
-            return ""
         length = self.length_bound(question) + room
-        if question.image:
+        if length > self.context and question.image:  # the bound is its picture's at most
             length = self._length(question, open_picture(question.image)) + room
         return self._too_long(length) if length > self.context else ""
 

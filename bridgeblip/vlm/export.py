@@ -19,7 +19,7 @@ from bridgeblip import InputError
 from bridgeblip.bundle.export import export_device, write_bundle
 from bridgeblip.bundle.gate import ParityGate
 from bridgeblip.data.questions import NUM_CHOICES, Question
-from bridgeblip.vlm.answer import find_tuned, load_batches, with_adapter
+from bridgeblip.vlm.answer import find_tuned, load_adapter, load_batches
 from bridgeblip.vlm.batches import LETTER_PROMPT, MARK, Batches
 from bridgeblip.vlm.families import empty_model, image_kwargs, load_model
 from bridgeblip.vlm.merge import probe
@@ -126,7 +126,7 @@ def export_chat(
     kind = getattr(torch, dtype or stored)
     loaded = load_model(source, revision, device=export_device(kind))
     if adapter is not None:
-        loaded = with_adapter(loaded, adapter, source)
+        loaded = load_adapter(loaded, adapter)
     gate = ParityGate(batch, AsTransformers(loaded, processor.letter_ids), torch.float32)
     merged = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
     wrapper = TraceableChat(merged, processor.letter_ids).eval()

@@ -13,11 +13,10 @@ from torch import nn
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.files import replace_folder, require_writable
-from bridgeblip.vlm.answer import load_batches, with_adapter
+from bridgeblip.machine import best_device
+from bridgeblip.vlm.answer import load_tuned
 from bridgeblip.vlm.batches import to_model
-from bridgeblip.vlm.families import load_model
-from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
-from bridgeblip.vlm.slicing import source_of
+from bridgeblip.vlm.settings import MODEL_FOLDER, RUN_FILE, read_run
 
 MERGED_FOLDER = "merged"
 PROBE = {
@@ -68,14 +67,11 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     if out.exists() and not (out / RUN_FILE).is_file():
         raise InputError(f"{out} is there already and no merged run: give another --out")
     require_writable(out.parent)
-    facts["base"], facts["revision"] = source_of(facts)
-    base, revision = facts["base"], facts["revision"]
-    batches = load_batches(base, revision, facts)
-    model = load_model(base, revision)  # in fp32, whatever it was tuned in
-    batch = batches.ask(*probe())
-    adapted = with_adapter(model, run / ADAPTER_FOLDER, base)
-    expected = logits_of(adapted, batch)
-    merged = adapted.merge_and_unload()
+    # On the base in full precision, whatever it was tuned in.
+    tuned = load_tuned(run, dtype=torch.float32, bits=False)
+    batch = tuned.batches.ask(*probe())
+    expected = logits_of(tuned.model, batch)
+    merged = tuned.model.merge_and_unload()
     distance = parted(logits_of(merged, batch), expected)
     if not distance <= TOLERANCE:
         raise InputError(
@@ -85,11 +81,11 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
         )
     bits = None
     if facts["method"] == "qlora":
-        bits = _distance_to_bits(run, facts, batch, logits_of(merged, batch))
+        bits = _distance_to_bits(run, batch, logits_of(merged, batch))
 
     def fill(folder: Path) -> None:
         merged.to(getattr(torch, facts["dtype"])).save_pretrained(folder)
-        batches.processor.save_pretrained(folder)
+        tuned.batches.processor.save_pretrained(folder)
         shutil.copy(run / RUN_FILE, folder / RUN_FILE)
 
     replace_folder(out, fill)
@@ -121,12 +117,9 @@ def parted(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return float((logits - expected).abs().max() / expected.std())
 
 
-def _distance_to_bits(run: Path, facts: dict, batch: dict, merged: torch.Tensor) -> float | None:
+def _distance_to_bits(run: Path, batch: dict, merged: torch.Tensor) -> float | None:
     if importlib.util.find_spec("bitsandbytes") is None:
         print("the distance to the run in 4 bits is not measured: bitsandbytes is not installed")
         return None
-    dtype = getattr(torch, facts["dtype"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(facts["base"], facts["revision"], dtype, device, bits=True)
-    adapted = with_adapter(model, run / ADAPTER_FOLDER, facts["base"])
-    return parted(merged, logits_of(adapted, batch))
+    tuned = load_tuned(run, best_device(), getattr(torch, read_run(run)["dtype"]))
+    return parted(merged, logits_of(tuned.model, batch))
