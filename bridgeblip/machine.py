@@ -157,9 +157,9 @@ def is_out_of_memory(error: Exception) -> bool:
 def peak_memory() -> str:
     """The most memory that this process has held so far: the GPU's where there is one."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory"
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB GPU RAM"
     import resource  # Unix alone has it
 
     unit = 1 if sys.platform == "darwin" else 1024
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{held / 1e9:.1f} GB of memory"
+    return f"{held / 1e9:.1f} GB RAM"

@@ -22,6 +22,7 @@ from bridgeblip.bundle.predict import (
     batches_of,
     in_halves,
     in_windows,
+    or_blank,
     probabilities_of,
     weigh,
 )
@@ -39,9 +40,9 @@ from bridgeblip.vlm.families import (
     load_model,
     load_processor,
 )
+from bridgeblip.vlm.processing import BLANK
 from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
-
-BLANK = Image.new("RGB", (336, 336), (127, 127, 127))  # stands for a missing picture
+from bridgeblip.vlm.slicing import source_of
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,9 @@ def load_tuned(
     Raises:
         InputError: if it can't be loaded, or the adapter is not one of the run's base.
     """
-    folder = Path(model)
-    source, revision, run, adapter = model, None, {}, None
-    if (folder / RUN_FILE).is_file() and (folder / "config.json").is_file():  # merged
-        run = read_json(folder / RUN_FILE)
-    elif (folder / RUN_FILE).is_file():
-        run = read_run(folder)
-        source = folder / MODEL_FOLDER
-        if run.get("method") != "full":
-            source, revision, adapter = run["base"], run.get("revision"), folder / ADAPTER_FOLDER
-    settings = run.get("settings", {})
-    processor = load_processor(source, revision, settings.get("pixels") or None)
-    config = load_config(source, revision)
-    wording = {name: settings.get(name) or "" for name in ("system", "prompt")}
-    batches = Batches(processor, config, **wording)
+    source, revision, run, adapter = find_tuned(model)
+    batches = load_batches(source, revision, run)
+    config = batches.config
     if dtype is None:
         dtype = choose_precision(device, count_parameters(config)).dtype
     if bits is None:
@@ -93,6 +83,37 @@ def load_tuned(
     if adapter is not None:
         loaded = load_adapter(loaded, adapter)
     return Tuned(loaded, batches, run, _fingerprint(model, run, config))
+
+
+def find_tuned(model: str | Path) -> tuple[str | Path, str | None, dict[str, Any], Path | None]:
+    """Return where the weights of a run, a folder or a hub id are: folder or id, its revision, what
+    ``run.json`` says, and the adapter's folder if there is one.
+
+    Raises:
+        InputError: as ``read_run`` does.
+    """
+    folder = Path(model)
+    source, revision, run, adapter = model, None, {}, None
+    if (folder / RUN_FILE).is_file() and (folder / "config.json").is_file():  # merged
+        run = read_json(folder / RUN_FILE)
+    elif (folder / RUN_FILE).is_file():
+        run = read_run(folder)
+        source = folder / MODEL_FOLDER
+        if run.get("method") != "full":
+            (source, revision), adapter = source_of(run), folder / ADAPTER_FOLDER
+    return source, revision, run, adapter
+
+
+def load_batches(source: str | Path, revision: str | None, run: dict[str, Any]) -> Batches:
+    """Return the batches that a run was tuned with, or those of a model as published.
+
+    Raises:
+        InputError: as ``load_processor`` and ``Batches`` do.
+    """
+    settings = run.get("settings", {})
+    processor = load_processor(source, revision, settings.get("pixels") or None)
+    wording = {name: settings.get(name) or "" for name in ("system", "prompt")}
+    return Batches(processor, load_config(source, revision), **wording)
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
@@ -159,16 +180,7 @@ def _in_windows(questions, blank_images, answer, settings, batch_size, out) -> l
         raise InputError(f"batch size is {batch_size}: expected at least 1")
     if blank_images:
         questions = [replace(question, image=None) for question in questions]
-    return in_windows(questions, _picture_or_blank, answer, settings, out)
-
-
-def _picture_or_blank(path: Path | None) -> tuple[Image.Image, str]:
-    """A picture, and what is wrong with it: then it is blank."""
-    try:
-        return open_picture(path) if path else BLANK, ""
-    except InputError as error:
-        cause = error.__cause__
-        return BLANK, f"{type(cause).__name__}: {cause}"
+    return in_windows(questions, partial(or_blank, open_picture, BLANK), answer, settings, out)
 
 
 def _laid_out(groups, pictures) -> tuple[list[Question], list[Image.Image], list[str]]:

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -14,10 +15,16 @@ from bridgeblip.data.questions import Question
 from bridgeblip.files import replace_folder, require_writable
 from bridgeblip.machine import best_device
 from bridgeblip.vlm.answer import load_tuned
-from bridgeblip.vlm.batches import Batches, to_model
+from bridgeblip.vlm.batches import to_model
 from bridgeblip.vlm.settings import MODEL_FOLDER, RUN_FILE, read_run
 
 MERGED_FOLDER = "merged"
+PROBE = {
+    (128, 96): "What is this?",
+    (37, 61): "How many  are there, and where?\nIn <image>?",
+    (200, 30): "이것은 무엇입니까?",
+    (300, 400): "A",
+}
 TOLERANCE = 1e-4
 """Most that a merged logit may be off in fp32, of the standard deviation of all logits."""
 
@@ -62,7 +69,7 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     require_writable(out.parent)
     # On the base in full precision, whatever it was tuned in.
     tuned = load_tuned(run, dtype=torch.float32, bits=False)
-    batch = probe(tuned.batches)
+    batch = tuned.batches.ask(*probe())
     expected = logits_of(tuned.model, batch)
     merged = tuned.model.merge_and_unload()
     distance = parted(logits_of(merged, batch), expected)
@@ -85,13 +92,15 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     return Merged(out, distance, bits)
 
 
-def probe(batches: Batches) -> dict[str, torch.Tensor]:
-    """A batch of questions of merging's own: noise, so that every part of a model has its say."""
-    noise = torch.randint(256, (3, 96, 128, 3), generator=torch.Generator().manual_seed(0))
-    pictures = [Image.fromarray(picture) for picture in noise.to(torch.uint8).numpy()]
-    texts = ("What is this?", "How many are there, and where?", "Which is it?")
-    questions = [Question(text, None, text, ("one", "two")) for text in texts]
-    return batches.ask(questions, pictures)
+def probe() -> tuple[list[Question], list[Image.Image]]:
+    """Questions and pictures of our own, in different shapes and scripts: noise, so that every part
+    of a model has its say."""
+    generator, questions, pictures = np.random.default_rng(0), [], []
+    for (width, height), text in PROBE.items():
+        noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        pictures.append(Image.fromarray(noise))
+        questions.append(Question(text, None, text, ("one", "", "two <s>")))
+    return questions, pictures
 
 
 @torch.no_grad()
