@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers.integrations import get_available_reporting_integrations
 
 from bridgeblip import InputError
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
@@ -87,7 +86,6 @@ def plan_tuning(
     """
     require_service(train.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
-    _check_service(settings.report_to)
     base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
     config = whole = load_config(base, revision)
     layers = []
@@ -152,16 +150,6 @@ def _identity(
         rows.append([q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history])
     ours = {key: value for key, value in facts["train"].items() if key not in NOT_THE_RESULT}
     return json.loads(json.dumps(facts | {"train": ours, "pictures": digest_of(rows)}))
-
-
-def _check_service(name: str) -> None:
-    """Refuse a service that ``Trainer`` would only miss once the model is loaded."""
-    known = get_available_reporting_integrations()
-    if name not in ("", "none", *known):
-        raise InputError(
-            f"report_to is {name!r}, which is not installed here, or nothing that Trainer knows: "
-            f"installed are {', '.join(known)}; pip install {name}, or leave it out"
-        )
 
 
 def _start(
