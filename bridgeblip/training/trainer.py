@@ -20,7 +20,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bridgeblip import InputError
@@ -220,11 +220,12 @@ def require_service(name: str) -> None:
     Raises:
         InputError: if it is unknown, or its package is not installed.
     """
-    try:
-        for callback in get_reporting_integration_callbacks([name] * (name not in ("", "none"))):
-            callback()
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise InputError(f"report_to is {name!r}: {error}") from error
+    known = get_available_reporting_integrations()
+    if name not in ("", "none", *known):
+        raise InputError(
+            f"report_to is {name!r}, which is not installed here, or nothing that Trainer knows: "
+            f"installed are {', '.join(known)}; pip install {name}, or leave it out"
+        )
 
 
 def training_arguments(
