@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from bridgeblip.data.texts import read_task
-from bridgeblip.files import read_json
 from bridgeblip.hosting.checks import Findings, check_memory, check_pictures
 from bridgeblip.hosting.runtime import installed
 from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.vlm.settings import MODEL_FOLDER, RUN_FILE, TuneSettings, read_run
+from bridgeblip.vlm.settings import TuneSettings, find_source
 
 BYTES = {"lora": 0, "qlora": 0, "full": 16}
 """Of a parameter, beside its own: gradient, both moments and the weight in float32."""
@@ -78,18 +77,10 @@ def check_tuned(
     found: Findings, csv: Path, model: Path, images: Path | None, split: str | None
 ) -> None:
     """Add what is found of a run, or any other model, that is to answer questions."""
-    run, base = {}, model
-    if (model / RUN_FILE).is_file():
-        merged = (model / "config.json").is_file()
-        run = (
-            found.attempt(read_json, model / RUN_FILE) if merged else found.attempt(read_run, model)
-        )
-        if not run:
-            return
-        base = model if merged else run["base"]
-        base = model / MODEL_FOLDER if run.get("method") == "full" else base
-    asked = run.get("settings", {}) | {"task": run.get("task")}
-    known = {name: asked.get(name) for name in ("task", "pixels", "system", "prompt")}
-    check_tune(
-        found, csv, base, images, split, TuneSettings.given(**known), None, run.get("revision")
-    )
+    known = found.attempt(find_source, model)
+    if known:
+        run, base, adapter = known
+        asked = run.get("settings", {}) | {"task": run.get("task")}
+        tune = {name: asked.get(name) for name in ("task", "pixels", "system", "prompt")}
+        revision = run.get("revision") if adapter else None
+        check_tune(found, csv, base, images, split, TuneSettings.given(**tune), None, revision)

@@ -27,11 +27,10 @@ from bridgeblip.bundle.predict import (
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import Answers
-from bridgeblip.files import read_json
 from bridgeblip.machine import choose_precision
 from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT, Batches, letter_logits, to_model
 from bridgeblip.vlm.families import count_parameters, load_config, load_model, load_processor
-from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
+from bridgeblip.vlm.settings import find_source
 
 BLANK = Image.new("RGB", (336, 336), (127, 127, 127))  # stands for a missing picture
 
@@ -59,15 +58,8 @@ def load_tuned(
     Raises:
         InputError: if it can't be loaded, or the adapter is not one of the run's base.
     """
-    folder = Path(model)
-    source, revision, run, adapter = model, None, {}, None
-    if (folder / RUN_FILE).is_file() and (folder / "config.json").is_file():  # merged
-        run = read_json(folder / RUN_FILE)
-    elif (folder / RUN_FILE).is_file():
-        run = read_run(folder)
-        source = folder / MODEL_FOLDER
-        if run.get("method") != "full":
-            source, revision, adapter = run["base"], run.get("revision"), folder / ADAPTER_FOLDER
+    run, source, adapter = find_source(model)
+    revision = run.get("revision") if adapter else None
     settings = run.get("settings", {})
     processor = load_processor(source, revision, settings.get("pixels") or None)
     config = load_config(source, revision)
