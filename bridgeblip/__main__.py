@@ -77,7 +77,12 @@ FEW_OPTION = option(
 )
 COPY_TO = option("--copy-to", type=Path, help="second checkpoint folder, such as one on Drive")
 NO_CACHE = option("--no-cache", action="store_true", help="keep no image features on disk")
-WEIGHTS = option("--weights", type=Path, help="what train wrote; by default the best beside --out")
+WEIGHTS = option(
+    "--weights",
+    type=Path,
+    help="what train wrote, for export a run of tune or a model folder too; by default the best "
+    "beside --out",
+)
 MODEL = option(
     "--model",
     type=Path,
@@ -91,7 +96,6 @@ DTYPE = option("--dtype", choices=("float32", "bfloat16", "float16"), help="by d
 SAMPLE = option("--sample", type=Path, help="sample submission; by default beside the CSV")
 SETTINGS = (*options_of(TrainSettings), *options_of(BridgeSettings))
 OF_TUNE_ALONE = [given for given in options_of(TuneSettings) if given[0] not in dict(SETTINGS)]
-TUNE_TRAINING = [given for given in options_of(TrainSettings) if "head" not in given[0][0]]
 
 
 @verb(
@@ -187,7 +191,7 @@ def train(args):
     option("--out", type=Path, required=True, help="folder of the run"),
     option("--continue", dest="continue_from", type=Path, metavar="RUN",
            help="start from another run's best weights"),
-    *options_of(TuneSettings), FEW_OPTION, *TUNE_TRAINING, extras=("train",),
+    *options_of(TuneSettings), FEW_OPTION, *options_of(TrainSettings), extras=("train",),
 )  # fmt: skip
 def tune(args):
     """Tune any vision-language model; writes adapter/ or model/, run.json and a report."""
@@ -229,10 +233,19 @@ def merge(args):
     extras=("train",),
 )
 def export(args):
-    """Turn weights into the one-file bundle; writes torchscript.pt."""
-    from bridgeblip.bridge.export import export_bundle
+    """Turn weights or a run into the one-file bundle; writes torchscript.pt."""
+    from bridgeblip.hosting.ask import is_bundle
 
-    out, parity = export_bundle(_weights("exporting", args), args.out, args.base, args.dtype)
+    if args.weights and not is_bundle(args.weights):
+        from bridgeblip.vlm.export import export_chat
+
+        if args.base:
+            raise InputError(f"{args.weights} names its own base: leave --base out")
+        out, parity = export_chat(args.weights, args.out, args.dtype)
+    else:
+        from bridgeblip.bridge.export import export_bundle
+
+        out, parity = export_bundle(_weights("exporting", args), args.out, args.base, args.dtype)
     print(f"{parity.to_string(index=False)}\nwrote {out}")
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from bridgeblip import InputError
 
+# What a write fails with where no space is left.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a write fails with where no space is left."""
 
 CHUNK = 1 << 20  # bytes that are copied at a time
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import LAYERS
+from conftest import LAYERS, store_weights
 from PIL import Image, features
 from test_merge import run_of
 
@@ -20,14 +20,12 @@ from bridgeblip.__main__ import main
 from bridgeblip.bridge import processing
 from bridgeblip.bridge import train as training
 from bridgeblip.bridge.export import export_bundle
-from bridgeblip.bridge.lora import attach_bridge
-from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.hosting import checks, doctor, runtime
 from bridgeblip.hosting.doctor import Finding, check, print_findings
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.weights import save_best, save_weights, trained_tensors
+from bridgeblip.training.weights import save_best
 from bridgeblip.vlm.merge import merge
 
 
@@ -35,16 +33,8 @@ from bridgeblip.vlm.merge import merge
 def checkpoint(base, processor, tmp_path_factory) -> Path:
     """Weights as trained for no step, and their bundle."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings())
-    manifest = {
-        "base": str(base),
-        "revision": None,
-        "layers": list(LAYERS),
-        "bridge": vars(BridgeSettings()),
-    }
-    manifest["processor"] = processor.fingerprint
-    save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
-    export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
+    weights = store_weights(folder / "weights-0.pt", base, processor)
+    export_bundle(weights, folder / "torchscript.pt")
     return folder
 
 
@@ -384,7 +374,7 @@ BROKEN = [  # name, stage, what breaks it, what must be found
         "no weights-N.pt in .*run train.ipynb",
     ),
     ("cut weights", EXPORT, cut("checkpoint/weights-0.pt"), "weights-0.pt can't be read.*copy it"),
-    ("bare weights", EXPORT, bare_weights, "bare state dict names no base: say which"),
+    ("bare weights", EXPORT, bare_weights, "lacks its format, its tensors or its base"),
     (
         "other tokenizer",
         EXPORT,
@@ -599,7 +589,7 @@ def test_doctor_looks_at_what_it_is_told_of_the_stage(home, monkeypatch, tmp_pat
     for arguments, found in (
         (
             "--stage train --report-to nope --csv competition/train.csv --base base",
-            "'nope': nope is",
+            "report_to is 'nope'",
         ),
         (
             f"--stage export --weights {weights} --dtype bfloat16",

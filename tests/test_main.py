@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import LAYERS, ROOT
+from conftest import ROOT, store_weights
 from tqdm.auto import tqdm
 
 import bridgeblip
@@ -22,11 +22,8 @@ from bridgeblip import InputError
 from bridgeblip import __main__ as entry
 from bridgeblip.__main__ import VERBS, build_parser, main
 from bridgeblip.bridge.export import export_bundle
-from bridgeblip.bridge.lora import attach_bridge
-from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.training.settings import FEW, TrainSettings
-from bridgeblip.training.weights import save_weights, trained_tensors
 
 NAMES = ("demo", "doctor", "prepare", "train", "tune", "merge", "export", "share", "predict", "ask", "inspect",
          "blend", "evaluate")  # fmt: skip
@@ -101,11 +98,8 @@ def test_wrong_arguments_are_one_line(arguments, capsys):
 def checkpoint(base, processor, tmp_path_factory) -> Path:
     """Weights as trained for no step, and their bundle."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings())
-    manifest = {"base": str(base), "revision": None, "layers": list(LAYERS)}
-    manifest |= {"bridge": vars(BridgeSettings()), "processor": processor.fingerprint}
-    save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
-    export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
+    weights = store_weights(folder / "weights-0.pt", base, processor)
+    export_bundle(weights, folder / "torchscript.pt")
     return folder
 
 

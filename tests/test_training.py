@@ -68,7 +68,7 @@ def test_history_and_validation(result):
 def test_a_run_that_has_ended_is_not_run_again(base, competition, tmp_path, capsys):
     """Early stopping: the second epoch is no better at a rate that moves nothing, so it is the
     last."""
-    rates = {"learning_rate": 1e-30, "head_learning_rate": 1e-30}  # below float32's resolution
+    rates = {"learning_rate": 1e-30}  # below float32's resolution
     still = TrainSettings(epochs=5, batch_size=16, validation_fraction=0.25, patience=1, **rates)
     runs = [
         train(competition / "train.csv", base, tmp_path, still, BridgeSettings(192, layers=LAYERS))

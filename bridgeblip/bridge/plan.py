@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from operator import ne
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ from transformers import InstructBlipConfig, enable_full_determinism, set_seed
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget
+from bridgeblip.bridge.budget import certify_budget
 from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
-from bridgeblip.bridge.settings import BridgeSettings, decoder_layers
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.files import digest_of, require_writable
 from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
+from bridgeblip.training.layers import BUDGET_LIMIT, decoder_layers
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
 from bridgeblip.training.trainer import require_service
@@ -42,20 +44,20 @@ class Plan:
     layers: list[int]
     settings: TrainSettings
     bridge: BridgeSettings
+    # The checkpoint folder, and perhaps a second one for copies.
     places: list[Path]
-    """The checkpoint folder, and perhaps a second one for copies."""
     training: list[Question]
     validation: list[Question]
+    # Content key of each picture.
     picture_keys: dict[Path, str]
-    """Content key of each picture."""
     processor: QuestionProcessor
     process: PartialState
     device: torch.device
     dtype: torch.dtype
+    # What each weights file says of itself.
     manifest: dict[str, Any]
-    """What each weights file says of itself."""
+    # What a saved state must agree with.
     identity: dict[str, Any]
-    """What a saved state must agree with."""
 
 
 def plan_training(
@@ -141,9 +143,9 @@ def _read_fitting(
     them."""
     written = read_questions(train_csv, need_answers=True)
     processor.check_choices(written, train_csv)
-    questions = [processor.fit(question) for question in written]
-    processor.encode_prompts([processor.prompt(question) for question in questions])
-    shortened = sum(fitting != whole for fitting, whole in zip(questions, written, strict=True))
+    questions = list(map(processor.fit, written))
+    processor.encode_prompts(list(map(processor.prompt, questions)))
+    shortened = sum(map(ne, questions, written))
     if shortened:
         process.print(
             f"{shortened} of {len(questions)} questions are longer than the "

@@ -98,10 +98,6 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
             or ``out`` is something else already.
     """
     out, loaded = Path(out), load_weights(weights)
-    if loaded.manifest is None:
-        raise InputError(
-            f"{weights} is a bare state dict, without adapters: share a weights-N.pt of train.ipynb"
-        )
     settings = BridgeSettings(**loaded.manifest["bridge"])
     if settings.rank == 0:
         raise InputError(
@@ -208,7 +204,7 @@ def _card(
         alpha=lora.lora_alpha,
         dropout=lora.lora_dropout,
         targets=lora.target_modules,
-        trained=sum(tensor.numel() for tensor in tensors.values()),
+        trained=sum(map(torch.numel, tensors.values())),
         total=manifest["budget"]["total"],
         limit=manifest["budget"]["limit"],
         prompt=manifest["prompt"],

@@ -72,7 +72,7 @@ def check(
         settings, bridge, revision, copy_to: as for ``train``; ``cache`` if it keeps features.
         dtype: name of the torch dtype of the weights; by default what the stage chooses.
         images, split, tune: as for ``tune``.
-        limit: most parameters that the sliced model may have; by default ``budget.BUDGET_LIMIT``.
+        limit: most parameters that the sliced model may have; by default ``layers.BUDGET_LIMIT``.
     """
     if stage not in (*STAGES, "tune"):
         known = ", ".join([*STAGES, "tune"])
@@ -90,7 +90,8 @@ def check(
             _check_places(found, [folder, *[copy_to] * bool(copy_to)], size, cache)
         elif stage == "tune":
             csv, tune = Path(csv or "competition/train.csv"), tune or TuneSettings()
-            check_tune(found, csv, base or REAL_BASE, images, split, tune, settings, revision)
+            given = (csv, base or REAL_BASE, images, split, tune, settings, revision, limit)
+            check_tune(found, *given)
         elif stage == "export":
             out = Path(out or folder / BUNDLE_FILE)
             _check_export(found, Path(weights or folder), base, out, revision, dtype, limit)
@@ -159,21 +160,16 @@ def _check_places(found: Findings, folders: Sequence[str | Path], size: int, cac
 
 def _check_export(found, weights, base, out, revision, dtype, limit) -> None:
     from bridgeblip.bridge.budget import held_memory
-    from bridgeblip.bridge.export import export_device
+    from bridgeblip.bundle.export import export_device
 
     if weights.is_dir():
         weights, _ = found.attempt(choose_weights, weights) or (None, None)
     loaded = weights and found.attempt(load_weights, weights)
     if not loaded:
         return
-    named = loaded.manifest or {"base": base, "revision": revision}
+    named = loaded.manifest
     base = base or named["base"]
-    if base is None:
-        remedy = "say which one it was sliced from"
-        found.add("problem", f"{weights}: a bare state dict names no base: {remedy}")
-        return
-    layers = named.get("layers", BridgeSettings.layers)
-    processor, config = check_base(found, base, layers, named["revision"])
+    processor, config = check_base(found, base, named["layers"], named["revision"])
     if processor and named.get("processor", processor.fingerprint) != processor.fingerprint:
         found.add(
             "problem",
@@ -207,7 +203,8 @@ def _check_predict(found, csv, bundle, sample, limit) -> None:
     dtype = getattr(torch, header.manifest["dtype"])
     check_speed(found, best_device(), dtype, "export it as float32, for an older GPU as float16")
     check_memory(found, bundle.stat().st_size)
-    if installed("transformers") and installed("peft"):  # answering needs neither
+    bridge = header.manifest["kind"] == "instructblip"
+    if bridge and installed("transformers") and installed("peft"):  # answering needs neither
         from bridgeblip.bridge.config import BridgeBlipConfig
 
         check_budget(found, BridgeBlipConfig.from_dict(header.manifest["config"]), limit)

@@ -6,11 +6,12 @@ from bridgeblip.data.texts import read_task
 from bridgeblip.hosting.checks import Findings, check_memory, check_pictures
 from bridgeblip.hosting.runtime import installed
 from bridgeblip.machine import best_device, choose_precision
+from bridgeblip.training.layers import BUDGET_LIMIT
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.vlm.settings import TuneSettings, find_source
 
-BYTES = {"lora": 0, "qlora": 0, "full": 16}
-"""Of a parameter, beside its own: gradient, both moments and the weight in float32."""
+LEARNING = 20
+"""Bytes of a number that learns: itself, its gradient, both moments and its average, in float32."""
 
 
 def check_tune(
@@ -22,18 +23,20 @@ def check_tune(
     tune: TuneSettings,
     settings: TrainSettings | None,
     revision: str | None = None,
+    limit: int | None = None,
 ) -> None:
     """Add what is found of a base and its data; the weights are neither fetched nor loaded.
 
     Args:
         settings: of the training; None: the questions are only to be answered.
     """
-    from torch import nn
-
     from bridgeblip.vlm.batches import Batches
-    from bridgeblip.vlm.families import decoder_linears, empty_model, load_config, load_processor
+    from bridgeblip.vlm.families import load_config, load_processor
+    from bridgeblip.vlm.slicing import describe_budget, slice_config
 
-    config = found.attempt(load_config, base, revision)
+    config = whole = found.attempt(load_config, base, revision)
+    if config and tune.layers:
+        config, _ = found.attempt(slice_config, whole, tune.layers) or (None, [])
     processor = config and found.attempt(load_processor, base, revision, tune.pixels or None)
     batches = processor and found.attempt(Batches, processor, config, tune.system, tune.prompt)
     reading = (csv, images, tune.task or None, split, settings is not None, settings is not None)
@@ -59,18 +62,34 @@ def check_tune(
     if tune.method == "qlora" and not installed("bitsandbytes"):
         found.add("problem", "4 bits need bitsandbytes: pip install bitsandbytes")
     if config:
-        model = empty_model(config)
-        found.attempt(decoder_linears, model, tune.targets)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        found.add("ok", f"{parameters:,} parameters, each counted once, whatever their bits")
-        dtype = choose_precision(best_device(), parameters).dtype
-        size = parameters * (dtype.itemsize + BYTES[tune.method])
-        if tune.method == "qlora":
-            small = set(decoder_linears(model))
-            for name, module in model.named_modules():
-                if name in small and isinstance(module, nn.Linear):
-                    size -= int(module.weight.numel() * (dtype.itemsize - 0.52))  # and constants
-        check_memory(found, size)
+        fits, line = describe_budget(whole, config, limit or BUDGET_LIMIT)
+        found.add("ok" if fits else "warning", line)
+        learning, held = held_memory(config, tune, settings is not None)
+        if settings:
+            what = f"{learning:,} numbers learn; {held / 1e9:.1f} GB are held while tuning"
+            found.add("ok", what)
+        check_memory(found, held)
+
+
+def held_memory(config, tune: TuneSettings, learns: bool = True) -> tuple[int, int]:
+    """How many numbers learn, and the bytes that tuning, or answering if nothing ``learns``, holds
+    all the time, from the shapes."""
+    from bridgeblip.vlm.families import decoder_linears, empty_model
+
+    model = empty_model(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = choose_precision(best_device(), parameters).dtype.itemsize
+    if tune.method == "full":
+        return (parameters, LEARNING * parameters) if learns else (0, size * parameters)
+    rank = tune.on(config.get_text_config(decoder=True).hidden_size).rank
+    learning, held = 0, size * parameters
+    for name in decoder_linears(model, tune.targets) if learns else ():
+        linear = model.get_submodule(name)
+        learning += rank * (linear.in_features + linear.out_features)
+    if tune.method == "qlora":
+        for name in decoder_linears(model):
+            held -= int(model.get_submodule(name).weight.numel() * (size - 0.516))  # and constants
+    return learning, held + LEARNING * learning
 
 
 def check_tuned(
@@ -81,6 +100,7 @@ def check_tuned(
     if known:
         run, base, adapter = known
         asked = run.get("settings", {}) | {"task": run.get("task")}
-        tune = {name: asked.get(name) for name in ("task", "pixels", "system", "prompt")}
+        names = ["task", "pixels", "system", "prompt", *["layers"] * bool(adapter)]
+        tune = TuneSettings.given(**{name: asked.get(name) for name in names})
         revision = run.get("revision") if adapter else None
-        check_tune(found, csv, base, images, split, TuneSettings.given(**tune), None, revision)
+        check_tune(found, csv, base, images, split, tune, None, revision)

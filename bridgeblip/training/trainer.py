@@ -20,20 +20,22 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bridgeblip import InputError
+from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.questions import Question
+from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.metrics import clustered_mean
 from bridgeblip.files import read_json, write_text
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.messages import say
-from bridgeblip.training.callbacks import Averages
+from bridgeblip.training.callbacks import Averages, StateKeeper, tensorboard
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, read_state
-from bridgeblip.training.stopping import Stopper
-from bridgeblip.training.weights import load_trained, trained_tensors
+from bridgeblip.training.stopping import TrainingStopped
+from bridgeblip.training.weights import load_trained, trainable, trained_tensors
 
 TRAINED_FILE = "trained.safetensors"
 BEFORE_FILE = "before.json"  # what is answered before any training
@@ -92,7 +94,7 @@ class AveragingTrainer(Trainer):
     def __init__(self, model, args, average: float = 0.0, **kwargs):
         super().__init__(model, args, **kwargs)
         self.averages = Averages(model, average)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.trained = list(trainable(model).values())
         # Walking all of the frozen parameters in every step would cost the host its time.
         model.zero_grad = self._zero_grad
         self.inputs = {}
@@ -142,8 +144,28 @@ class AveragingTrainer(Trainer):
         self.data_collator = usual
         return torch.from_numpy(logits).softmax(-1).numpy()
 
-    def go(self, resumed: Path | None, stopper: Stopper) -> None:
-        """Train, from a saved state if there is one."""
+    def permutation_margin(self, questions: Sequence[Question], once: np.ndarray) -> float | None:
+        """Return the margin below which it pays to ask the questions in every order of their
+        choices, see ``choose_permutation_margin``, and say so.
+
+        Args:
+            once: what ``answer`` makes of them.
+        """
+        views = ask_in_orders(
+            questions, once, range(len(once)), lambda rows, shown: self.answer(shown)
+        )
+        often = np.array([np.mean(seen, axis=0) for seen in views])
+        margin = choose_permutation_margin(once, often, [q.answer for q in questions])
+        if self.args.should_save:
+            print(say("orders_pay", margin=margin) if margin else say("orders_idle"))
+        return margin
+
+    def go(self, resumed: Path | None, keeper: StateKeeper) -> None:
+        """Train, from a saved state if there is one.
+
+        Raises:
+            TrainingStopped: if it ends because it was asked to; all is saved.
+        """
         if resumed:
             self.averages.load(resumed)
         if self.args.should_save:  # in one process of several
@@ -154,12 +176,20 @@ class AveragingTrainer(Trainer):
             self._load_from_checkpoint(resumed)
             self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             return
+        if self.args.should_save:
+            self.add_callback(tensorboard(keeper.folders[0]))
         try:
-            with stopper.listening():
+            with keeper.stopper.listening():
                 self.train(resume_from_checkpoint=str(resumed) if resumed else None)
         finally:
             if self.args.should_save:
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a failed save left
+        if keeper.leaving:
+            raise TrainingStopped(
+                f"stopped on request after step {self.state.global_step} of "
+                f"{self.state.max_steps}; all is saved in {keeper.folders[0] / STATE_FOLDER}: run "
+                f"the same again to go on"
+            )
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self.args.should_save:
@@ -185,16 +215,17 @@ def tensor_floats() -> Iterator[None]:
 
 
 def require_service(name: str) -> None:
-    """Refuse a service that ``Trainer`` can't report to, before anything long.
+    """Refuse a service that ``Trainer`` would only miss once the model is loaded.
 
     Raises:
         InputError: if it is unknown, or its package is not installed.
     """
-    try:
-        for callback in get_reporting_integration_callbacks([name] * (name not in ("", "none"))):
-            callback()
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise InputError(f"report_to is {name!r}: {error}") from error
+    known = get_available_reporting_integrations()
+    if name not in ("", "none", *known):
+        raise InputError(
+            f"report_to is {name!r}, which is not installed here, or nothing that Trainer knows: "
+            f"installed are {', '.join(known)}; pip install {name}, or leave it out"
+        )
 
 
 def training_arguments(
@@ -246,16 +277,10 @@ def training_arguments(
 
 
 def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable tensors, adapters and head each with their own rate."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if "lora_" in name], "lr": settings.learning_rate},
-        {
-            "params": [p for name, p in named if "lora_" not in name],
-            "lr": settings.head_learning_rate,
-        },
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
+    """AdamW over the trainable tensors."""
+    trained = list(trainable(model).values())
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    return torch.optim.AdamW(trained, **rates)
 
 
 def keep_before(trainer: Trainer, places: Sequence[Path], answers: list) -> None:

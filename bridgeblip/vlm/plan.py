@@ -33,6 +33,9 @@ from bridgeblip.vlm.settings import (
     TuneSettings,
     read_run,
 )
+from bridgeblip.vlm.slicing import describe_budget, slice_config, slice_model
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Plan:
     """All that is decided before anything long starts."""
 
     base: str
+    """What is loaded: the model as published, or a folder with some of its layers."""
     revision: str | None
     settings: TuneSettings
     train: TrainSettings
@@ -83,11 +87,15 @@ def plan_tuning(
     require_service(train.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
     base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
-    start = _start(continue_from, base, settings)
+    config = whole = load_config(base, revision)
+    layers = []
+    if settings.layers:
+        config, layers = slice_config(whole, settings.layers)
+    process.print(describe_budget(whole, config)[1])
+    start = _start(continue_from, base, layers, settings)
     processor = load_processor(base, revision, settings.pixels or None)
     task, questions = read_task(data, images, settings.task or None, split)
-    settings = replace(settings, task=task)
-    config = load_config(base, revision)
+    settings = replace(settings.on(config.get_text_config(decoder=True).hidden_size), task=task)
     batches = Batches(processor, config, settings.system, settings.prompt)
     training, validation = split_by_picture(questions, train.validation_fraction, train.seed)
     letters = max(len(question.choices) for question in questions)
@@ -106,25 +114,25 @@ def plan_tuning(
     decoder_linears(empty, settings.targets)
     dtype = choose_precision(device, empty.num_parameters()).dtype
     keys = picture_keys(question.image for question in questions)
-    names = ("torch", "transformers", "peft", "accelerate")
     facts = {
         "base": base,
         "revision": revision,
+        "layers": layers,
         "task": task,
         "method": settings.method,
         "settings": asdict(settings),
         "train": asdict(train),
         "dtype": str(dtype).removeprefix("torch."),
         "letters": letters,
-        "versions": {name: version(name) for name in names},
+        "versions": {name: version(name) for name in PACKAGES},
         "pictures": sorted({keys[question.image][:SHORT_KEY] for question in training}),
     }
-    rows = []
-    for q in questions:
-        rows.append([q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history])
-    ours = {key: value for key, value in facts["train"].items() if key not in NOT_THE_RESULT}
-    identity = facts | {"train": ours, "pictures": digest_of(rows), "start": _digest_of_run(start)}
-    identity = json.loads(json.dumps(identity | {"processes": process.num_processes}))
+    if layers:
+        folder, sliced = slice_model(base, revision, layers)
+        facts |= {"revision": sliced["revision"], "tensors": sliced["tensors"]}
+        base, revision = str(folder), None
+    more = {"start": _digest_of_run(start), "processes": process.num_processes}
+    identity = _identity(facts | more, questions, keys)
     facts["run"] = digest_of({key: identity[key] for key in identity if key != "versions"})
     refuse_other_run([out], identity)
     return Plan(
@@ -133,7 +141,20 @@ def plan_tuning(
     )  # fmt: skip
 
 
-def _start(folder: str | Path | None, base: str, settings: TuneSettings) -> Path | None:
+def _identity(
+    facts: dict[str, Any], questions: Sequence[Question], keys: dict[Path, str]
+) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    rows = []
+    for q in questions:
+        rows.append([q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history])
+    ours = {key: value for key, value in facts["train"].items() if key not in NOT_THE_RESULT}
+    return json.loads(json.dumps(facts | {"train": ours, "pictures": digest_of(rows)}))
+
+
+def _start(
+    folder: str | Path | None, base: str, layers: list[int], settings: TuneSettings
+) -> Path | None:
     """The weights of an earlier run, if they fit this one."""
     if folder is None:
         return None
@@ -141,6 +162,11 @@ def _start(folder: str | Path | None, base: str, settings: TuneSettings) -> Path
     if run["base"] != base:
         raise InputError(
             f"{folder} was tuned on {run['base']}, not on {base}: continue it on its own base"
+        )
+    if run.get("layers", []) != layers:
+        raise InputError(
+            f"{folder} was tuned on decoder layers {run.get('layers') or 'all'}, not on "
+            f"{layers or 'all'}: continue it on its own"
         )
     if (run["method"] == "full") != (settings.method == "full"):
         raise InputError(
