@@ -176,6 +176,7 @@ def gpu(name, capability, free, total, fault=""):
     def act(home, monkeypatch):
         monkeypatch.setattr(checks, "_try_gpu", lambda: refuse(fault))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, total))
