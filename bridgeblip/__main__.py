@@ -15,10 +15,11 @@ from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
 from bridgeblip.data.formats import SOURCES
 from bridgeblip.files import FULL
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
-from bridgeblip.vlm.settings import TuneSettings
+from bridgeblip.vlm.settings import TuneSettings, find_source
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
 with problems; 130 interrupted, run the same again to go on"""
+PRESSED: list[int] = []  # each Ctrl-C: some libraries make another exception of it
 VERBS: dict[str, tuple] = {}  # name -> function, example, options, extras that it needs
 
 
@@ -233,7 +234,9 @@ def merge(args):
 )
 def export(args):
     """Turn weights or a run into the one-file bundle; writes torchscript.pt."""
-    if args.weights and not _is_bundle(args.weights):
+    from bridgeblip.hosting.ask import is_bundle
+
+    if args.weights and not is_bundle(args.weights):
         from bridgeblip.vlm.export import export_chat
 
         if args.base:
@@ -297,23 +300,26 @@ def predict(args):
         read_sample,
         write_submission,
     )
+    from bridgeblip.hosting.ask import is_bundle
     from bridgeblip.machine import process_rank
 
     task, how = "choice", {"batch_size": args.batch_size} if args.batch_size is not None else {}
-    if _is_bundle(args.model):
+    if is_bundle(args.model):
         find_bundle(args.model)
         questions = read_questions(args.csv, strict=False)
     else:
-        task = _run_of(args.model).get("task")
+        task = find_source(args.model)[0].get("task")
         reading = {"split": args.split, "need_answers": False, "strict": False}
         task, questions = read_task(args.csv, args.images, task, **reading)
     if task != "choice":
         return _predict_texts(args, questions, how)
     sample = args.sample or find_sample(args.csv)
     read_sample([q.id for q in questions], sample)  # other IDs are refused before the long work
-    check_out(args.out, args.csv, sample, *[args.model] * _is_bundle(args.model))
-    model, answer = _load(args.model)
-    answers = answer(model, questions, permute_below=args.permute_below, out=args.out, **how)
+    check_out(args.out, args.csv, sample, *[args.model] * is_bundle(args.model))
+    model, answering = _load(args.model)
+    answers = answering.predict(
+        model, questions, permute_below=args.permute_below, out=args.out, **how
+    )
     if process_rank()[0] > 0:
         return 0  # the first process writes for all
     write_submission(questions, answers, sample, args.out)
@@ -321,35 +327,17 @@ def predict(args):
     return 3 if any(answers.problems) and not args.allow_problems else 0
 
 
-def _is_bundle(model):
-    return model.suffix == ".pt" or model.is_file()
-
-
-def _run_of(model):
-    """What is known of a run of tune, or of what it merged; nothing of any other model."""
-    from bridgeblip.files import read_json
-
-    path = model / "run.json"
-    return read_json(path) if path.is_file() else {}
-
-
 def _load(model):
-    """Return a model, and the function that answers choices with it."""
-    from bridgeblip.machine import best_device, process_rank
-
-    if not _is_bundle(model):
-        _require("a model folder", ("train",))
-        from bridgeblip.vlm.answer import load_tuned, predict
-
-        return load_tuned(model, best_device()), predict
-    from bridgeblip.bundle.format import load_bundle
-    from bridgeblip.bundle.predict import predict
+    """Return a model, and the module that answers with it."""
+    from bridgeblip.hosting.ask import is_bundle, load
+    from bridgeblip.machine import process_rank
     from bridgeblip.training.weights import stale_bundle
 
-    bundle = load_bundle(model, best_device())
-    if process_rank()[0] == 0 and (stale := stale_bundle(model, bundle.manifest["trained"])):
+    loaded, answering = load(model)
+    stale = is_bundle(model) and stale_bundle(model, loaded.manifest["trained"])
+    if stale and process_rank()[0] == 0:
         print(stale)
-    return bundle, predict
+    return loaded, answering
 
 
 def _predict_texts(args, questions, how):
@@ -366,10 +354,8 @@ def _predict_texts(args, questions, how):
     if out.resolve() == args.csv.resolve():
         raise InputError(f"{out} would be overwritten, but is the input: choose another --out")
     require_writable(out.parent)
-    tuned, _ = _load(args.model)
-    from bridgeblip.vlm.answer import answer_texts
-
-    texts, answers = answer_texts(tuned, questions, out=out, **how)
+    tuned, answering = _load(args.model)
+    texts, answers = answering.answer_texts(tuned, questions, out=out, **how)
     if process_rank()[0] > 0:
         return 0  # the first process writes for all
     write_captions(out, questions, texts)
@@ -455,7 +441,7 @@ def evaluate(args):
             f".html"
         )
     require_writable(out.parent)
-    wanted = None if args.results else _run_of(args.model).get("task")
+    wanted = None if args.results else find_source(args.model)[0].get("task")
     task, questions = read_task(args.csv, args.images, wanted, args.split, not args.answers)
     if task != "choice":
         return _evaluate_texts(args, task, questions, out)
@@ -484,18 +470,20 @@ def evaluate(args):
 def _evaluate_texts(args, task, questions, out):
     """Judge captions or answers in texts, those of a file or the model's own, or two files."""
     from bridgeblip.evidence.texts import read_texts, write_text_report
+    from bridgeblip.hosting.ask import is_bundle
     from bridgeblip.machine import process_rank
 
     if args.answers or args.weights_column:
         raise InputError("--answers and --weights-column are for choices: leave them out")
     found, manifest = [read_texts(path, questions) for path in args.results], None
     if not found:
-        if _is_bundle(args.model):
+        if is_bundle(args.model):
             raise InputError(f"{args.model} answers choices only: give a model that writes texts")
-        tuned, _ = _load(args.model)
-        from bridgeblip.vlm.answer import write_texts
-
-        found, manifest = [write_texts(tuned, questions)], tuned.run or {"base": str(args.model)}
+        tuned, answering = _load(args.model)
+        found, manifest = (
+            [answering.write_texts(tuned, questions)],
+            tuned.run or {"base": str(args.model)},
+        )
     if process_rank()[0] > 0:
         return 0  # the first process writes for all
     before = found[0] if len(found) == 2 else None
@@ -512,14 +500,15 @@ def _answer(name, questions):
 
     from bridgeblip.bundle.format import find_bundle
     from bridgeblip.evidence.submission import problem_table
+    from bridgeblip.hosting.ask import is_bundle
 
-    if _is_bundle(name):
+    if is_bundle(name):
         find_bundle(name)
-    model, predict = _load(name)
+    model, answering = _load(name)
     began = time.perf_counter()
-    answers = predict(model, questions)
+    answers = answering.predict(model, questions)
     cost = {"seconds to answer": time.perf_counter() - began}
-    if _is_bundle(name):
+    if is_bundle(name):
         manifest, cost["bundle, MB"] = model.manifest, name.stat().st_size / 1e6
     else:
         manifest = model.run or {"base": str(name)}
@@ -527,7 +516,7 @@ def _answer(name, questions):
     return {
         "probabilities": answers.probabilities,
         "flags": answers.flags,
-        "blank_probabilities": predict(model, questions, blank_images=True).probabilities,
+        "blank_probabilities": answering.predict(model, questions, blank_images=True).probabilities,
         "problems": problem_table(questions, answers),
         "cost": cost,
         "manifest": manifest,
@@ -584,21 +573,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     The codes are those of ``EXIT_CODES``.
     """
-    args = build_parser().parse_args(arguments)
-    run, _, _, extras = VERBS[args.verb]
     warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")  # the first process says it for all
     try:
+        args = build_parser().parse_args(arguments)
+        run, _, _, extras = VERBS[args.verb]
         _require(args.verb, extras)
         return run(args) or 0
-    except KeyboardInterrupt:
-        message, code = "interrupted: run the same again", 130
-    except InputError as error:
-        message, code = " ".join(str(error).split()), error.exit_code
-    except OSError as error:
-        full = error.errno in FULL
-        message, code = f"{error}{': free some space, then run the same again' * full}", 2
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = _last_words(error)
     from tqdm import tqdm
 
     for bar in list(tqdm._instances):
@@ -607,8 +591,27 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+def _last_words(error: BaseException) -> tuple[str, int]:
+    """What to say of what has ended a verb, and its exit code; a fault of ours is raised again."""
+    if isinstance(error, InputError) and (error.exit_code == 130 or not PRESSED):
+        return " ".join(str(error).split()), error.exit_code
+    if PRESSED or isinstance(error, KeyboardInterrupt):
+        return "interrupted: run the same again", 130
+    if not isinstance(error, OSError):
+        raise error
+    full = error.errno in FULL
+    return f"{error}{': free some space, then run the same again' * full}", 2
+
+
+def _press(number, frame):
+    PRESSED.append(number)
+    raise KeyboardInterrupt
+
+
 def run() -> None:
     """The command: it exits with ``main``'s code, and a Ctrl-C then ends it without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in the background
+        signal.signal(signal.SIGINT, _press)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)

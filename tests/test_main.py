@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 import bridgeblip
 from bridgeblip import InputError
+from bridgeblip import __main__ as entry
 from bridgeblip.__main__ import VERBS, build_parser, main
 from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.settings import BridgeSettings
@@ -267,6 +268,7 @@ def test_ctrl_c_in_mid_work_is_one_line_and_130(home, which, begun):
     errors = b""
     while begun.encode() not in errors and (more := process.stderr.read(999)):
         errors += more
+    time.sleep(0.2)  # not while the bar is being made
     for _ in range(3):  # pressed again, as people do: some import may swallow the first
         process.send_signal(signal.SIGINT)
         try:
@@ -290,6 +292,19 @@ def test_a_full_disk_says_so(monkeypatch, capsys):
     assert main(["blend", "one", "--out", "two"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "somewhere/file" in error and "free some space" in error
+
+
+def test_a_ctrl_c_that_a_library_takes_for_a_fault_is_still_one(monkeypatch, capsys):
+    def swallowed(args):
+        try:
+            entry._press(signal.SIGINT, None)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr(entry, "PRESSED", [])
+    monkeypatch.setitem(VERBS, "blend", (swallowed, *VERBS["blend"][1:]))
+    assert main(["blend", "one", "--out", "two"]) == 130
+    assert capsys.readouterr().err == "error: interrupted: run the same again\n"
 
 
 def test_an_error_stands_on_a_line_of_its_own_below_an_unfinished_bar(monkeypatch, capsys):

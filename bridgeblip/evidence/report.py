@@ -106,7 +106,10 @@ def write_report(
     mistaken = [(questions[i], probabilities[i], 100 * sure[i]) for i in mistakes]
     uncertain = [(questions[i], probabilities[i], 100 * margin[i]) for i in unsure]
     shown = _shown(facts, questions, probabilities)
-    shown["changed"] = [] if before is None else _changed(questions, before, probabilities)
+    shown["changed"] = []
+    if before is not None:
+        _, cards = _changed(questions, before, probabilities, "{first} before, {second} now")
+        shown["changed"] = cards[:: max(1, -(-len(cards) // SHOWN))]  # from all over the set
     write_page(out, "report", facts, **shown, mistaken=mistaken, uncertain=uncertain)
     return facts
 
@@ -174,16 +177,20 @@ def _shown(
 
 
 def _changed(
-    questions: Sequence[Question], before: np.ndarray, after: np.ndarray
-) -> list[tuple[Question, np.ndarray, str, np.ndarray]]:
-    """Answers that training has changed, from all over the set: what a card shows of them."""
-    given = before.argmax(-1), after.argmax(-1)
-    rows = np.flatnonzero(given[0] != given[1])
-    cards = []
-    for i in rows[:: max(1, -(-len(rows) // SHOWN))]:
-        first, second = (letter(letters[i]) for letters in given)
-        cards.append((questions[i], after[i], f"{first} before, {second} now", before[i]))
-    return cards
+    questions: Sequence[Question], first: np.ndarray, second: np.ndarray, note: str
+) -> tuple[list[dict[str, str]], list[tuple]]:
+    """Return a row for each answer that two runs don't share, and what a card shows of it."""
+    rows, cards, given = [], [], (first.argmax(-1), second.argmax(-1))
+    for i in np.flatnonzero(given[0] != given[1]):
+        right, *letters_given = map(letter, (questions[i].answer, given[0][i], given[1][i]))
+        what = dict(zip(letters_given, ("spoiled", "mended"), strict=True)).get(
+            right, "still wrong"
+        )
+        row = {"ID": questions[i].id, "right": right}
+        row |= {"first": letters_given[0], "second": letters_given[1], "what": what}
+        rows.append(row)
+        cards.append((questions[i], second[i], note.format(**row), first[i]))
+    return rows, cards
 
 
 def _against(score: Estimate, share: float) -> str:
@@ -308,22 +315,11 @@ def write_comparison(
     answers = np.array([q.answer for q in questions])
     runs = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     comparison = metrics.compare(answers, *runs, metrics.picture_groups(questions), weights)
-    before, after = (p.argmax(-1) for p in runs)
-    changed, shown = [], {"mended": [], "spoiled": [], "still wrong": []}
-    for i in np.flatnonzero(before != after):
-        what = "still wrong"
-        if answers[i] in (before[i], after[i]):
-            what = "mended" if after[i] == answers[i] else "spoiled"
-        row = {
-            "ID": questions[i].id,
-            "right": letter(answers[i]),
-            "first": letter(before[i]),
-            "second": letter(after[i]),
-            "what": what,
-        }
-        changed.append(row)
-        note = "{first} in the first run, {second} in the second; right is {right}"
-        shown[what].append((questions[i], runs[1][i], note.format(**row)))
+    note = "{first} in the first run, {second} in the second; right is {right}"
+    changed, cards = _changed(questions, *runs, note)
+    shown = {"mended": [], "spoiled": [], "still wrong": []}
+    for row, card in zip(changed, cards, strict=True):
+        shown[row["what"]].append(card)
     facts = {
         "verdict": judge_difference(comparison),
         "date": f"{date.today():%Y-%m-%d}",

@@ -7,17 +7,21 @@ from types import ModuleType
 from typing import Any
 
 from bridgeblip import InputError
+from bridgeblip.bundle import predict
 from bridgeblip.bundle.format import Bundle, load_bundle, read_header
-from bridgeblip.bundle.predict import predict
 from bridgeblip.bundle.whole import digest_path
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question, letter
 from bridgeblip.evidence.answers import FLAG_NOTES, Answers
-from bridgeblip.files import read_json
 from bridgeblip.machine import best_device
-from bridgeblip.vlm.settings import METRICS, RUN_FILE, read_run
+from bridgeblip.vlm.settings import METRICS, find_source, read_run
 
 BAR = 40  # characters of a probability of 1
+ANSWERS = {
+    "choice": "letters, for questions with choices",
+    "caption": "captions, for pictures",
+    "answer": "words, for questions",
+}
 
 
 def ask(
@@ -40,11 +44,8 @@ def ask(
     if len(texts) < 2:
         raise InputError(f"got {len(texts)} choices: give two or more, each in quotes of its own")
     asked = _question(picture, question, texts)
-    if is_bundle(model):
-        bundle = model if isinstance(model, Bundle) else load_bundle(model, best_device())
-        return asked, predict(bundle, [asked])
-    answer = _answering()
-    return asked, answer.predict(answer.load_tuned(model, best_device()), [asked])
+    loaded, answering = load(model)
+    return asked, answering.predict(loaded, [asked])
 
 
 def write(model: str | Path, picture: str | Path, question: str = "") -> str:
@@ -54,21 +55,29 @@ def write(model: str | Path, picture: str | Path, question: str = "") -> str:
         InputError: if model or picture can't be read.
     """
     asked = _question(picture, question, ())
-    answer = _answering()
-    (text,), answers = answer.answer_texts(answer.load_tuned(model, best_device()), [asked])
+    loaded, answering = load(model)
+    (text,), answers = answering.answer_texts(loaded, [asked])
     return "\n".join([text, *filter(None, answers.problems)])
 
 
-def _answering() -> ModuleType:
-    """What answers with other models; it needs transformers and peft, which a bundle does not."""
+def load(model: Any) -> tuple[Any, ModuleType]:
+    """Return a model, and the module whose ``predict`` answers with it.
+
+    Args:
+        model: as for ``ask``.
+
+    Raises:
+        InputError: if it can't be loaded, or a package is lacking that a bundle does without.
+    """
+    if is_bundle(model):
+        loaded = model if isinstance(model, Bundle) else load_bundle(model, best_device())
+        return loaded, predict
     try:
         from bridgeblip.vlm import answer
     except ImportError as error:
-        raise InputError(
-            f"a model folder needs {error.name}, not installed here: pip install "
-            f"'bridgeblip[train]'"
-        ) from error
-    return answer
+        needed = f"a model folder needs {error.name}, not installed here"
+        raise InputError(f"{needed}: pip install 'bridgeblip[train]'") from error
+    return answer.load_tuned(model, best_device()), answer
 
 
 def is_bundle(model: Any) -> bool:
@@ -142,28 +151,20 @@ def _of_bundle(path: Path) -> dict[str, Any]:
 
 
 def _of_run(folder: Path) -> dict[str, Any]:
-    merged = (folder / "config.json").is_file()
-    run = read_json(folder / RUN_FILE) if merged else read_run(folder)
-    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
+    run, _, adapter = find_source(folder)
+    run = run or read_run(folder)
     known = defaultdict(lambda: "not recorded", run)
-    task, settings = known["task"], defaultdict(str, run.get("settings", {}))
-    answers = {
-        "choice": "letters, for questions with choices",
-        "caption": "captions, for pictures",
-        "answer": "words, for questions",
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
+    kind = "an adapter, the base is loaded beside it" if adapter else "an ordinary model folder"
+    return {
+        "folder": f"{folder}, {size:,.1f} MB",
+        "answers": ANSWERS.get(known["task"], known["task"]),
+        "made from": f"{known['base']}, by {known['method']}; {kind}",
+        "trained on": _learned_from(run.get("pictures")),
+        "validation": _validated(run.get("validation"), METRICS.get(known["task"])),
+        "numbers": known["dtype"],
+        "prompt": run.get("settings", {}).get("prompt") or "what the model's kind asks with",
     }
-    facts = {"folder": f"{folder}, {size:,.1f} MB"}
-    facts["answers"] = answers.get(task, task)
-    facts["made from"] = f"{known['base']}, by {known['method']}"
-    if merged:
-        facts["made from"] += "; merged, an ordinary model folder"
-    elif run.get("method") != "full":
-        facts["made from"] += f" of rank {settings['rank']}; the base is loaded beside it"
-    facts["trained on"] = _learned_from(run.get("pictures"))
-    facts["validation"] = _validated(run.get("validation"), METRICS.get(task))
-    facts["numbers"] = known["dtype"]
-    facts["prompt"] = settings["prompt"] or "what the model's kind asks with"
-    return facts
 
 
 def _learned_from(pictures: Any) -> str:

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 from bridgeblip.data.texts import read_task
-from bridgeblip.files import read_json
 from bridgeblip.hosting.checks import Findings, check_memory, check_pictures
 from bridgeblip.hosting.runtime import installed
 from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.training.layers import BUDGET_LIMIT
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.vlm.settings import MODEL_FOLDER, RUN_FILE, TuneSettings, read_run
+from bridgeblip.vlm.settings import TuneSettings, find_source
 
 LEARNING = 20
 """Bytes of a number that learns: itself, its gradient, both moments and its average, in float32."""
@@ -97,18 +96,11 @@ def check_tuned(
     found: Findings, csv: Path, model: Path, images: Path | None, split: str | None
 ) -> None:
     """Add what is found of a run, or any other model, that is to answer questions."""
-    run, base = {}, model
-    if (model / RUN_FILE).is_file():
-        merged = (model / "config.json").is_file()
-        run = (
-            found.attempt(read_json, model / RUN_FILE) if merged else found.attempt(read_run, model)
-        )
-        if not run:
-            return
-        base = model if merged else run["base"]
-        base = model / MODEL_FOLDER if run.get("method") == "full" else base
-    asked = run.get("settings", {}) | {"task": run.get("task")}
-    known = {name: asked.get(name) for name in ("task", "pixels", "system", "prompt", "layers")}
-    check_tune(
-        found, csv, base, images, split, TuneSettings.given(**known), None, run.get("revision")
-    )
+    known = found.attempt(find_source, model)
+    if known:
+        run, base, adapter = known
+        asked = run.get("settings", {}) | {"task": run.get("task")}
+        names = ["task", "pixels", "system", "prompt", *["layers"] * bool(adapter)]
+        tune = TuneSettings.given(**{name: asked.get(name) for name in names})
+        revision = run.get("revision") if adapter else None
+        check_tune(found, csv, base, images, split, tune, None, revision)

@@ -215,7 +215,7 @@ def tensor_floats() -> Iterator[None]:
 
 
 def require_service(name: str) -> None:
-    """Refuse a service that ``Trainer`` can't report to, before anything long.
+    """Refuse a service that ``Trainer`` would only miss once the model is loaded.
 
     Raises:
         InputError: if it is unknown, or its package is not installed.

@@ -29,7 +29,6 @@ from bridgeblip.bundle.predict import (
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import Answers
-from bridgeblip.files import read_json
 from bridgeblip.machine import choose_precision
 from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT, Batches, letter_logits, to_model
 from bridgeblip.vlm.families import (
@@ -41,7 +40,7 @@ from bridgeblip.vlm.families import (
     load_processor,
 )
 from bridgeblip.vlm.processing import BLANK
-from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
+from bridgeblip.vlm.settings import find_source
 from bridgeblip.vlm.slicing import source_of
 
 
@@ -92,15 +91,10 @@ def find_tuned(model: str | Path) -> tuple[str | Path, str | None, dict[str, Any
     Raises:
         InputError: as ``read_run`` does.
     """
-    folder = Path(model)
-    source, revision, run, adapter = model, None, {}, None
-    if (folder / RUN_FILE).is_file() and (folder / "config.json").is_file():  # merged
-        run = read_json(folder / RUN_FILE)
-    elif (folder / RUN_FILE).is_file():
-        run = read_run(folder)
-        source = folder / MODEL_FOLDER
-        if run.get("method") != "full":
-            (source, revision), adapter = source_of(run), folder / ADAPTER_FOLDER
+    run, source, adapter = find_source(model)
+    revision = None
+    if adapter:
+        source, revision = source_of(run)
     return source, revision, run, adapter
 
 

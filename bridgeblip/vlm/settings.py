@@ -92,3 +92,21 @@ def read_run(folder: str | Path) -> dict:
     if not weights.is_dir():
         raise InputError(f"{weights} is gone: copy the whole folder of the run, or tune again")
     return run
+
+
+def find_source(model: str | Path) -> tuple[dict, str | Path, Path | None]:
+    """Return what ``run.json`` says of a model, nothing of one as published; the folder or hub id
+    of its weights; and the folder of its adapter, if it has one.
+
+    Raises:
+        InputError: as ``read_run``.
+    """
+    folder = Path(model)
+    if not (folder / RUN_FILE).is_file():
+        return {}, model, None
+    if (folder / "config.json").is_file():  # merged
+        return read_json(folder / RUN_FILE), model, None
+    run = read_run(folder)
+    if run.get("method") == "full":
+        return run, folder / MODEL_FOLDER, None
+    return run, run["base"], folder / ADAPTER_FOLDER
