@@ -1,0 +1,451 @@
+"""Train the tiny chat model that ``tune`` tries itself on, and write it as an ordinary folder.
+
+    python tools/train_tiny_chat.py train --out /tmp/chat [--device cuda --seconds 140]
+    python tools/train_tiny_chat.py card --out /tmp/chat
+
+A LLaVA of 24 narrow decoder layers, from scratch. It sees only the "pretrain" pictures of
+``bridgeblip.embedded.digits``; its scores are taken on the "train" pictures, which it has not seen.
+
+The stages of the recipe, in order: ``dense`` is reading alone, many letters asked for from one list
+of choices; ``name`` names digits, ``find`` works with them, both beside finding a text among
+choices; ``letter`` asks the letter questions, which need all of it at once. Of several tries the
+one is kept that loses most when every third layer is left out (the mean over the three ways to
+begin), among those that answer 0.95 of the questions; ``train`` prints it.
+"""
+
+import argparse
+import functools
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bridgeblip.data.questions import NUM_CHOICES, Question, letter, letters
+from bridgeblip.embedded.digits import (
+    KINDS,
+    NUMBERS,
+    WORDS,
+    digit_pictures,
+    make_question,
+    split_questions,
+)
+from bridgeblip.vlm.batches import LETTER_PROMPT, Batches
+
+IMAGE_SIDE, PATCH = 32, 8
+IMAGE_TOKENS = (IMAGE_SIDE // PATCH) ** 2
+WIDTH, LAYERS = 64, 24
+# stage -> its share of the training, and of its rows those without picture, finding, naming
+STAGES = {
+    "dense": (0.15, 1.0, 0.0, 0.0),
+    "name": (0.1, 0.15, 0.3, 0.4),
+    "find": (0.15, 0.1, 0.4, 0.1),
+    "letter": (0.6, 0.02, 0.08, 0.02),
+}
+DIRECT = {"name": 1.0, "find": 1.0, "letter": 0.1}  # of the other rows: those without choices
+ROWS = {"dense": 20_000, "name": 15_000, "find": 20_000, "letter": 80_000}
+ASKED = 11  # letters a row of "dense"
+TEXTS = [*NUMBERS, *(word for group in WORDS.values() for word in group)]
+COMMANDS_FILE = "commands.txt"
+# LLaVA-1.5's own: pictures before texts, a space behind each text, no token that ends an answer
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role != 'system' %}{{ m.role | upper + ': ' }}{% endif %}"
+    "{% for part in m.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in m.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def build_processor() -> LlavaProcessor:
+    """A processor whose vocabulary has every word that the questions can hold, and characters."""
+    rng, words = random.Random(0), {"USER:", "ASSISTANT:", *LETTER_PROMPT.split(), *TEXTS}
+    for kind in KINDS:
+        for digit in range(10):
+            for _ in range(20):
+                question = make_question(kind, digit, 0, rng)
+                words |= set(" ".join([question.question, *question.choices]).split())
+    words |= {"Which", "of", "these", "is", *"ABCDEFGH"}
+    words = sorted({word.strip(".?") for word in words})
+    specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    pieces = [(token, 0.0) for token in specials] + [("▁", -6.0), ("\n", -2.0), ("▁\n", -2.0)]
+    pieces += [(f"▁{word}", -4.0) for word in words]
+    pieces += [(chr(code), -6.0) for code in range(33, 127)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>", additional_special_tokens=["<image>"], model_max_length=1024,
+        padding_side="left",
+    )  # fmt: skip
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIDE},
+        crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE},
+    )
+    return LlavaProcessor(
+        pictures, fast, patch_size=PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """A LLaVA so narrow that only weights five times larger than usual begin to learn."""
+    narrow = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 4}
+    narrow["initializer_range"] = 0.1
+    tokenizer = processor.tokenizer
+    config = LlavaConfig(
+        text_config=dict(
+            narrow, model_type="llama", vocab_size=len(tokenizer), num_hidden_layers=LAYERS,
+            num_key_value_heads=4, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, tie_word_embeddings=False,
+        ),
+        vision_config=dict(
+            narrow, model_type="clip_vision_model", num_hidden_layers=3, image_size=IMAGE_SIDE,
+            patch_size=PATCH, projection_dim=WIDTH,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-1, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+Turn = tuple[list[int], list[int]]  # the tokens of what is asked, and of what is to be said
+
+
+class Rows:
+    """Tasks as tokens: prompts with their answers behind them, ready for a device."""
+
+    def __init__(self, processor: LlavaProcessor, config: LlavaConfig):
+        self.tokenizer, self.batches = processor.tokenizer, Batches(processor, config)
+        frame = self.batches.render(Question("", None, "#", ()))
+        before, behind = frame.replace("<image>", "<image>" * IMAGE_TOKENS).split("#")
+        self.word = functools.cache(self._encode)
+        self.before, self.behind = self._encode(before), self._encode(behind)
+        self.letter_ids = self.batches.letter_ids(NUM_CHOICES)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; no token goes beyond a word or a line, so that words are kept."""
+        ids = []
+        for word in text.replace("\n", " \n ").split(" "):
+            ids += self.word(word) if word else []
+        return ids
+
+    def said(self, question: str, choices: Sequence[str], answer: str) -> Turn:
+        text = self.batches.text(Question("", None, question, tuple(choices)))
+        return [*self.before, *self.encode(text), *self.behind], self.encode(answer)
+
+    def dense(self, rng: random.Random) -> list[Turn]:
+        """One list of choices and several of its texts, a letter each."""
+        choices = rng.sample(TEXTS, NUM_CHOICES)
+        turns, text = [], ""
+        for place, choice in enumerate(choices):
+            text += f"\n{letter(place)}. {choice}"
+        for place in rng.choices(range(NUM_CHOICES), k=ASKED):
+            asked = self.encode(f"{text}\n{choices[place]} ASSISTANT:")
+            turns.append((asked, self.encode(letter(place))))
+            text = ""
+        return turns
+
+    def task(self, stage: str, digit: int, rng: random.Random) -> list[Turn]:
+        """One row's turns: a text, and what is to be said behind it."""
+        _, dense, find, name = STAGES[stage]
+        question = make_question(rng.choice(list(KINDS)), digit, rng.randrange(4), rng)
+        right, draw = question.choices[question.answer], rng.random()
+        if draw < dense:
+            return self.dense(rng)
+        if draw < dense + find:
+            asked = f"Which of these is {right}?"
+            return [self.said(asked, question.choices, letter(question.answer))]
+        if draw >= dense + find + name and rng.random() >= DIRECT[stage]:
+            return [self.said(question.question, question.choices, letter(question.answer))]
+        kind = "name" if draw < dense + find + name else "above"
+        while kind in ("above", "initial", "sum_initial", "parity"):  # those need their choices
+            kind = rng.choice(list(KINDS))
+        question = make_question(kind, digit, 0, rng)
+        return [self.said(question.question, (), question.choices[0])]
+
+    def tokens(self, tasks: Sequence[list[Turn]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and labels, (rows, L) each, labels -100 where nothing is to be learned."""
+        rows, labels = [], []
+        for turns in tasks:
+            ids, learned = [self.tokenizer.bos_token_id], [-100]
+            for prompt, answer in turns:
+                ids += prompt + answer
+                learned += [-100] * len(prompt) + answer
+            end = self.tokenizer.eos_token_id
+            rows.append([*ids, end])
+            labels.append([*learned, -100 if len(turns) > 1 else end])
+        length = max(map(len, rows))
+        table = np.zeros((2, len(rows), length), dtype=np.int16)
+        table[1] = -100
+        for place, (ids, learned) in enumerate(zip(rows, labels, strict=True)):
+            table[0, place, : len(ids)], table[1, place, : len(ids)] = ids, learned
+        return torch.from_numpy(table[0]), torch.from_numpy(table[1])
+
+
+def pixels_of(processor: LlavaProcessor, split: str) -> tuple[torch.Tensor, list[int]]:
+    pictures = sorted(digit_pictures()[split], key=lambda pair: pair[1])
+    images = processor.image_processor([p.convert("RGB") for p, _ in pictures], return_tensors="pt")
+    return images["pixel_values"], [digit for _, digit in pictures]
+
+
+def augment(pixels: torch.Tensor) -> torch.Tensor:
+    """Turn, scale and shift each picture a little; ``pixels`` is (B, 3, S, S), normalised."""
+    draws = torch.rand(4, len(pixels), device=pixels.device) - 0.5
+    scale = 1 + draws[1] * 0.3
+    cos, sin = torch.cos(draws[0] * 0.5) * scale, torch.sin(draws[0] * 0.5) * scale
+    rows = [torch.stack([cos, -sin, draws[2] * 0.3], 1), torch.stack([sin, cos, draws[3] * 0.3], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
+def logits_of(
+    model: LlavaForConditionalGeneration,
+    ids: torch.Tensor,
+    pixels: torch.Tensor,
+    layers: Sequence[int] = range(LAYERS),
+) -> torch.Tensor:
+    """What the model's own forward gives, (B, L, vocabulary), for rows padded on the right and any
+    part of the layers; without its questions to the device, so that a graph can be captured."""
+    language = model.model.language_model
+    tower = model.model.vision_tower(pixels, output_hidden_states=True)
+    features = model.model.multi_modal_projector(tower.hidden_states[-1][:, 1:])
+    is_image = ids == model.config.image_token_id
+    place = (is_image.cumsum(1) - 1).clamp(min=0)[..., None].expand(-1, -1, WIDTH)
+    texts = language.embed_tokens(ids)
+    hidden = torch.where(is_image[..., None], features.gather(1, place), texts)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    rotary = language.rotary_emb(hidden, position_ids=positions)
+    for index in layers:
+        hidden = language.layers[index](
+            hidden, attention_mask=None, position_embeddings=rotary, position_ids=positions
+        )
+    return model.lm_head(language.norm(hidden))
+
+
+class Scorer:
+    """Which questions of a split are answered rightly, with any of the decoder's layers."""
+
+    def __init__(self, rows: Rows, processor: LlavaProcessor, split: str, device: str):
+        pixels, digits = pixels_of(processor, split)
+        asked = split_questions(split, digits)
+        self.questions = [question for group in asked for question in group]
+        said = [[rows.said(q.question, q.choices, letter(q.answer))] for q in self.questions]
+        self.ids, labels = (part.long().to(device) for part in rows.tokens(said))
+        self.last = (labels != -100).int().argmax(1) - 1
+        self.letter_ids = torch.tensor(rows.letter_ids, device=device)
+        self.pixels = pixels.repeat_interleave(len(asked[0]), 0).to(device)
+        self.answers = torch.tensor([q.answer for q in self.questions], device=device)
+
+    @torch.no_grad()
+    def hits(self, model, layers: Sequence[int] = range(LAYERS), step: int = 1) -> np.ndarray:
+        """Of every ``step``-th question, whether it is answered rightly."""
+        chosen = torch.arange(0, len(self.ids), step, device=self.ids.device)
+        hits = []
+        for some in chosen.split(300):
+            logits = logits_of(model, self.ids[some], self.pixels[some], layers)
+            logits = logits[torch.arange(len(some)), self.last[some]][:, self.letter_ids]
+            hits.append(logits.argmax(-1) == self.answers[some])
+        return torch.cat(hits).cpu().numpy()
+
+    def slicing_loss(self, model, step: int = 1) -> float:
+        """What leaving out every third layer costs, the mean over the three ways to begin."""
+        cuts = [[i for i in range(LAYERS) if i % 3 != left] for left in range(3)]
+        sliced = np.mean([self.hits(model, cut, step).mean() for cut in cuts])
+        return float(self.hits(model, step=step).mean() - sliced)
+
+
+class Batch:
+    """Draws a stage's rows, and a picture of the digit for each, on the device alone."""
+
+    def __init__(self, rows: Rows, processor: LlavaProcessor, size: int, seed: int, device: str):
+        pixels, digits = pixels_of(processor, "pretrain")
+        rng, tasks, shown, self.ranges = random.Random(seed), [], [], {}
+        for stage, count in ROWS.items():
+            self.ranges[stage] = (len(tasks), count)
+            for _ in range(count):
+                shown.append(rng.randrange(10))
+                tasks.append(rows.task(stage, shown[-1], rng))
+        ids, labels = rows.tokens(tasks)
+        self.ids, self.labels, self.pixels = ids.to(device), labels.to(device), pixels.to(device)
+        self.digits = torch.tensor(shown, device=device)
+        self.count = torch.bincount(torch.tensor(digits), minlength=10).to(device)
+        self.first = self.count.cumsum(0) - self.count
+        self.size, self.range = size, torch.zeros(2, device=device)
+
+    def enter(self, stage: str) -> None:
+        self.range.copy_(torch.tensor(self.ranges[stage]))
+
+    def __call__(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        draws = torch.rand(2, self.size, device=self.ids.device)
+        row = (self.range[0] + draws[0] * self.range[1]).long().clamp(max=len(self.ids) - 1)
+        digit = self.digits[row]
+        picture = self.first[digit] + (draws[1] * self.count[digit]).long()
+        return self.ids[row].long(), self.labels[row].long(), augment(self.pixels[picture])
+
+
+class Step:
+    """One training step; on CUDA captured once and replayed, since its 4,000 small kernels take
+    longer to launch than to run."""
+
+    def __init__(self, model, batch: Batch, rate: float):
+        self.model, self.batch, self.parameters = model, batch, list(model.parameters())
+        self.cuda = batch.ids.is_cuda
+        self.rate = torch.tensor(rate, device=batch.ids.device)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.rate if self.cuda else rate, betas=(0.9, 0.98),
+            weight_decay=0.01, fused=True, capturable=self.cuda,
+        )  # fmt: skip
+        self.loss, self.graph = torch.zeros((), device=batch.ids.device), None
+
+    def run(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        ids, labels, pixels = self.batch()
+        logits = logits_of(self.model, ids, pixels)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.loss.copy_(loss.detach())
+
+    def capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(5):
+                self.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.run()
+
+    def __call__(self, rate: float) -> None:
+        self.rate.fill_(rate)
+        if not self.cuda:
+            self.optimizer.param_groups[0]["lr"] = rate
+        self.graph.replay() if self.graph else self.run()
+
+
+def stage_at(progress: float) -> str:
+    for stage, (share, *_) in STAGES.items():
+        progress -= share
+        if progress < 0:
+            return stage
+    return "letter"
+
+
+def train(args: argparse.Namespace, began: float) -> None:
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    processor = build_processor()
+    model = build_model(processor)
+    if args.init:
+        model = LlavaForConditionalGeneration.from_pretrained(args.init, dtype=torch.float32)
+    model.to(args.device).train()
+    rows = Rows(processor, model.config)
+    scorer = Scorer(rows, processor, "train", args.device)
+    batch = Batch(rows, processor, args.batch, args.seed, args.device)
+    step = Step(model, batch, args.rate)
+    batch.enter(stage_at(args.begin))
+    print(f"{time.time() - began:.0f} s: {tuple(batch.ids.shape)} tokens are there", flush=True)
+    if args.device == "cuda" and not args.eager:
+        step.capture()
+    done, progress, stage, shown = 0, args.begin, "", 0.0
+    left = 1 - args.begin
+    while progress < 1:
+        if stage != stage_at(progress):
+            stage = stage_at(progress)
+            batch.enter(stage)
+        cosine = 0.51 + 0.49 * math.cos(math.pi * progress)
+        step(args.rate * min(1, (done + 1) / 200) * cosine)
+        done += 1
+        if done % 20 == 0 and args.device == "cuda":
+            torch.cuda.synchronize()  # else the clock would run ahead of the work
+        gone = (time.time() - began) / args.seconds if args.seconds else 0
+        progress = args.begin + left * max(done / args.steps, gone)
+        if progress >= shown or progress >= 1:
+            shown = progress + 0.05
+            whole, loss = scorer.hits(model, step=4).mean(), scorer.slicing_loss(model, 4)
+            print(
+                f"{time.time() - began:.0f} s, {stage}, step {done}: loss {step.loss.item():.3f}, "
+                f"letters right {whole:.3f}, every third layer left out costs {loss:.3f}",
+                flush=True,
+            )
+            save(model, processor, args.out)
+    model.to(torch.bfloat16).to(torch.float32)  # as stored
+    whole, loss = scorer.hits(model).mean(), scorer.slicing_loss(model)
+    command = " ".join(["python tools/train_tiny_chat.py", *sys.argv[1:]])
+    before = args.init / COMMANDS_FILE if args.init else None
+    before = before.read_text() if before and before.exists() else ""
+    made = f"{before}{command}  # {done} steps, {time.time() - began:.0f} s on {args.device}\n"
+    (args.out / COMMANDS_FILE).write_text(made)
+    print(f"{made}all layers {whole:.4f}, every third left out costs {loss:.4f}", flush=True)
+
+
+def save(model, processor, folder: Path) -> None:
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder, state_dict=weights)
+    (folder / "model.safetensors").chmod(0o644)
+    processor.save_pretrained(folder)
+
+
+def fused_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(hidden, hidden.shape[-1:], self.weight, self.variance_epsilon)
+
+
+def main():
+    began = time.time()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", choices=["train", "card"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="a folder to go on from")
+    parser.add_argument("--begin", type=float, default=0.0, help="where in the schedule")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graph")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=10_000, help="at most")
+    parser.add_argument("--seconds", type=float, help="at most")
+    args = parser.parse_args()
+    LlamaRMSNorm.forward = fused_norm
+    train(args, began)
+
+
+if __name__ == "__main__":
+    main()
