@@ -39,7 +39,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bridgeblip.data.questions import NUM_CHOICES, Question, letter, letters
+from bridgeblip.data.questions import NUM_CHOICES, Question, letter
 from bridgeblip.embedded.digits import (
     KINDS,
     NUMBERS,
@@ -276,7 +276,8 @@ class Scorer:
         hits = []
         for some in chosen.split(300):
             logits = logits_of(model, self.ids[some], self.pixels[some], layers)
-            logits = logits[torch.arange(len(some)), self.last[some]][:, self.letter_ids]
+            rows = torch.arange(len(some), device=some.device)
+            logits = logits[rows, self.last[some]][:, self.letter_ids]
             hits.append(logits.argmax(-1) == self.answers[some])
         return torch.cat(hits).cpu().numpy()
 
@@ -341,6 +342,7 @@ class Step:
         self.loss.copy_(loss.detach())
 
     def capture(self) -> None:
+        self.rate.mul_(0.01)  # these steps count, too
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -383,7 +385,7 @@ def train(args: argparse.Namespace, began: float) -> None:
     if args.device == "cuda" and not args.eager:
         step.capture()
     done, progress, stage, shown = 0, args.begin, "", 0.0
-    left = 1 - args.begin
+    left, start = 1 - args.begin, time.time()
     while progress < 1:
         if stage != stage_at(progress):
             stage = stage_at(progress)
@@ -393,7 +395,7 @@ def train(args: argparse.Namespace, began: float) -> None:
         done += 1
         if done % 20 == 0 and args.device == "cuda":
             torch.cuda.synchronize()  # else the clock would run ahead of the work
-        gone = (time.time() - began) / args.seconds if args.seconds else 0
+        gone = (time.time() - start) / (args.seconds - start + began) if args.seconds else 0
         progress = args.begin + left * max(done / args.steps, gone)
         if progress >= shown or progress >= 1:
             shown = progress + 0.05
