@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
 from bridgeblip.bridge.ahead import AheadTrainer
-from bridgeblip.bridge.base import INDEX_FILE, resolve_base
+from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.export import TraceableModel, export_bundle
 from bridgeblip.bridge.features import CachedPictures, FeatureCache, encoder_key, fill
@@ -63,6 +63,7 @@ from bridgeblip.evidence.answers import margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.tensors import INDEX_FILE
 from bridgeblip.training.trainer import (
     TrainingQuestions,
     accuracy,

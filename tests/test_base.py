@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import LM_HEAD, TINY_BASE, TensorReader, resolve_base, source_name
+from bridgeblip.bridge.base import LM_HEAD, TINY_BASE, open_base, resolve_base, source_name
 
 
 def test_names():
@@ -30,7 +30,7 @@ def test_unreachable_hub_id_says_what_to_do(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr("bridgeblip.bridge.base.snapshot_download", fail)
+    monkeypatch.setattr("bridgeblip.training.tensors.snapshot_download", fail)
     with pytest.raises(InputError, match=r"no network.*folder of a copy"):
         resolve_base("Salesforce/instructblip-flan-t5-xl")
 
@@ -39,25 +39,26 @@ def test_a_download_that_breaks_off_says_what_to_do(base, tmp_path, monkeypatch)
     """The small files of a hub id are there; a shard is not, or there are none in safetensors."""
     shutil.copytree(base, tmp_path / "hub", ignore=shutil.ignore_patterns("*.safetensors"))
     monkeypatch.setattr(
-        "bridgeblip.bridge.base.snapshot_download", lambda *args, **kwargs: str(tmp_path / "hub")
+        "bridgeblip.training.tensors.snapshot_download",
+        lambda *args, **kwargs: str(tmp_path / "hub"),
     )
     with pytest.raises(
         InputError, match=r"base some/model has no model-.*expected weights in safetensors"
     ):
-        TensorReader("some/model").read(["query_tokens"], lambda name: torch.float32)
+        open_base("some/model").read(["query_tokens"], lambda name: torch.float32)
 
     def download(*args, allow_patterns, **kwargs):
         if "safetensors" in str(allow_patterns):
             raise OSError("No space left on device")
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr("bridgeblip.bridge.base.snapshot_download", download)
+    monkeypatch.setattr("bridgeblip.training.tensors.snapshot_download", download)
     with pytest.raises(InputError, match=r"No space left on device.*the disk's space"):
-        TensorReader("some/model").read(["query_tokens"], lambda name: torch.float32)
+        open_base("some/model").read(["query_tokens"], lambda name: torch.float32)
 
 
 def test_reads_tensors_and_rows(base, hf_model):
-    reader = TensorReader(base)
+    reader = open_base(base)
     assert len(set(reader.shard_of.values())) > 1  # the fixture is sharded like the real one
     assert torch.equal(
         reader.read(["query_tokens"], lambda name: torch.float32)["query_tokens"],
@@ -72,15 +73,15 @@ def test_broken_folders_are_named(base, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(base, folder)
     with pytest.raises(InputError, match=r"no\.such\.tensor"):
-        TensorReader(folder).read(["no.such.tensor"], lambda name: torch.float32)
+        open_base(folder).read(["no.such.tensor"], lambda name: torch.float32)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shard = folder / index["weight_map"]["query_tokens"]
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(InputError, match=f"{shard.name}.*truncated"):
-        TensorReader(folder).read(["query_tokens"], lambda name: torch.float32)
+        open_base(folder).read(["query_tokens"], lambda name: torch.float32)
     shard.unlink()
     with pytest.raises(InputError, match=f"{shard.name}.*missing"):
-        TensorReader(folder).read(["query_tokens"], lambda name: torch.float32)
+        open_base(folder).read(["query_tokens"], lambda name: torch.float32)
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=r"no config\.json"):
         resolve_base(folder)

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import LM_HEAD, SINGLE_FILE, TINY_BASE
+from bridgeblip.bridge.base import LM_HEAD, TINY_BASE
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import read_questions
+from bridgeblip.training.tensors import SINGLE_FILE
 from experiments import bench, contenders
 from experiments.bench import (
     EACH,

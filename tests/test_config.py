@@ -4,8 +4,9 @@ import pytest
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.bridge.config import BridgeBlipConfig, check_decoder_layers, slice_config
-from bridgeblip.bridge.settings import LAYER_SELECTIONS, BridgeSettings, decoder_layers
+from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
+from bridgeblip.bridge.settings import BridgeSettings
+from bridgeblip.training.layers import LAYER_SELECTIONS, check_decoder_layers, decoder_layers
 from bridgeblip.training.settings import FEW, TrainSettings
 
 
@@ -51,8 +52,20 @@ def test_rank_is_a_share_of_the_width():
 def test_selections_by_name_or_list():
     assert decoder_layers("every-third") == [0, 3, 6, 9, 12, 15, 18, 21]
     assert decoder_layers("0, 2,5") == [0, 2, 5] == decoder_layers((0, 2, 5))
-    for layers in LAYER_SELECTIONS.values():
-        assert check_decoder_layers(layers, 24) == list(layers)
+    written = {"every-second-8": "0,2,4,6,8,10,12,14", "first-8": "0,1,2,3,4,5,6,7"}
+    written |= {"first-4-even": "0,2,4,6", "every-third-with-last": "0,3,6,9,12,15,18,23"}
+    written |= {"even-with-last": "0,3,7,10,13,16,20,23", "block-5": "0,1,2,3,23"}
+    for name, layers in written.items():
+        assert decoder_layers(name) == decoder_layers(layers)
+    for name in LAYER_SELECTIONS:
+        for depth in (3, 12, 28, 36):
+            layers = decoder_layers(name, depth)
+            assert check_decoder_layers(layers, depth) and abs(len(layers) - depth / 3) <= depth / 6
+    assert decoder_layers("every-third", 36) == list(range(0, 36, 3))
+    assert decoder_layers("even-4", 10) == [0, 3, 6, 9] and decoder_layers("even-1", 9) == [0]
+    for name in ("even-25", "block-25", "even-0", "block-0"):
+        with pytest.raises(InputError, match="decoder layers"):
+            check_decoder_layers(decoder_layers(name), 24)
     with pytest.raises(
         InputError, match=r"'every-fourth' is unknown: expected every-third.* indices like 0,3,6"
     ):

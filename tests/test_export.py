@@ -11,7 +11,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from bridgeblip import InputError
 from bridgeblip.bridge import export
-from bridgeblip.bridge.base import SINGLE_FILE, TINY_BASE, TensorReader
+from bridgeblip.bridge.base import TINY_BASE
 from bridgeblip.bridge.export import (
     INPUTS,
     TraceableModel,
@@ -26,6 +26,7 @@ from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.gate import ParityError, ParityGate
 from bridgeblip.bundle.trace import graphs, trace
 from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.tensors import SINGLE_FILE, TensorReader
 from bridgeblip.training.weights import load_weights, save_best, save_weights, trained_tensors
 
 

@@ -15,11 +15,12 @@ from transformers import (
 )
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import INDEX_FILE, LM_HEAD, TensorReader
+from bridgeblip.bridge.base import LM_HEAD, open_base
 from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
+from bridgeblip.training.tensors import INDEX_FILE
 from tools.make_full_size_base import FULL_SIZE_CONFIG, main, stored_tensors, write_base
 
 SHARED = "language_model.shared.weight"
@@ -186,12 +187,11 @@ def test_logits_depend_on_picture_and_prompt(folder):
 def test_no_more_is_asked_of_the_files_than_is_kept(folder, monkeypatch):
     readers = []
 
-    class Watched(TensorReader):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            readers.append(self)
+    def watched(*args):
+        readers.append(open_base(*args))
+        return readers[-1]
 
-    monkeypatch.setattr("bridgeblip.bridge.model.TensorReader", Watched)
+    monkeypatch.setattr("bridgeblip.bridge.model.open_base", watched)
     model = load_sliced(folder, QuestionProcessor.from_base(folder).letter_ids, [0, 3])
     kept = sum(p.nbytes for p in model.parameters())
     assert 0.999 * kept <= sum(reader.bytes_read for reader in readers) <= 1.01 * kept

@@ -18,12 +18,13 @@ from bridgeblip.__main__ import build_parser, main
 from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, TINY_BASE
 from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget, held_memory
 from bridgeblip.bridge.config import BridgeBlipConfig
-from bridgeblip.bridge.settings import LAYER_SELECTIONS, BridgeSettings
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import read_questions
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.submission import write_submission
+from bridgeblip.training.layers import LAYER_SELECTIONS
 
 TOPICS = sorted(p.stem for p in (ROOT / "docs").glob("*.md") if not p.stem.endswith(".ko"))
 ENGLISH = ["README.md", *(f"docs/{name}.md" for name in TOPICS)]

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
 from transformers import InstructBlipConfig
 
-from bridgeblip.bridge.base import INDEX_FILE, LM_HEAD, SINGLE_FILE, TINY_BASE
+from bridgeblip.bridge.base import LM_HEAD, TINY_BASE
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.evidence.metrics import Estimate
+from bridgeblip.training.tensors import INDEX_FILE, SINGLE_FILE
 from tools.make_full_size_base import FULL_SIZE_CONFIG
 from tools.verify_real import (
     REAL_PARAMETERS,

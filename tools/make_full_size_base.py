@@ -38,8 +38,8 @@ sys.path.insert(
 )  # a script's path starts at its own folder
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import INDEX_FILE
 from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.training.tensors import INDEX_FILE
 
 FULL_SIZE_CONFIG = {
     "architectures": ["InstructBlipForConditionalGeneration"],

@@ -12,10 +12,7 @@ from bridgeblip.bridge.config import BridgeBlipConfig
 from bridgeblip.bridge.lora import BRIDGED_LINEARS
 from bridgeblip.bridge.model import empty_model
 from bridgeblip.bridge.settings import BridgeSettings
-
-BUDGET_LIMIT = 3_000_000_000
-"""The usual rule: all parameters of all models loaded for inference, summed, stay under three
-billion."""
+from bridgeblip.training.layers import BUDGET_LIMIT
 
 PARTS = {
     "vision_model": "vision tower",

@@ -7,6 +7,7 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.processing import NUM_CHOICES
+from bridgeblip.training.layers import check_decoder_layers
 
 
 class BridgeBlipConfig(InstructBlipConfig):
@@ -24,26 +25,6 @@ class BridgeBlipConfig(InstructBlipConfig):
     """How many decoder layers the base has."""
     num_choices: int = NUM_CHOICES
     """Width of the classification head."""
-
-
-def check_decoder_layers(layers: Sequence[int], available: int) -> list[int]:
-    """Return ``layers`` as a list of plain indices, or refuse them with the reason.
-
-    Raises:
-        InputError: if the selection is empty, repeated, unsorted or outside ``range(available)``.
-    """
-    chosen = [int(i) for i in layers]
-    outside = [i for i in chosen if not 0 <= i < available]
-    if outside:
-        raise InputError(
-            f"decoder layers {outside} do not exist: the base has {available}, numbered 0 to "
-            f"{available - 1}"
-        )
-    if not chosen or chosen != sorted(set(chosen)):
-        raise InputError(
-            f"decoder layers {chosen}: expected at least one index, in rising order, none repeated"
-        )
-    return chosen
 
 
 def slice_config(base: InstructBlipConfig, layers: Sequence[int]) -> BridgeBlipConfig:

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import EMBEDDINGS, LM_HEAD, TensorReader, source_name, stored_dtype
+from bridgeblip.bridge.base import EMBEDDINGS, LM_HEAD, open_base, source_name, stored_dtype
 from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
 from bridgeblip.machine import NonFiniteError, first_non_finite_module
@@ -286,7 +286,7 @@ def load_sliced(
         InputError: if the layers can't be kept, or the base is no InstructBLIP with a T5 or lacks a
             tensor.
     """
-    reader = TensorReader(base, revision, device)
+    reader = open_base(base, revision, device)
     config = slice_config(InstructBlipConfig.from_pretrained(reader.folder), layers)
     model = empty_model(config)
     shapes = {

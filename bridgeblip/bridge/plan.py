@@ -17,17 +17,18 @@ from transformers import InstructBlipConfig, enable_full_determinism, set_seed
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget
+from bridgeblip.bridge.budget import certify_budget
 from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
-from bridgeblip.bridge.settings import BridgeSettings, decoder_layers
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.files import digest_of, require_writable
 from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
+from bridgeblip.training.layers import BUDGET_LIMIT, decoder_layers
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
 

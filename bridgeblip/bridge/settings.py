@@ -4,41 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bridgeblip import InputError
+from bridgeblip.training.layers import REFERENCE_RANK, decoder_layers, rank_for
 from bridgeblip.training.settings import Settings, setting
 
 REAL_BASE = "Salesforce/instructblip-flan-t5-xl"
-
-LAYER_SELECTIONS = {
-    "every-third": (0, 3, 6, 9, 12, 15, 18, 21),
-    "every-second-8": (0, 2, 4, 6, 8, 10, 12, 14),
-    "first-8": (0, 1, 2, 3, 4, 5, 6, 7),
-    "first-4-even": (0, 2, 4, 6),
-    "every-third-with-last": (0, 3, 6, 9, 12, 15, 18, 23),
-    "even-with-last": (0, 3, 7, 10, 13, 16, 20, 23),
-}
-"""Ways to cut a 24-layer decoder, by name."""
-
-# The widths that the published settings belong to: rank 96 on the 2048-wide T5-XL.
-REFERENCE_RANK = 96
-REFERENCE_WIDTH = 2048
-
-
-def decoder_layers(selection: str | Sequence[int]) -> list[int]:
-    """Return the layer indices of a selection's name, of a text like "0,3,6", or of a list.
-
-    Raises:
-        InputError: if the text is neither a known name nor a list of numbers.
-    """
-    parts = selection
-    if isinstance(selection, str):
-        parts = LAYER_SELECTIONS.get(selection, selection.split(","))
-    try:
-        return [int(part) for part in parts]
-    except (TypeError, ValueError):
-        names = ", ".join(LAYER_SELECTIONS)
-        raise InputError(
-            f"layer selection {selection!r} is unknown: expected {names}, or indices like 0,3,6"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -83,7 +52,7 @@ class BridgeSettings(Settings):
     def rank_for(self, width: int) -> int:
         """The rank on a decoder of ``width``: the same share of the width as 96 of 2048; 0 means no
         bridge."""
-        return 0 if self.rank == 0 else max(1, round(self.rank * width / REFERENCE_WIDTH))
+        return rank_for(self.rank, width)
 
     def alpha_for(self, width: int) -> float:
         """The LoRA scale that keeps alpha / rank as set."""

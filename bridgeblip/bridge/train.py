@@ -16,7 +16,6 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.bridge.ahead import AheadTrainer
-from bridgeblip.bridge.budget import BUDGET_LIMIT
 from bridgeblip.bridge.features import (
     CachedPictures,
     FeatureCache,
@@ -43,6 +42,7 @@ from bridgeblip.training.callbacks import (
     tensorboard,
     validations,
 )
+from bridgeblip.training.layers import BUDGET_LIMIT
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, newest_state, read_state
 from bridgeblip.training.stopping import Stopper, TrainingStopped, copying_to, in_one_line

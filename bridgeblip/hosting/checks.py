@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from bridgeblip import HOME, InputError, __version__
 from bridgeblip.bridge.processing import QuestionProcessor
-from bridgeblip.bridge.settings import decoder_layers
 from bridgeblip.data import questions
 from bridgeblip.data.pictures import open_picture, picture_keys
 from bridgeblip.files import read_json
 from bridgeblip.hosting.runtime import OLD_TORCHAO, fits, installed, other_copies, requirements
 from bridgeblip.machine import slow_format
+from bridgeblip.training.layers import BUDGET_LIMIT, decoder_layers
 
 FORMATS = ("float32", "bfloat16", "float16")
 MEMORY_FACTOR = 1.2  # peak memory in multiples of the weights
@@ -252,7 +252,7 @@ def check_shards(found: Findings, folder: Path, local: bool) -> None:
     """Hold a base's weights files against their index and their own headers."""
     from safetensors import SafetensorError, safe_open
 
-    from bridgeblip.bridge.base import INDEX_FILE, SINGLE_FILE
+    from bridgeblip.training.tensors import INDEX_FILE, SINGLE_FILE
 
     index = {"weight_map": {"": SINGLE_FILE}}
     if (folder / INDEX_FILE).is_file():
@@ -277,7 +277,7 @@ def check_shards(found: Findings, folder: Path, local: bool) -> None:
 
 def check_budget(found: Findings, config, limit: int | None) -> int:
     """Return the parameters of the sliced model; 0 if they are too many, or there is no config."""
-    from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget
+    from bridgeblip.bridge.budget import certify_budget
 
     limit = limit or BUDGET_LIMIT
     parts = config and found.attempt(certify_budget, config, limit)
