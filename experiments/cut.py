@@ -26,6 +26,7 @@ from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bridgeblip.bridge.base import TINY_BASE
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.questions import Question, letter, read_questions
@@ -44,14 +45,15 @@ from bridgeblip.training.trainer import (
     optimizer,
     training_arguments,
 )
-from bridgeblip.vlm.families import base_folder
+from bridgeblip.vlm.families import TINY_CHAT
 from bridgeblip.vlm.learner import Collator, Teacher, load_learner
 from bridgeblip.vlm.plan import plan_tuning
 from bridgeblip.vlm.settings import TuneSettings
 from experiments.ablation import Arm, SlicedLoader, encode_questions, interval, kept_run
 from experiments.contenders import markdown
 
-BASES, PARTS = ("tiny-chat", "tiny"), ("depth", "ranks", "questions")
+BASES = {"tiny-chat": TINY_CHAT, "tiny": TINY_BASE}
+PARTS = ("depth", "ranks", "questions")
 DEPTH = 24
 KEPT = (22, 20, 18, 16, 12, 8, 4)
 WHOLE = "even-24"
@@ -142,7 +144,7 @@ class Bench:
 
     def identity(self, run: Run) -> dict:
         """What a kept run must agree with."""
-        weights = file_digest(base_folder(run.base) / "model.safetensors")
+        weights = file_digest(BASES[run.base] / "model.safetensors")
         settings = asdict(replace(SETTINGS, seed=run.seed))
         facts = {"run": asdict(run), "weights": weights, "questions": self.digest}
         return json.loads(json.dumps(facts | {"settings": settings}))
