@@ -30,7 +30,7 @@ from bridgeblip.bridge.base import TINY_BASE
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.questions import Question, letter, read_questions
-from bridgeblip.embedded.demo import TINY_BATCH, TINY_RATE
+from bridgeblip.embedded.demo import TINY_RATE
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.figures import NEUTRAL
 from bridgeblip.evidence.metrics import clustered_difference, clustered_mean, picture_groups
@@ -59,12 +59,12 @@ KEPT = (22, 20, 18, 16, 12, 8, 4)
 WHOLE = "even-24"
 OWN = ("every-third", "every-second-8", "first-8", "first-4-even")
 """The selections of the claim that ``ablation.py`` tests; they keep eight or four layers."""
-FEW = (60, 600)
+FEW = {60: 10, 600: 2}
+"""Numbers of questions below all, and how often each is seen."""
 WITHIN = 0.02
 """So much may be lost where a cut is said to hold."""
 SETTINGS = TrainSettings(
-    epochs=2,
-    batch_size=TINY_BATCH,
+    batch_size=16,
     learning_rate=TINY_RATE,
     head_learning_rate=TINY_RATE,
     label_smoothing=0.0,
@@ -92,6 +92,10 @@ class Run:
     @property
     def kind(self) -> str:
         return "own" if self.layers in OWN else self.layers.partition("-")[0]
+
+    @property
+    def settings(self) -> TrainSettings:
+        return replace(SETTINGS, seed=self.seed, epochs=FEW.get(self.questions, 1))
 
     @property
     def file(self) -> str:
@@ -145,14 +149,14 @@ class Bench:
     def identity(self, run: Run) -> dict:
         """What a kept run must agree with."""
         weights = file_digest(BASES[run.base] / "model.safetensors")
-        settings = asdict(replace(SETTINGS, seed=run.seed))
+        settings = asdict(run.settings) if run.rank else {}
         facts = {"run": asdict(run), "weights": weights, "questions": self.digest}
         return json.loads(json.dumps(facts | {"settings": settings}))
 
     def measure(self, run: Run) -> dict:
         """Slice, bridge and train as the run says, and answer the test questions."""
         make = self._encoder_decoder if run.base == "tiny" else self._chat
-        settings = replace(SETTINGS, seed=run.seed)
+        settings = run.settings
         with TemporaryDirectory() as folder:
             model, collate = make(run, settings, Path(folder))
             arguments = training_arguments(folder, settings)
@@ -337,8 +341,8 @@ def main(arguments: list[str] | None = None) -> int:
     facts = {
         "command": "`python experiments/cut.py`, going on where it stopped",
         "date": date.today().isoformat(),
-        "each run": f"{SETTINGS.epochs} epochs of {len(bench.training)} questions unless said, "
-        f"batch {SETTINGS.batch_size}, rate {SETTINGS.learning_rate:g}",
+        "each run": f"an epoch of {len(bench.training)} questions, of 600 two, of 60 ten; batch "
+        f"{SETTINGS.batch_size}, rate {SETTINGS.learning_rate:g}",
         "measured on": f"{len(bench.test)} test questions about {bench.groups.max() + 1} pictures",
     }
     cut_figure(summary, args.bases).savefig(args.out / "cut.png", dpi=150)
