@@ -120,11 +120,12 @@ def doctor(args):
         settings = TrainSettings.choose(few, csv, **given)
     except InputError:  # of questions that can't be read: the findings say so
         settings = TrainSettings.choose("no", csv, **given)
+    shared = {name: getattr(args, name) for name in ("method", "pixels", "layers", "rank", "alpha")}
     findings = check(
         args.stage, args.csv, args.base, args.checkpoint_dir, settings=settings,
         bridge=BridgeSettings.given(**values_of(BridgeSettings, args)),
         copy_to=args.copy_to, cache=not args.no_cache, images=args.images,
-        tune=TuneSettings(method=args.method, pixels=args.pixels),
+        tune=TuneSettings.given(**shared),
     )  # fmt: skip
     return 0 if print_findings(findings) else 1
 

@@ -175,7 +175,7 @@ BAD = {
     "--targets nothing": r"the decoder has no linear layers called nothing",
     "--method half": r"expected one of",
     "--pixels 99": r"pixels",
-    "--rank 0": r"rank is 0",
+    "--rank -1": r"rank is -1",
     "--base /not/there": r"no model can be loaded from /not/there",
 }
 

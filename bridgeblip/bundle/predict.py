@@ -7,6 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from bridgeblip import InputError
 from bridgeblip.bundle.format import Bundle, as_traced
 from bridgeblip.data.orders import ask_in_orders
-from bridgeblip.data.pictures import load_ahead, picture_key
+from bridgeblip.data.pictures import LOADERS, load_ahead, picture_key
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
 from bridgeblip.files import write_text
@@ -177,13 +178,18 @@ def as_answers(questions: Sequence[Question], made: Sequence[tuple], width: int)
 
 def _picture_keys(questions: Sequence[Question], quiet: bool) -> list[str]:
     """The key of each question's picture: by content, or by name for a file that can't be read."""
-    keys = {None: BLANK}
-    paths = dict.fromkeys(question.image for question in questions if question.image)
-    for path in tqdm(paths, "comparing pictures", leave=False, disable=quiet):
+
+    def key(path: Path) -> str:
         try:
-            keys[path] = picture_key(path)
+            return picture_key(path)
         except OSError:  # decoding it will say why
-            keys[path] = str(path)
+            return str(path)
+
+    paths = list(dict.fromkeys(question.image for question in questions if question.image))
+    with ThreadPoolExecutor(LOADERS) as pool:
+        found = pool.map(key, paths)
+        shown = tqdm(found, "comparing pictures", len(paths), leave=False, disable=quiet)
+        keys = {None: BLANK, **dict(zip(paths, shown, strict=True))}
     return [keys[question.image] for question in questions]
 
 

@@ -40,6 +40,7 @@ def trace(wrapper: nn.Module, example: dict[str, torch.Tensor]) -> torch.jit.Scr
     for graph in graphs(traced):
         free_devices(graph)
         free_numbers(graph)
+        free_convolutions(graph)
         torch._C._jit_pass_dce(graph)
     return traced
 
@@ -84,6 +85,19 @@ def free_numbers(graph: torch.Graph) -> None:
         tensor = graph.create("prim::NumToTensor", [number])
         tensor.insertBefore(constant)
         constant.output().replaceAllUsesWith(tensor.output())
+
+
+def free_convolutions(graph: torch.Graph) -> None:
+    """Replace every convolution that holds its machine's settings of cuDNN by one that holds none.
+
+    A trace freezes what ``torch.backends.cudnn`` said when it was made; torch 2.11, which Colab
+    has, can't run such a node on ``meta`` either.
+    """
+    for node in graph.findAllNodes("aten::_convolution"):
+        free = graph.create("aten::convolution", list(node.inputs())[:9])
+        free.insertBefore(node)
+        free.output().setType(node.output().type())
+        node.output().replaceAllUsesWith(free.output())
 
 
 def constants_of(graph: torch.Graph, kind: str) -> list[torch.Node]:

@@ -137,8 +137,10 @@ def _content_key(path: Path, size: int, changed: int) -> str:
 
 
 def picture_keys(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return ``picture_key`` of each distinct path."""
-    return {path: picture_key(path) for path in dict.fromkeys(paths)}
+    """Return ``picture_key`` of each distinct path; threads read the files, which may lie far."""
+    paths = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(LOADERS) as pool:
+        return dict(zip(paths, pool.map(picture_key, paths), strict=True))
 
 
 def load_ahead(load: Callable, groups: Iterable[Sequence]) -> Iterator[list[Any]]:

@@ -82,7 +82,7 @@ def check(
             _check_places(found, [folder, *[copy_to] * bool(copy_to)], size, cache)
         elif stage == "tune":
             csv, tune = Path(csv or "competition/train.csv"), tune or TuneSettings()
-            check_tune(found, csv, base or REAL_BASE, images, tune, settings, revision)
+            check_tune(found, csv, base or REAL_BASE, images, tune, settings, revision, limit)
         elif stage == "export":
             out = Path(out or folder / "torchscript.pt")
             _check_export(found, Path(weights or folder), base, out, revision, dtype, limit)

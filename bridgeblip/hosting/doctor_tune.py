@@ -6,11 +6,12 @@ from bridgeblip.data.texts import read_task
 from bridgeblip.hosting.checks import Findings, check_memory, check_pictures
 from bridgeblip.hosting.runtime import installed
 from bridgeblip.machine import best_device, choose_precision
+from bridgeblip.training.layers import BUDGET_LIMIT
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.vlm.settings import TuneSettings
 
-BYTES = {"lora": 0, "qlora": 0, "full": 16}
-"""Of a parameter, beside its own: gradient, both moments and the weight in float32."""
+LEARNING = 20
+"""Bytes of a number that learns: itself, its gradient, both moments and its average, in float32."""
 
 
 def check_tune(
@@ -21,14 +22,16 @@ def check_tune(
     tune: TuneSettings,
     settings: TrainSettings,
     revision: str | None = None,
+    limit: int | None = None,
 ) -> None:
     """Add what is found of a base and its data; the weights are neither fetched nor loaded."""
-    from torch import nn
-
     from bridgeblip.vlm.batches import Batches
-    from bridgeblip.vlm.families import decoder_linears, empty_model, load_config, load_processor
+    from bridgeblip.vlm.families import load_config, load_processor
+    from bridgeblip.vlm.slicing import describe_budget, slice_config
 
-    config = found.attempt(load_config, base, revision)
+    config = whole = found.attempt(load_config, base, revision)
+    if config and tune.layers:
+        config, _ = found.attempt(slice_config, whole, tune.layers) or (None, [])
     processor = config and found.attempt(load_processor, base, revision, tune.pixels or None)
     batches = processor and found.attempt(Batches, processor, config, tune.system, tune.prompt)
     task, rows = found.attempt(read_task, csv, images, tune.task or None) or ("", [])
@@ -48,14 +51,28 @@ def check_tune(
     if tune.method == "qlora" and not installed("bitsandbytes"):
         found.add("problem", "4 bits need bitsandbytes: pip install bitsandbytes")
     if config:
-        model = empty_model(config)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        found.add("ok", f"{parameters:,} parameters, each counted once, whatever their bits")
-        dtype = choose_precision(best_device(), parameters).dtype
-        size = parameters * (dtype.itemsize + BYTES[tune.method])
-        if tune.method == "qlora":
-            small = set(decoder_linears(model))
-            for name, module in model.named_modules():
-                if name in small and isinstance(module, nn.Linear):
-                    size -= int(module.weight.numel() * (dtype.itemsize - 0.52))  # and constants
-        check_memory(found, size)
+        fits, line = describe_budget(whole, config, limit or BUDGET_LIMIT)
+        found.add("ok" if fits else "warning", line)
+        learning, held = held_memory(config, tune)
+        found.add("ok", f"{learning:,} numbers learn; {held / 1e9:.1f} GB are held while tuning")
+        check_memory(found, held)
+
+
+def held_memory(config, tune: TuneSettings) -> tuple[int, int]:
+    """How many numbers learn, and the bytes that tuning holds all the time, from the shapes."""
+    from bridgeblip.vlm.families import decoder_linears, empty_model
+
+    model = empty_model(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = choose_precision(best_device(), parameters).dtype.itemsize
+    if tune.method == "full":
+        return parameters, LEARNING * parameters
+    rank = tune.on(config.get_text_config(decoder=True).hidden_size).rank
+    learning, held = 0, size * parameters
+    for name in decoder_linears(model, tune.targets):
+        linear = model.get_submodule(name)
+        learning += rank * (linear.in_features + linear.out_features)
+    if tune.method == "qlora":
+        for name in decoder_linears(model):
+            held -= int(model.get_submodule(name).weight.numel() * (size - 0.516))  # and constants
+    return learning, held + LEARNING * learning

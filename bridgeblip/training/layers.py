@@ -19,7 +19,7 @@ def evenly(depth: int, count: int) -> list[int]:
 
 def block(depth: int, count: int) -> list[int]:
     """So many of a decoder's layers, one block left out before the last (Gromov et al. 2024)."""
-    return [*range(count - 1), *[depth - 1] * (count > 0)]
+    return [*range(count - 1), depth - 1]
 
 
 LAYER_SELECTIONS: dict[str, Callable[[int], Sequence[int]]] = {
@@ -45,7 +45,8 @@ def decoder_layers(selection: str | Sequence[int], depth: int = 24) -> list[int]
     "0,3,6", or of a list.
 
     Raises:
-        InputError: if the text is neither a known name nor a list of numbers.
+        InputError: if the text is neither a known name nor a list of numbers, or the decoder has
+            fewer layers.
     """
     parts = selection
     if isinstance(selection, str):
@@ -53,6 +54,8 @@ def decoder_layers(selection: str | Sequence[int], depth: int = 24) -> list[int]
         if selection in LAYER_SELECTIONS:
             parts = LAYER_SELECTIONS[selection](depth)
         elif kind in COUNTED and count.isdecimal():
+            if not 0 < int(count) <= depth:
+                raise InputError(f"layer selection {selection!r}: the decoder has {depth} layers")
             parts = COUNTED[kind](depth, int(count))
         else:
             parts = selection.split(",")

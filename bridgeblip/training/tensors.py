@@ -85,9 +85,10 @@ class TensorReader:
             ) from error
 
     def read(
-        self, names: Sequence[str], dtype_of: Callable[[str], torch.dtype]
+        self, names: Sequence[str], dtype_of: Callable[[str], torch.dtype] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return the named tensors, each in the format that ``dtype_of`` gives for its name.
+        """Return the named tensors, each in the format that ``dtype_of`` gives for its name, or as
+        stored.
 
         On a CPU those that keep their format are mapped from the file, privately: they are read
         when first used.
@@ -103,7 +104,7 @@ class TensorReader:
                     for name in [n for n in names if self.shard_of[n] == file]:
                         tensor = shard.get_tensor(name)
                         self.bytes_read += tensor.nbytes
-                        tensors[name] = tensor.to(dtype_of(name))
+                        tensors[name] = tensor.to(dtype_of(name)) if dtype_of else tensor
                         bar.update()
         return tensors
 

@@ -32,6 +32,7 @@ from bridgeblip.machine import choose_precision
 from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT, Batches, letter_logits, to_model
 from bridgeblip.vlm.families import count_parameters, load_config, load_model, load_processor
 from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
+from bridgeblip.vlm.slicing import source_of
 
 BLANK = Image.new("RGB", (336, 336), (127, 127, 127))  # stands for a missing picture
 
@@ -67,7 +68,7 @@ def load_tuned(
         run = read_run(folder)
         source = folder / MODEL_FOLDER
         if run.get("method") != "full":
-            source, revision, adapter = run["base"], run.get("revision"), folder / ADAPTER_FOLDER
+            (source, revision), adapter = source_of(run), folder / ADAPTER_FOLDER
     settings = run.get("settings", {})
     processor = load_processor(source, revision, settings.get("pixels") or None)
     config = load_config(source, revision)

@@ -17,6 +17,7 @@ from bridgeblip.files import replace_folder, require_writable
 from bridgeblip.vlm.batches import Batches, to_model
 from bridgeblip.vlm.families import load_model, load_processor
 from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
+from bridgeblip.vlm.slicing import source_of
 
 MERGED_FOLDER = "merged"
 TOLERANCE = 1e-4
@@ -61,6 +62,7 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     if out.exists() and not (out / RUN_FILE).is_file():
         raise InputError(f"{out} is there already and no merged run: give another --out")
     require_writable(out.parent)
+    facts["base"], facts["revision"] = source_of(facts)
     settings, base, revision = facts["settings"], facts["base"], facts["revision"]
     processor = load_processor(base, revision, settings["pixels"] or None)
     model = load_model(base, revision)  # in fp32, whatever it was tuned in

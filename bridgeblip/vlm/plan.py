@@ -32,6 +32,7 @@ from bridgeblip.vlm.settings import (
     TuneSettings,
     read_run,
 )
+from bridgeblip.vlm.slicing import describe_budget, slice_config, slice_model
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Plan:
     """All that is decided before anything long starts."""
 
     base: str
+    """What is loaded: the model as published, or a folder with some of its layers."""
     revision: str | None
     settings: TuneSettings
     train: TrainSettings
@@ -81,11 +83,16 @@ def plan_tuning(
     """
     process = PartialState(cpu=not torch.cuda.is_available())
     base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
-    start = _start(continue_from, base, settings)
+    config, layers = load_config(base, revision), []
+    whole = config
+    if settings.layers:
+        config, layers = slice_config(whole, settings.layers)
+    process.print(describe_budget(whole, config)[1])
+    start = _start(continue_from, base, layers, settings)
     processor = load_processor(base, revision, settings.pixels or None)
     task, questions = read_task(data, images, settings.task or None, split)
-    settings = replace(settings, task=task)
-    config = load_config(base, revision)
+    width = config.get_text_config(decoder=True).hidden_size
+    settings = replace(settings.on(width), task=task)
     batches = Batches(processor, config, settings.system, settings.prompt)
     training, validation = split_by_picture(questions, train.validation_fraction, train.seed)
     letters = max(len(question.choices) for question in questions)
@@ -108,6 +115,7 @@ def plan_tuning(
     facts = {
         "base": base,
         "revision": revision,
+        "layers": layers,
         "task": task,
         "method": settings.method,
         "settings": asdict(settings),
@@ -117,21 +125,34 @@ def plan_tuning(
         "versions": {name: version(name) for name in names},
         "pictures": sorted({keys[question.image][:SHORT_KEY] for question in training}),
     }
+    source = base
+    if layers:
+        source, kept = slice_model(base, revision, layers)
+        facts |= {"revision": kept["revision"], "tensors": kept["tensors"]}
+    more = {"start": _digest_of_run(start), "processes": process.num_processes}
+    identity = _identity(facts | more, questions, keys)
+    facts["run"] = digest_of({key: identity[key] for key in identity if key != "versions"})
+    refuse_other_run([out], identity)
+    return Plan(
+        str(source), None if layers else revision, settings, train, out, start, training,
+        validation, batches, letters, process, device, dtype, facts, identity,
+    )  # fmt: skip
+
+
+def _identity(
+    facts: dict[str, Any], questions: Sequence[Question], keys: dict[Path, str]
+) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
     rows = []
     for q in questions:
         rows.append([q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history])
     ours = {key: value for key, value in facts["train"].items() if key not in NOT_THE_RESULT}
-    identity = facts | {"train": ours, "pictures": digest_of(rows), "start": _digest_of_run(start)}
-    identity = json.loads(json.dumps(identity | {"processes": process.num_processes}))
-    facts["run"] = digest_of({key: identity[key] for key in identity if key != "versions"})
-    refuse_other_run([out], identity)
-    return Plan(
-        base, revision, settings, train, out, start, training, validation, batches, letters,
-        process, device, dtype, facts, identity,
-    )  # fmt: skip
+    return json.loads(json.dumps(facts | {"train": ours, "pictures": digest_of(rows)}))
 
 
-def _start(folder: str | Path | None, base: str, settings: TuneSettings) -> Path | None:
+def _start(
+    folder: str | Path | None, base: str, layers: list[int], settings: TuneSettings
+) -> Path | None:
     """The weights of an earlier run, if they fit this one."""
     if folder is None:
         return None
@@ -139,6 +160,11 @@ def _start(folder: str | Path | None, base: str, settings: TuneSettings) -> Path
     if run["base"] != base:
         raise InputError(
             f"{folder} was tuned on {run['base']}, not on {base}: continue it on its own base"
+        )
+    if run.get("layers", []) != layers:
+        raise InputError(
+            f"{folder} was tuned on decoder layers {run.get('layers') or 'all'}, not on "
+            f"{layers or 'all'}: continue it on its own"
         )
     if (run["method"] == "full") != (settings.method == "full"):
         raise InputError(

@@ -1,16 +1,19 @@
 """The settings of ``tune``; nothing heavy is imported, so that the command line is quick."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from bridgeblip import InputError
 from bridgeblip.files import read_json
+from bridgeblip.training.layers import REFERENCE_RANK, rank_for
 from bridgeblip.training.settings import Settings, setting
 
 TASKS = ("choice", "caption", "answer")
 METRICS = {"choice": "accuracy", "caption": "CIDEr", "answer": "exact"}
 """What decides which epoch is best, by task."""
 METHODS = ("lora", "qlora", "full")
+RANK, ALPHA = 16, 32  # without a cut
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,21 @@ class TuneSettings(Settings):
     method: str = setting(
         "lora", "lora: adapters in the decoder; qlora: the same on a decoder in 4 bits; full: all"
     )
-    rank: int = setting(16, "width of the low-rank update", least=1)
-    alpha: int = setting(32, "LoRA scale: the update is multiplied by alpha / rank", least=1)
+    layers: str = setting(
+        "", "decoder layers that stay, bridged by LoRA: a name, or indices like 0,3,6; else all"
+    )
+    rank: int = setting(
+        0,
+        f"width of the low-rank update; 0: {RANK}, with layers {REFERENCE_RANK} on a 2048-wide "
+        f"decoder, others get their share",
+        least=0,
+    )
+    alpha: int = setting(
+        0,
+        f"LoRA scale: the update is multiplied by alpha / rank; 0: {ALPHA}, with layers twice the "
+        f"rank",
+        least=0,
+    )
     dropout: float = setting(
         0.05, "dropout on the input of every adapter while training", least=0, below=1
     )
@@ -43,11 +59,19 @@ class TuneSettings(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.layers:
+            object.__setattr__(self, "rank", self.rank or RANK)
+            object.__setattr__(self, "alpha", self.alpha or ALPHA)
         if self.task not in ("", *TASKS) or self.method not in METHODS:
             raise InputError(
                 f"task is {self.task!r} and method {self.method!r}: expected one of "
                 f"{', '.join(TASKS)}, and one of {', '.join(METHODS)}"
             )
+
+    def on(self, width: int) -> Self:
+        """The settings with rank and alpha of a bridge over a decoder of ``width``, if not set."""
+        rank = self.rank or rank_for(REFERENCE_RANK, width)
+        return replace(self, rank=rank, alpha=self.alpha or 2 * rank)
 
 
 RUN_FILE = "run.json"
