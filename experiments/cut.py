@@ -1,6 +1,6 @@
 """How far can one cut? Accuracy against decoder layers kept, bridged and not.
 
-    python experiments/cut.py [--bases tiny-chat tiny] [--parts depth ranks questions] [--seeds N]
+    python experiments/cut.py [--bases tiny tiny-chat] [--parts depth ranks questions] [--seeds N]
 
 Both embedded bases, an encoder-decoder and a chat model of 24 decoder layers each, are cut in the
 same ways and bridged on the same questions; LoRA on all 24 layers is what a cut is held against.
@@ -45,14 +45,13 @@ from bridgeblip.training.trainer import (
     optimizer,
     training_arguments,
 )
-from bridgeblip.vlm.families import TINY_CHAT
 from bridgeblip.vlm.learner import Collator, Teacher, load_learner
 from bridgeblip.vlm.plan import plan_tuning
 from bridgeblip.vlm.settings import TuneSettings
 from experiments.ablation import Arm, SlicedLoader, encode_questions, interval, kept_run
 from experiments.contenders import markdown
 
-BASES = {"tiny-chat": TINY_CHAT, "tiny": TINY_BASE}
+BASES = {"tiny": TINY_BASE, "tiny-chat": TINY_BASE.with_name("tiny_chat")}
 PARTS = ("depth", "ranks", "questions")
 DEPTH = 24
 KEPT = (22, 20, 18, 16, 12, 8, 4)
@@ -194,7 +193,7 @@ class Bench:
     def _chat(self, run: Run, settings: TrainSettings, folder: Path):
         rank = max(rank_for(run.rank, 64), 1)
         tune = TuneSettings(layers=run.layers, rank=rank, alpha=2 * rank)
-        plan = plan_tuning(run.base, self.csv, folder, tune, settings)
+        plan = plan_tuning(BASES[run.base], self.csv, folder, tune, settings)
         return Teacher(load_learner(plan), plan), Collator(plan)
 
 

@@ -23,15 +23,8 @@ from bridgeblip import InputError
 
 LOADING = (OSError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError)
 """What the auto classes raise for whatever they can't load."""
-TINY_CHAT = Path(__file__).parent.parent / "embedded" / "tiny_chat"
-"""The embedded chat model; the name "tiny-chat" stands for it."""
 BARE = ("blip", "blip-2", "instructblip", "paligemma")
 """Families that read the bare question; every other one needs a chat template."""
-
-
-def base_folder(base: str | Path) -> str | Path:
-    """What the auto classes load a base from: a folder or hub id as it is."""
-    return TINY_CHAT if str(base) == "tiny-chat" else base
 
 
 def load_config(base: str | Path, revision: str | None = None) -> PretrainedConfig:
@@ -42,7 +35,7 @@ def load_config(base: str | Path, revision: str | None = None) -> PretrainedConf
             goes on writing behind them.
     """
     try:
-        config = AutoConfig.from_pretrained(base_folder(base), revision=revision)
+        config = AutoConfig.from_pretrained(base, revision=revision)
         known = type(config) in AutoModelForImageTextToText._model_mapping
     except LOADING as error:
         raise InputError(f"no model can be loaded from {base} ({_reason(error)})") from error
@@ -73,7 +66,7 @@ def load_processor(
     """
     config = load_config(base, revision)
     try:
-        processor = AutoProcessor.from_pretrained(base_folder(base), revision=revision)
+        processor = AutoProcessor.from_pretrained(base, revision=revision)
     except LOADING as error:
         raise InputError(f"no processor can be loaded from {base} ({_reason(error)})") from error
     if not isinstance(processor, ProcessorMixin):  # AutoProcessor makes do with one half
@@ -175,7 +168,7 @@ def load_model(
         )
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            base_folder(base), revision=revision, dtype=dtype, device_map={"": device}, **how
+            base, revision=revision, dtype=dtype, device_map={"": device}, **how
         )
     except LOADING as error:
         raise InputError(f"{base} can't be loaded ({_reason(error)})") from error
