@@ -55,6 +55,7 @@ BASES = {"tiny": TINY_BASE, "tiny-chat": TINY_BASE.with_name("tiny_chat")}
 PARTS = ("depth", "ranks", "questions")
 DEPTH = 24
 KEPT = (22, 20, 18, 16, 12, 8, 4)
+FEWER = (20, 16, 12, 8)  # of those, the ones that other ranks and fewer questions are tried on
 WHOLE = "even-24"
 OWN = ("every-third", "every-second-8", "first-8", "first-4-even")
 """The selections of the claim that ``ablation.py`` tests; they keep eight or four layers."""
@@ -104,6 +105,7 @@ class Run:
 def runs_of(bases: Sequence[str], parts: Sequence[str], seeds: int) -> Iterator[Run]:
     """All runs that are asked for, those first that tell most."""
     curve = [f"{kind}-{kept}" for kept in KEPT for kind in ("even", "block")]
+    fewer = [f"{kind}-{kept}" for kept in FEWER for kind in ("even", "block")]
     for base in bases:
         for layers in (WHOLE, *curve, *OWN):
             yield Run(base, layers)
@@ -114,7 +116,7 @@ def runs_of(bases: Sequence[str], parts: Sequence[str], seeds: int) -> Iterator[
                     yield Run(base, layers, REFERENCE_RANK, seed=seed)
     for seed in range(seeds):
         for base in bases:
-            for layers in (WHOLE, *curve):
+            for layers in (WHOLE, *fewer):
                 if "ranks" in parts:
                     yield Run(base, layers, 4 * REFERENCE_RANK, seed=seed)
                 for few in FEW if "questions" in parts else ():

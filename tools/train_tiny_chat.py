@@ -1,6 +1,6 @@
 """Train the tiny chat model that ``tune`` tries itself on, and write it as an ordinary folder.
 
-    python tools/train_tiny_chat.py --out /tmp/chat [--device cuda --seconds 140]
+    python tools/train_tiny_chat.py --out /tmp/chat [--device cuda --seconds 300]
 
 A LLaVA of 24 narrow decoder layers, from scratch. It sees only the "pretrain" pictures of
 ``bridgeblip.embedded.digits``; its scores are taken on the "train" pictures, which it has not seen.
