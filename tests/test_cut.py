@@ -1,12 +1,8 @@
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import cut
 from experiments.cut import WHOLE, Run

@@ -3,19 +3,15 @@
 import argparse
 import random
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-
-import train_tiny_chat as recipe
 
 from bridgeblip.data.questions import Question, letter
 from bridgeblip.embedded.digits import digit_pictures, split_questions
 from bridgeblip.vlm.batches import letter_logits
 from bridgeblip.vlm.families import load_model, load_processor
+from tools import train_tiny_chat as recipe
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +67,13 @@ def test_the_training_forward_is_the_models_own(made, asked, pixels):
 
 def test_every_stage_shows_pictures_of_the_digit_that_its_rows_are_about(made):
     processor, _, rows = made
-    args = argparse.Namespace(device="cpu", batch=64, seed=0, shares=(0, 1, 0, 0))
+    args = argparse.Namespace(device="cpu", batch=64, seed=0)
     before, recipe.ROWS = recipe.ROWS, (40,) * 4
     batch = recipe.Batch(rows, processor, args)
     recipe.ROWS = before
-    assert len(batch.ids) == 40  # stages without a share have no rows
-    first, last = batch.first, batch.first + batch.count
-    for digit in range(10):
-        assert (batch.shown[first[digit] : last[digit]] == digit).all()
+    assert len(batch.ids) == 160
+    digits = sorted(digit for _, digit in digit_pictures()["pretrain"])
+    assert digits == torch.arange(10).repeat_interleave(batch.count).tolist()
     batch.enter("name")
     ids, labels, pixels = batch()
     assert ids.shape == labels.shape and pixels.shape == (64, 3, 32, 32)
@@ -92,18 +87,36 @@ def test_a_dense_row_asks_for_letters_of_its_own_list(made):
     assert len(set(taught)) > 1
 
 
-def test_it_learns_and_is_an_ordinary_folder(made, asked, pixels, tmp_path, monkeypatch):
+def test_it_goes_on_where_it_was_stopped_and_is_an_ordinary_folder(
+    made, asked, pixels, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(recipe, "ROWS", (30, 30, 30, 30))
     pictures = recipe.digit_pictures()
     small = pictures | {"train": pictures["train"][:8], "test": pictures["test"][:8]}
     monkeypatch.setattr(recipe, "digit_pictures", lambda: small)
     monkeypatch.setattr(recipe.LlamaRMSNorm, "forward", recipe.LlamaRMSNorm.forward)
-    words = ["--out", str(tmp_path), "--steps", "2", "--batch", "4", "--see", "2"]
+    words = ["--out", str(tmp_path), "--steps", "3", "--batch", "4"]
     monkeypatch.setattr(sys, "argv", ["train_tiny_chat.py", *words])
+    save, saved = recipe.save, []
+
+    def stopped(*args):
+        saved.append(args)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        save(*args)
+
+    monkeypatch.setattr(recipe, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main()
+    assert (tmp_path / recipe.STATE_FILE).is_file()
+    capsys.readouterr()
     recipe.main()
+    said = capsys.readouterr().out
+    assert "step 1:" not in said and "step 2:" in said and "step 3:" in said
+    assert not (tmp_path / recipe.STATE_FILE).exists()
     model, processor = load_model(tmp_path), load_processor(tmp_path)
     batch = recipe.Rows(processor, model.config).batches.ask(asked, pixels[0])
     assert letter_logits(model, batch, made[2].letter_ids).isfinite().all()
     assert (tmp_path / "model.safetensors").stat().st_size < 4e6
     card = (tmp_path / "README.md").read_text()
-    assert "tools/train_tiny_chat.py" in card and "| 23 |" in card
+    assert "tools/train_tiny_chat.py" in card and "| 23 |" in card and "nan" not in card

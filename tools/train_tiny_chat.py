@@ -5,11 +5,11 @@
 A LLaVA of 24 narrow decoder layers, from scratch. It sees only the "pretrain" pictures of
 ``bridgeblip.embedded.digits``; its scores are taken on the "train" pictures, which it has not seen.
 
-The stages of the recipe, in order: in ``see`` the vision tower learns to tell the digits, by a
-linear probe that is thrown away; ``dense`` is reading alone, many letters asked for from one list
+The stages of the recipe, in order: ``dense`` is reading alone, many letters asked for from one list
 of choices; ``name`` names digits and works with them without choices, ``find`` does it beside
 finding a text among choices; ``letter`` asks the letter questions, which need all of it at once.
-Many small steps teach it more than fewer large ones. Of several tries the
+Many small steps teach it more than fewer large ones. Called again after an interruption it goes on
+from ``state.pt``. Of several tries the
 one is kept that loses most when every third layer is left out (the mean over the three ways to
 begin), among those that answer 0.95 of the questions; ``train`` prints it.
 """
@@ -20,7 +20,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,7 @@ from bridgeblip.embedded.digits import (
     split_questions,
 )
 from bridgeblip.vlm.batches import LETTER_PROMPT, Batches
+from tools.train_tiny_base import augment
 
 IMAGE_SIDE, PATCH = 32, 8
 IMAGE_TOKENS = (IMAGE_SIDE // PATCH) ** 2
@@ -63,11 +64,10 @@ STAGES = {
 }
 SHARES = (0.15, 0.08, 0.12, 0.65)  # of the training
 ROWS = (20_000, 15_000, 20_000, 80_000)  # distinct ones that a stage draws from
-SEE_BATCH = 128
 ASKED = 11  # letters a row of "dense"
 TEXTS = [*NUMBERS, *(word for group in WORDS.values() for word in group)]
 EVERY_THIRD = [[i for i in range(LAYERS) if i % 3 != left] for left in range(3)]  # left out
-COMMANDS_FILE = "commands.txt"
+STATE_FILE = "state.pt"
 CARD = """---
 license: mit
 library_name: transformers
@@ -79,10 +79,10 @@ A `LlavaForConditionalGeneration` of {parameters:,} parameters with 24 decoder l
 language-model head untied, with LLaVA-1.5's chat template. It exists to be tuned and sliced: to try
 on a laptop, on real pictures, what is done to chat models of billions. It knows nothing but digits.
 
-- Commands, each with what it took:
+- Made by
 
 ```
-{commands}
+{command}
 ```
 
 - Data: 1,097 scans of scikit-learn's digits (UCI "Optical Recognition of Handwritten Digits", CC BY
@@ -260,22 +260,6 @@ def pixels_of(processor: LlavaProcessor, split: str) -> tuple[torch.Tensor, list
     return images["pixel_values"], [digit for _, digit in pictures]
 
 
-def augment(pixels: torch.Tensor) -> torch.Tensor:
-    """Turn, scale and shift each picture a little; ``pixels`` is (B, 3, S, S), normalised."""
-    draws = torch.rand(4, len(pixels), device=pixels.device) - 0.5
-    scale = 1 + draws[1] * 0.3
-    cos, sin = torch.cos(draws[0] * 0.5) * scale, torch.sin(draws[0] * 0.5) * scale
-    rows = [torch.stack([cos, -sin, draws[2] * 0.3], 1), torch.stack([sin, cos, draws[3] * 0.3], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
-    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-
-
-def features_of(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
-    """What the decoder is given of pictures, (B, tokens, width)."""
-    tower = model.model.vision_tower(pixels, output_hidden_states=True)
-    return model.model.multi_modal_projector(tower.hidden_states[-1][:, 1:])
-
-
 def logits_of(
     model: LlavaForConditionalGeneration,
     ids: torch.Tensor,
@@ -284,7 +268,9 @@ def logits_of(
 ) -> torch.Tensor:
     """What the model's own forward gives, (B, L, vocabulary), for rows padded on the right and any
     part of the layers; without its questions to the device, so that a graph can be captured."""
-    language, features = model.model.language_model, features_of(model, pixels)
+    language = model.model.language_model
+    tower = model.model.vision_tower(pixels, output_hidden_states=True)
+    features = model.model.multi_modal_projector(tower.hidden_states[-1][:, 1:])
     is_image = ids == model.config.image_token_id
     place = (is_image.cumsum(1) - 1).clamp(min=0)[..., None].expand(-1, -1, WIDTH)
     texts = language.embed_tokens(ids)
@@ -337,8 +323,7 @@ class Batch:
         pixels, digits = pixels_of(processor, "pretrain")
         device, self.size = args.device, args.batch
         rng, tasks, shown, self.ranges = random.Random(args.seed), [], [], {}
-        for stage, count, share in zip(STAGES, ROWS, args.shares, strict=True):
-            count = count if share else 0
+        for stage, count in zip(STAGES, ROWS, strict=True):
             self.ranges[stage] = (len(tasks), count)
             for _ in range(count):
                 shown.append(rng.randrange(10))
@@ -346,8 +331,7 @@ class Batch:
         ids, labels = rows.tokens(tasks)
         self.ids, self.labels, self.pixels = ids.to(device), labels.to(device), pixels.to(device)
         self.digits = torch.tensor(shown, device=device)
-        self.shown = torch.tensor(digits, device=device)
-        self.count = torch.bincount(self.shown, minlength=10)
+        self.count = torch.bincount(torch.tensor(digits, device=device), minlength=10)
         self.first = self.count.cumsum(0) - self.count
         self.range = torch.zeros(2, device=device)
 
@@ -363,20 +347,18 @@ class Batch:
 
 
 class Step:
-    """One training step; on CUDA captured once and replayed, since its 4,000 small kernels take
-    longer to launch than to run."""
+    """One training step; on CUDA captured once and replayed, since its thousands of small kernels
+    take longer to launch than to run."""
 
-    def __init__(self, model, batch: Batch, rate: float):
+    def __init__(self, model: LlavaForConditionalGeneration, batch: Batch):
         self.model, self.batch, self.parameters = model, batch, list(model.parameters())
-        self.cuda = batch.ids.is_cuda
-        self.rate = torch.tensor(rate, device=batch.ids.device)
+        self.rate, self.loss = torch.zeros(2, device=model.device).unbind()
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.rate if self.cuda else rate, betas=(0.9, 0.98),
-            weight_decay=0.01, fused=True, capturable=self.cuda,
+            self.parameters, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True,
+            capturable=batch.ids.is_cuda,
         )  # fmt: skip
-        self.loss, self.graph = torch.zeros((), device=batch.ids.device), None
 
-    def run(self) -> None:
+    def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         ids, labels, pixels = self.batch()
         logits = logits_of(self.model, ids, pixels)
@@ -386,103 +368,75 @@ class Step:
         self.optimizer.step()
         self.loss.copy_(loss.detach())
 
-    def capture(self) -> None:
-        self.rate.mul_(0.01)  # these steps count, too
+    def captured(self) -> Callable[[], None]:
+        """The step as one call to the device. Those that warm it up have the rate 0."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(5):
-                self.run()
+                self()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.run()
-
-    def __call__(self, rate: float) -> None:
-        self.rate.fill_(rate)
-        if not self.cuda:
-            self.optimizer.param_groups[0]["lr"] = rate
-        self.graph.replay() if self.graph else self.run()
-
-
-def see(model: LlavaForConditionalGeneration, batch: Batch, steps: int) -> None:
-    """Teach tower and projector to tell the digits."""
-    probe = nn.Linear(WIDTH, 10, device=batch.pixels.device)
-    parts = [model.model.vision_tower, model.model.multi_modal_projector, probe]
-    parameters = [parameter for part in parts for parameter in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, max(steps, 1))
-    for number in range(steps):
-        chosen = torch.randint(len(batch.shown), (SEE_BATCH,), device=batch.shown.device)
-        seen = probe(features_of(model, augment(batch.pixels[chosen])).mean(1))
-        loss = F.cross_entropy(seen, batch.shown[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if number % 200 == 199:
-            print(f"see, step {number + 1}: loss {loss.item():.3f}", flush=True)
-
-
-def stage_at(progress: float, shares: Sequence[float]) -> str:
-    for stage, share in zip(STAGES, shares, strict=True):
-        progress -= share / sum(shares)
-        if progress < 0:
-            return stage
-    return "letter"
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self()
+        return graph.replay
 
 
 def train(args: argparse.Namespace, began: float) -> None:
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     processor = build_processor()
-    model = build_model(processor)
-    if args.init:
-        model = LlavaForConditionalGeneration.from_pretrained(args.init, dtype=torch.float32)
-    model.to(args.device).train()
+    model = build_model(processor).to(args.device)
     rows = Rows(processor, model.config)
     scorer = Scorer(rows, processor, "train", args.device)
-    batch = Batch(rows, processor, args)
-    step = Step(model, batch, args.rate)
-    batch.enter(stage_at(0, args.shares))
-    print(f"{time.time() - began:.0f} s: {tuple(batch.ids.shape)} tokens are there", flush=True)
-    see(model, batch, args.see)
-    if args.device == "cuda":
-        step.capture()
-    done, progress, stage, shown, start = 0, 0.0, "", 0.0, time.time()
+    step, state = Step(model, Batch(rows, processor, args)), args.out / STATE_FILE
+    done, begun, begin = 0, 0.0, time.time()
+    if state.is_file():
+        saved = torch.load(state, map_location=args.device)
+        model.load_state_dict(saved["model"])
+        step.optimizer.load_state_dict(saved["optimizer"])
+        step.optimizer.param_groups[0]["lr"] = step.rate
+        done, begun = saved["done"], saved["progress"]
+    progress, shown = begun, begun
+    step.batch.enter(stage_at(progress))
+    run = step.captured() if args.device == "cuda" else step
     while progress < 1:
-        if stage != stage_at(progress, args.shares):
-            stage = stage_at(progress, args.shares)
-            batch.enter(stage)
+        step.batch.enter(stage_at(progress))
         cosine = 0.51 + 0.49 * math.cos(math.pi * progress)
-        step(args.rate * min(1, (done + 1) / 200) * cosine)
+        step.rate.fill_(args.rate * min(1, (done + 1) / 200) * cosine)
+        run()
         done += 1
         if done % 20 == 0 and args.device == "cuda":
             torch.cuda.synchronize()  # else the clock would run ahead of the work
-        gone = (time.time() - start) / (args.seconds - start + began) if args.seconds else 0
-        progress = max(done / args.steps, gone)
-        if progress >= shown or progress >= 1:
+        gone = (time.time() - begin) / (args.seconds - begin + began) if args.seconds else 0
+        progress = max(done / args.steps, begun + (1 - begun) * gone)
+        if progress >= min(1, shown):
             shown = progress + 0.04
             whole, loss = scorer.hits(model, step=4).mean(), scorer.slicing_loss(model, 4)
             print(
-                f"{time.time() - began:.0f} s, {stage}, step {done}: loss {step.loss.item():.3f}, "
-                f"letters right {whole:.3f}, every third layer left out costs {loss:.3f}",
+                f"{time.time() - began:.0f} s, {stage_at(progress)}, step {done}: loss "
+                f"{step.loss.item():.3f}, letters right {whole:.3f}, every third layer left out "
+                f"costs {loss:.3f}",
                 flush=True,
             )
             save(model, processor, args.out)
+            saved = {"model": model.state_dict(), "optimizer": step.optimizer.state_dict()}
+            torch.save(saved | {"done": done, "progress": progress}, state)
+    state.unlink()
     model.to(torch.bfloat16).to(torch.float32)  # as stored
     command = " ".join(["python tools/train_tiny_chat.py", *sys.argv[1:]])
-    before = args.init / COMMANDS_FILE if args.init else None
-    before = before.read_text() if before and before.exists() else ""
-    made = f"{before}{command}  # {done} steps, {time.time() - began:.0f} s on {args.device}\n"
-    (args.out / COMMANDS_FILE).write_text(made)
-    card = model_card(model, scorer, Scorer(rows, processor, "test", args.device), made.strip())
+    command += f"  # {done} steps, the last run of them {time.time() - began:.0f} s"
+    card = model_card(model, scorer, Scorer(rows, processor, "test", args.device), command)
     (args.out / "README.md").write_text(card, encoding="utf-8")
     print(card, flush=True)
 
 
-def model_card(model, scorer: Scorer, test: Scorer, commands: str) -> str:
+def stage_at(progress: float) -> str:
+    begins = np.cumsum(SHARES) / sum(SHARES)
+    return list(STAGES)[min(np.searchsorted(begins, progress, side="right"), len(STAGES) - 1)]
+
+
+def model_card(model, scorer: Scorer, test: Scorer, command: str) -> str:
     """The card: how the model was made, and what each decoder layer is worth."""
     hits, kinds, slices, costs = scorer.hits(model), "", "", ""
     for kind in KINDS:
@@ -497,7 +451,7 @@ def model_card(model, scorer: Scorer, test: Scorer, commands: str) -> str:
         rest = [i for i in every if i != left]
         costs += f"| {left} | {hits.mean() - scorer.hits(model, rest).mean():+.3f} |\n"
     return CARD.format(
-        commands=commands, parameters=sum(p.numel() for p in model.parameters()), kinds=kinds,
+        command=command, parameters=sum(p.numel() for p in model.parameters()), kinds=kinds,
         slices=slices, costs=costs, count=len(hits), loss=scorer.slicing_loss(model),
         tested=len(test.answers), test=test.hits(model).mean(), test_loss=test.slicing_loss(model),
     )  # fmt: skip
@@ -521,9 +475,6 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--init", type=Path, help="a folder to go on from")
-    parser.add_argument("--see", type=int, default=1500, help="steps of the vision tower alone")
-    parser.add_argument("--shares", type=float, nargs=4, default=SHARES, help="of the four stages")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)
