@@ -71,7 +71,7 @@ SETTINGS = TrainSettings(
     shuffle_choices=False,  # so that the encoder's states of a question are computed once
 )
 COLOURS = {"even": "#0969da", "block": "#bf3989", "own": "#1a7f37"}
-SAID = {"even": "spread evenly", "block": "a block before the last cut", "own": "the seed's own"}
+SAID = {"even": "spread evenly", "block": "a block before the last cut", "own": "the claim's own"}
 
 
 @dataclass(frozen=True)
@@ -246,11 +246,13 @@ def judge(summary: pd.DataFrame, bases: Sequence[str]) -> str:
     for base in bases:
         by_kind = {kind: deepest(summary, base, kind) for kind in ("even", "block")}
         least = min(by_kind.values())
+        seeds = summary[(summary["base"] == base) & (summary["rank"] > 0)]["seeds"].min()
         said = " and ".join(f"{n} of {DEPTH} layers {SAID[kind]}" for kind, n in by_kind.items())
         none = " (24: no cut that was tried)" if DEPTH in by_kind.values() else ""
         sentences.append(
-            f"{base}: within {100 * WITHIN:.0f} points of LoRA on all {DEPTH} layers the bridge "
-            f"holds down to {said}{none}; so at most {DEPTH - least} can go."
+            f"{base} (runs of each bridge: {seeds}): within {100 * WITHIN:.0f} points of LoRA on "
+            f"all {DEPTH} layers the bridge holds down to {said}{none}; so at most {DEPTH - least} "
+            f"can go."
         )
     return " ".join(sentences)
 
@@ -302,9 +304,13 @@ def page(summary: pd.DataFrame, verdict: str, missing: Sequence[Run], facts: dic
         rows.append(shown)
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     if missing:
-        counted = pd.Series([f"{run.base} rank {run.rank} seed {run.seed}" for run in missing])
-        listed = "; ".join(f"{name}: {n}" for name, n in counted.value_counts(sort=False).items())
-        lines.append(f"- not run yet, {len(missing)} runs: {listed}")
+        left = pd.DataFrame(map(asdict, missing)).groupby(["base", "rank", "questions"])
+        named = []
+        for (base, rank, questions), runs in left:
+            seeds = ", ".join(map(str, sorted(runs["seed"].unique())))
+            asked = f"{questions or 'all'} questions" if rank else "unbridged"
+            named.append(f"{base}, rank {rank}, {asked}, seeds {seeds}: {len(runs)}")
+        lines.append(f"- not run yet, {len(missing)} runs of the whole: {'; '.join(named)}")
     parts = ["# How far can one cut?", verdict, "![Accuracy by layers kept](cut.png)"]
     about = (
         "Means over the seeds; intervals are 95%, resampled by picture. *Points from all 24*: "
@@ -327,20 +333,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/cut"), help="goes on there")
     args = parser.parse_args(arguments)
     require_writable(args.out)
-    bench, began, done, missing = Bench(), time.time(), [], []
+    bench, began, done = Bench(), time.time(), []
     wanted = list(runs_of(args.bases, args.parts, args.seeds))
     for run in tqdm(wanted, "cuts", unit="run"):
         path, identity = args.out / "runs" / run.file, bench.identity(run)
         late = args.minutes is not None and time.time() - began > 60 * args.minutes
         if late and not path.is_file():
-            missing.append(run)
             continue
         found = kept_run(path, identity, lambda run=run: bench.measure(run))
-        done.append({**asdict(run), "kept": run.kept, "kind": run.kind, **found})
+        more = {"kept": run.kept, "kind": run.kind, "file": run.file}
+        done.append(asdict(run) | more | found)
     summary = summarise(pd.DataFrame(done), bench.groups)
     verdict = judge(summary, args.bases)
+    there = {run["file"] for run in done}
+    whole = runs_of(list(BASES), PARTS, max(args.seeds, 3))
+    missing = [run for run in whole if run.file not in there]
+    words = [*args.bases, "--parts", *args.parts, "--seeds", str(args.seeds)]
     facts = {
-        "command": "`python experiments/cut.py`, going on where it stopped",
+        "command": f"`python experiments/cut.py --bases {' '.join(words)}`",
         "date": date.today().isoformat(),
         "each run": f"an epoch of {len(bench.training)} questions, of 600 two, of 60 ten; batch "
         f"{SETTINGS.batch_size}, rate {SETTINGS.learning_rate:g}",

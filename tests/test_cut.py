@@ -64,7 +64,7 @@ def test_a_cut_behind_one_that_does_not_hold_does_not_count(summary):
 
 def test_the_page_names_what_has_not_run(summary, tmp_path):
     text = cut.page(summary, "All held.", [Run("tiny", "even-4", 384, 60, 2)], {"date": "today"})
-    assert "not run yet, 1 runs: tiny rank 384 seed 2" in text
+    assert "1 runs of the whole: tiny, rank 384, 60 questions, seeds 2: 1" in text
     assert "unbridged" in text and "-10.0" in text
     cut.cut_figure(summary, ["tiny"]).savefig(tmp_path / "cut.png")
 
@@ -87,6 +87,5 @@ def test_a_run_is_kept_and_taken_again(tmp_path, monkeypatch, capsys):
     kept = json.loads((tmp_path / "runs" / Run("tiny", "even-4", 96).file).read_text())
     assert kept["identity"]["run"]["layers"] == "even-4"
     assert "holds down to 4 of 24 layers" in capsys.readouterr().out
-    assert (tmp_path / "cut.png").is_file() and "not run yet" not in (
-        tmp_path / "cut.md"
-    ).read_text()
+    assert (tmp_path / "cut.png").is_file()
+    assert "tiny, rank 96, all questions, seeds 1, 2: 38" in (tmp_path / "cut.md").read_text()
