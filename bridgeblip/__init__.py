@@ -5,8 +5,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
+# The repository, or the folder that the package was installed into.
 HOME = Path(__file__).resolve().parent.parent
-"""The repository, or the folder that the package was installed into."""
 
 IN_REPOSITORY = (HOME / "train.ipynb").is_file()
 
@@ -19,8 +19,8 @@ class InputError(ValueError):
     """Input that the user can mend. The message gives the fact, what was expected and the
     remedy."""
 
+    # What the command line ends with.
     exit_code = 2
-    """What the command line ends with."""
 
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows: the message alone, for no line of code is at fault."""

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
 from bridgeblip.data.formats import SOURCES
 from bridgeblip.files import FULL
 from bridgeblip.training.settings import FEW, FEW_CHOICES, TrainSettings
-from bridgeblip.vlm.settings import METHODS, TuneSettings
+from bridgeblip.vlm.settings import TuneSettings
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
 with problems; 130 interrupted, run the same again to go on"""
@@ -23,7 +24,7 @@ VERBS: dict[str, tuple] = {}  # name -> function, example, options, extras that 
 
 def option(*names: str, help: str, **settings) -> tuple:
     """An argument, as ``add_argument`` takes it; the help names the default if there is one."""
-    if settings.get("default") is not None:
+    if settings.get("default") not in (None, ""):
         help += " (%(default)s)"
     return names, {"help": help, **settings}
 
@@ -75,21 +76,29 @@ FEW_OPTION = option(
 )
 COPY_TO = option("--copy-to", type=Path, help="second checkpoint folder, such as one on Drive")
 NO_CACHE = option("--no-cache", action="store_true", help="keep no image features on disk")
-WEIGHTS = option("--weights", type=Path, help="what train wrote; by default the best beside --out")
+WEIGHTS = option(
+    "--weights",
+    type=Path,
+    help="what train wrote, for export a run of tune or a model folder too; by default the best "
+    "beside --out",
+)
 MODEL = option(
     "--model",
     type=Path,
     default="checkpoint/torchscript.pt",
     help="a bundle, a run of tune, a model folder, or a hub id",
 )
-IMAGES = option("--images", type=Path, help="pictures' folder, where they are not beside --csv")
-SPLIT = option("--split", help="of Karpathy's file, such as test")
+IMAGES = option("--images", type=Path, help="pictures' folder, where they are not beside the data")
+SPLIT = option("--split", help="splits of a file that has several, such as train,restval")
+REVISION = option("--revision", help="of the hub's model; by default the newest, or the one pinned")
+DTYPE = option("--dtype", choices=("float32", "bfloat16", "float16"), help="by default as trained")
+SAMPLE = option("--sample", type=Path, help="sample submission; by default beside the CSV")
 SETTINGS = (*options_of(TrainSettings), *options_of(BridgeSettings))
-TUNE_TRAINING = [given for given in options_of(TrainSettings) if "head" not in given[0][0]]
+OF_TUNE_ALONE = [given for given in options_of(TuneSettings) if given[0] not in dict(SETTINGS)]
 
 
 @verb(
-    "--out demo",
+    "",
     option("--out", type=Path, default="demo", help="folder for all that it writes"),
     extras=("train", "notebooks", "demo"),
 )
@@ -101,13 +110,16 @@ def demo(args):
 
 
 @verb(
-    "--stage train --base tiny --csv competition/train.csv",
+    "--stage train --base tiny --csv demo/competition/train.csv",
     option("--stage", choices=("train", "export", "predict", "tune"), default="train",
            help="what is to be run"),
     option("--csv", type=Path, help="questions; by default competition/train.csv or test.csv"),
-    BASE, CHECKPOINT_DIR, FEW_OPTION, COPY_TO, NO_CACHE, *SETTINGS, IMAGES,
-    option("--method", choices=METHODS, default="lora", help="of tune"),
-    option("--pixels", type=int, default=0, help="of tune"),
+    BASE, REVISION, CHECKPOINT_DIR, FEW_OPTION, COPY_TO, NO_CACHE, *SETTINGS, IMAGES, SPLIT,
+    WEIGHTS, DTYPE, *OF_TUNE_ALONE,
+    option("--model", type=Path, help="what is to predict; by default the bundle in "
+                                      "--checkpoint-dir"),
+    SAMPLE,
+    option("--out", type=Path, help="the file that export or predict will write"),
 )  # fmt: skip
 def doctor(args):
     """Look at machine, versions, data, model and budget before a stage; writes nothing."""
@@ -120,18 +132,18 @@ def doctor(args):
         settings = TrainSettings.choose(few, csv, **given)
     except InputError:  # of questions that can't be read: the findings say so
         settings = TrainSettings.choose("no", csv, **given)
-    shared = {name: getattr(args, name) for name in ("method", "pixels", "layers", "rank", "alpha")}
     findings = check(
         args.stage, args.csv, args.base, args.checkpoint_dir, settings=settings,
         bridge=BridgeSettings.given(**values_of(BridgeSettings, args)),
-        copy_to=args.copy_to, cache=not args.no_cache, images=args.images,
-        tune=TuneSettings.given(**shared),
+        copy_to=args.copy_to, cache=not args.no_cache, images=args.images, split=args.split,
+        weights=args.weights, dtype=args.dtype, model=args.model, sample=args.sample, out=args.out,
+        revision=args.revision, tune=TuneSettings.given(**values_of(TuneSettings, args)),
     )  # fmt: skip
     return 0 if print_findings(findings) else 1
 
 
 @verb(
-    "aokvqa aokvqa_v1p0_train.json --images train2017 --out questions/train.csv",
+    "aokvqa aokvqa_v1p0_train.json --images competition/coco --out competition/aokvqa.csv",
     option("source", choices=(*SOURCES, "csv"), help="whose files"),
     option("files", type=Path, nargs="+", metavar="FILE", help="annotation files, or question CSVs "
                                                                "with answers, to be joined"),
@@ -153,7 +165,7 @@ def prepare(args):
 
 
 @verb(
-    "--base tiny --train-csv demo/competition/train.csv --checkpoint-dir checkpoint",
+    "--base tiny --train-csv demo/competition/train.csv --checkpoint-dir rehearsal",
     TRAIN_CSV, BASE, CHECKPOINT_DIR, FEW_OPTION, COPY_TO, NO_CACHE, *SETTINGS, extras=("train",),
 )  # fmt: skip
 def train(args):
@@ -170,16 +182,15 @@ def train(args):
 
 
 @verb(
-    "--base Qwen/Qwen2.5-VL-3B-Instruct --data competition/train.csv --out runs/qwen",
+    "--base Qwen/Qwen2.5-VL-3B-Instruct --data competition/train.csv --pixels 448 --out runs/qwen",
     option("--base", required=True, help="hub id or folder of an image-text-to-text model"),
-    option("--revision", help="of the hub's model; by default the newest"),
+    REVISION,
     option("--data", type=Path, required=True, help="questions, captions or dialogues"),
-    option("--images", type=Path, help="folder of the pictures; by default beside the data"),
-    option("--split", help="splits of a file that has several, such as train,restval"),
+    IMAGES, SPLIT,
     option("--out", type=Path, required=True, help="folder of the run"),
     option("--continue", dest="continue_from", type=Path, metavar="RUN",
            help="start from another run's best weights"),
-    *options_of(TuneSettings), FEW_OPTION, *TUNE_TRAINING, extras=("train",),
+    *options_of(TuneSettings), FEW_OPTION, *options_of(TrainSettings), extras=("train",),
 )  # fmt: skip
 def tune(args):
     """Tune any vision-language model; writes adapter/ or model/, run.json and a report."""
@@ -213,23 +224,30 @@ def merge(args):
 
 
 @verb(
-    "--out checkpoint/torchscript.pt",
+    "--out rehearsal/torchscript.pt",
     WEIGHTS,
     BASE,
     option("--out", type=Path, default="checkpoint/torchscript.pt", help="the bundle to write"),
-    option("--dtype", choices=("float32", "bfloat16", "float16"), help="by default as trained"),
+    DTYPE,
     extras=("train",),
 )
 def export(args):
-    """Turn weights into the one-file bundle; writes torchscript.pt."""
-    from bridgeblip.bridge.export import export_bundle
+    """Turn weights or a run into the one-file bundle; writes torchscript.pt."""
+    if args.weights and not _is_bundle(args.weights):
+        from bridgeblip.vlm.export import export_chat
 
-    out, parity = export_bundle(_weights("exporting", args), args.out, args.base, args.dtype)
+        if args.base:
+            raise InputError(f"{args.weights} names its own base: leave --base out")
+        out, parity = export_chat(args.weights, args.out, args.dtype)
+    else:
+        from bridgeblip.bridge.export import export_bundle
+
+        out, parity = export_bundle(_weights("exporting", args), args.out, args.base, args.dtype)
     print(f"{parity.to_string(index=False)}\nwrote {out}")
 
 
 @verb(
-    "--weights checkpoint/weights-0.pt --out adapter",
+    "--weights rehearsal/weights-0.pt --out adapter",
     WEIGHTS,
     option("--out", type=Path, default="checkpoint/adapter", help="the folder to write"),
     option("--push", metavar="OWNER/NAME", help="upload it to the hub, as the login there allows"),
@@ -255,10 +273,11 @@ def _weights(doing, args):
 
 
 @verb(
-    "--model checkpoint/torchscript.pt --csv competition/test.csv --out submission.csv",
+    "--model rehearsal/torchscript.pt --csv demo/competition/test.csv "
+    "--out rehearsal/submission.csv",
     MODEL, CSV, IMAGES, SPLIT,
     option("--out", type=Path, default="submission.csv", help="the submission to write"),
-    option("--sample", type=Path, help="sample submission; by default beside the CSV"),
+    SAMPLE,
     option("--batch-size", type=int, help="most rows at a time; halved where memory is short"),
     option("--permute-below", type=float, metavar="MARGIN",
            help="ask rows whose two best are closer than this in every order; by default what the "
@@ -361,29 +380,36 @@ def _predict_texts(args, questions, how):
 
 
 @verb(
-    'checkpoint/torchscript.pt photo.jpg "What is shown?" cup bowl plate fork',
-    option("model", type=Path, help="the bundle, torchscript.pt"),
+    'torchscript.pt photo.jpg "What is shown?" cup bowl plate fork',
+    option("model", type=Path, help="a bundle, a run of tune, a model folder, or a hub id"),
     option("picture", type=Path, help="its file"),
-    option("question", help="in quotes"),
-    option("choices", nargs="+", metavar="CHOICE", help="two or more, each in quotes of its own"),
+    option("question", nargs="?", default="", help="in quotes; none asks for a caption"),
+    option("choices", nargs="*", metavar="CHOICE",
+           help="two or more, each in quotes of its own; none lets a model that can write do so"),
 )  # fmt: skip
 def ask(args):
-    """Ask a bundle one question about one picture; prints how likely each choice is."""
-    from bridgeblip.hosting.ask import ask, bars
+    """Ask a model one question about one picture; prints how likely each choice is."""
+    from bridgeblip.hosting.ask import ask, bars, is_bundle, write
 
-    print(bars(*ask(args.model, args.picture, args.question, args.choices)))
+    if args.choices or is_bundle(args.model):
+        print(bars(*ask(args.model, args.picture, args.question, args.choices)))
+    else:
+        print(write(args.model, args.picture, args.question))
 
 
-@verb("checkpoint/torchscript.pt", option("model", type=Path, help="the bundle, torchscript.pt"))
+@verb(
+    "torchscript.pt",
+    option("model", type=Path, help="a bundle, a run of tune, or what merge wrote"),
+)
 def inspect(args):
-    """Say what a bundle is: made from what, how good, how large, with which prompt."""
+    """Say what a model is: made from what, how good, how large, with which prompt."""
     from bridgeblip.hosting.ask import inspect
 
     print(inspect(args.model))
 
 
 @verb(
-    "one/probabilities.csv other/probabilities.csv --out blend/submission.csv",
+    "runs/a/probabilities.csv runs/b/probabilities.csv --out blend/submission.csv",
     option("files", type=Path, nargs="+", metavar="FILE",
            help="probabilities.csv of the same questions"),
     option("--out", type=Path, required=True,
@@ -399,7 +425,7 @@ def blend(args):
 
 
 @verb(
-    "probabilities.csv --csv validation.csv --out report.html",
+    "--model rehearsal/torchscript.pt --csv demo/competition/test.csv --answers demo/answers.csv",
     option("results", type=Path, nargs="*", metavar="RESULT",
            help="probabilities.csv, a folder that holds it, or captions.json: one to judge, two to "
                 "compare; none lets --model answer"),
@@ -528,8 +554,11 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
     for verb, (function, example, options, _) in VERBS.items():
         text = function.__doc__
-        epilog = f"example: %(prog)s {example}"
-        sub = verbs.add_parser(verb, help=text, description=text, epilog=epilog)
+        epilog = f"example: %(prog)s {example}".rstrip()
+        raw = argparse.RawDescriptionHelpFormatter  # an example is one line, to be copied
+        sub = verbs.add_parser(
+            verb, help=text, description=text, epilog=epilog, formatter_class=raw
+        )
         for names, settings in options:
             sub.add_argument(*names, **settings)
     return parser
@@ -570,9 +599,20 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         full = error.errno in FULL
         message, code = f"{error}{': free some space, then run the same again' * full}", 2
+    from tqdm import tqdm
+
+    for bar in list(tqdm._instances):
+        bar.close()  # else the message would stand at its end
     print(f"error: {message}", file=sys.stderr)
     return code
 
 
+def run() -> None:
+    """The command: it exits with ``main``'s code, and a Ctrl-C then ends it without a traceback."""
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -12,8 +12,8 @@ from typing import Any
 
 from bridgeblip import InputError
 
+# What a write fails with where no space is left.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a write fails with where no space is left."""
 
 CHUNK = 1 << 20  # bytes that are copied at a time
 
@@ -46,7 +46,11 @@ def write_atomically(
 
 def replace_folder(folder: str | Path, fill: Callable[[Path], Any]) -> None:
     """Have ``fill`` write a temporary folder, flush its files, and let it take ``folder``'s place;
-    an interrupted or failed write leaves what was there before."""
+    an interrupted or failed write leaves what was there before.
+
+    Raises:
+        OSError: of a full disk, whatever the library that ``fill`` writes with calls it.
+    """
     folder = Path(folder)
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -61,6 +65,10 @@ def replace_folder(folder: str | Path, fill: Callable[[Path], Any]) -> None:
             os.replace(folder, old)
         os.replace(partial, folder)
         shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        if any(os.strerror(number) in str(error) for number in FULL):
+            raise OSError(errno.ENOSPC, f"{folder} can't be written ({error})") from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

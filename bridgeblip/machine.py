@@ -23,6 +23,10 @@ OUT_OF_MEMORY = (
     "unable to find an engine to execute this computation",
 )
 
+# cuDNN, which torch prefers on a Hopper GPU, plans its attention anew for every batch size and
+# length, and here they change from batch to batch.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 LARGE = 10**9  # parameters from which a CPU's memory and time matter more than the last digits
 
 
@@ -107,8 +111,20 @@ def first_non_finite_module(model: nn.Module, run: Callable[[], None]) -> str | 
 
 
 def best_device() -> str:
-    """ "cuda:N" where there is a GPU, with N this process's own of several; else "cpu"."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    """ "cuda:N" where there is a GPU, with N this process's own of several; else "cpu".
+
+    Raises:
+        InputError: if there are more processes than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    own, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if own >= count:
+        raise InputError(
+            f"this is process {own + 1} on a machine with {count} GPU{'s' * (count > 1)}: start as "
+            f"many processes as there are GPUs"
+        )
+    return f"cuda:{own}"
 
 
 def process_rank() -> tuple[int, int]:
@@ -141,9 +157,9 @@ def is_out_of_memory(error: Exception) -> bool:
 def peak_memory() -> str:
     """The most memory that this process has held so far: the GPU's where there is one."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory"
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB GPU RAM"
     import resource  # Unix alone has it
 
     unit = 1 if sys.platform == "darwin" else 1024
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{held / 1e9:.1f} GB of memory"
+    return f"{held / 1e9:.1f} GB RAM"

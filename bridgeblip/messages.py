@@ -96,10 +96,10 @@ MESSAGES: dict[str, tuple[str, str]] = {
     ),
     "believe": (
         "Believe it, for questions and pictures like these: between {low:.1%} and {high:.1%}, "
-        "better than each simpler way below, and looking at the pictures is worth {points:.1f} "
-        "points.",
-        "이와 비슷한 질문과 사진이라면 믿어도 됩니다. {low:.1%}에서 {high:.1%} 사이이고, 아래의 더 "
-        "단순한 방식 모두보다 낫고, 사진을 보는 것이 {points:.1f}점만큼 보탭니다.",
+        "better than each simpler way that was tried, and looking at the pictures is worth "
+        "{points:.1f} points.",
+        "이와 비슷한 질문과 사진이라면 믿어도 됩니다. {low:.1%}에서 {high:.1%} 사이이고, 비교한 더 "
+        "단순한 방식을 모두 앞섭니다. 사진을 보고 답해서 얻는 몫은 {points:.1f}%p입니다.",
     ),
     "wrote": (
         "wrote {out} and {probabilities}: {rows} answers",
@@ -107,23 +107,27 @@ MESSAGES: dict[str, tuple[str, str]] = {
     ),
     "problem_rows": (
         "{count} rows could not be answered as they stand, see {file} beside it:",
-        "그대로는 답할 수 없는 행이 {count}개 있습니다. 함께 저장한 {file}을 보십시오:",
+        "그대로는 답할 수 없는 행이 {count}개 있습니다. 함께 저장한 {file} 파일을 보십시오:",
     ),
     "took": (
         "{minutes:.1f} minutes, {rate:.0f} questions a second, {memory} at the peak",
         "{minutes:.1f}분, 초당 질문 {rate:.0f}개, 최대 메모리 {memory}",
     ),
+    "best": (
+        "best of {count} epochs, validation accuracy {accuracy:.3f}",
+        "에포크 {count}개 중 최고, 검증 정확도 {accuracy:.3f}",
+    ),
     "next_train": (
         "next: open torchscript.ipynb and choose Run all; it takes {file} ({why})",
-        '다음: torchscript.ipynb를 열고 "모두 실행"을 누르십시오. {file}을 사용합니다({why})',
+        '다음: torchscript.ipynb를 열고 "모두 실행"을 누르십시오. 사용하는 파일: {file}({why})',
     ),
     "next_export": (
         "next: open torchscript_inference.ipynb and choose Run all; it takes {file}, "
         "{size:,.1f} MB",
         '다음: torchscript_inference.ipynb를 열고 "모두 실행"을 누르십시오. '
-        "{file}({size:,.1f} MB)을 사용합니다",
+        "사용하는 파일: {file}({size:,.1f} MB)",
     ),
-    "next_answer": ("next: hand in {file}", "다음: {file}을 제출하십시오"),
+    "next_answer": ("next: hand in {file}", "다음: {file} 파일을 제출하십시오"),
 }
 
 

@@ -241,6 +241,7 @@ def ablate(
     also: Sequence[str] = (),
     seeds: int = 3,
     settings: TrainSettings = TrainSettings(),
+    command: str = "python experiments/ablation.py",
 ) -> pd.DataFrame:
     """Train every arm with every seed for one epoch, on the same questions in the same order, and
     compare them.
@@ -253,6 +254,7 @@ def ablate(
         also: names of ``FURTHER``, arms beside the four selections.
         seeds: how many; one sets the order of the questions, the adapters' start and dropout.
         settings: rates and batch size; one epoch, its loss the bare cross-entropy.
+        command: that has asked for it, for the page.
 
     Returns what ``summarise`` gives.
 
@@ -294,7 +296,7 @@ def ablate(
     verdict = judge_claim(runs, summary, guessing(validation))
     counted = f"{len(training)} trained on, {len(validation)} about other pictures to measure"
     facts = {
-        "command": f"`{_command(train_csv, base, also, seeds, settings)}`",
+        "command": f"`{command}`",
         "date": date.today().isoformat(),
         **loader.made_by(),
         "questions": counted,
@@ -309,13 +311,6 @@ def _embedded_questions() -> Path:
     folder = cache_folder() / "embedded"
     write_competition(folder, folder / "answers.csv")
     return folder / "train.csv"
-
-
-def _command(train_csv, base, also, seeds: int, settings: TrainSettings) -> str:
-    words = ["python", "experiments/ablation.py", "--base", base, "--seeds", seeds]
-    words += ["--train-csv", train_csv] * bool(train_csv) + ["--also", *also] * bool(also)
-    words += ["--batch-size", settings.batch_size, "--learning-rate", settings.learning_rate]
-    return shlex.join(map(str, words))
 
 
 def kept_run(path: Path, identity: dict, train: Callable[[], dict]) -> dict:
@@ -540,14 +535,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
     parser.add_argument("--batch-size", type=int, default=16, help="questions a step (16)")
     parser.add_argument("--learning-rate", type=float, help="2e-4; with --base tiny the demo's")
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
+    command = shlex.join(["python", "experiments/ablation.py", *arguments])
     tiny = args.base == "tiny"
     rate = args.learning_rate or (TINY_RATE if tiny else TrainSettings.learning_rate)
-    rates = {"learning_rate": rate, "head_learning_rate": rate}
-    settings = TrainSettings(batch_size=args.batch_size, **rates)
+    settings = TrainSettings(batch_size=args.batch_size, learning_rate=rate)
     csv = args.train_csv or (None if tiny else Path("competition/train.csv"))
     try:
-        ablate(csv, args.base, args.out, args.also, args.seeds, settings)
+        ablate(csv, args.base, args.out, args.also, args.seeds, settings, command)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

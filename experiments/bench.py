@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -49,7 +49,7 @@ from bridgeblip import InputError
 from bridgeblip.bridge.ahead import AheadTrainer
 from bridgeblip.bridge.base import resolve_base
 from bridgeblip.bridge.config import slice_config
-from bridgeblip.bridge.export import TraceableModel, export_bundle
+from bridgeblip.bridge.export import INPUTS, TraceableModel, export_bundle
 from bridgeblip.bridge.features import CachedPictures, FeatureCache, encoder_key, fill
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, empty_model, load_sliced
@@ -59,6 +59,7 @@ from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.gate import PARITY_BOUND, RELOADING_SHARE
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.pictures import picture_keys
+from bridgeblip.data.questions import read_questions
 from bridgeblip.evidence.answers import margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import best_device, choose_precision
@@ -155,28 +156,6 @@ def _write_photo(folder: Path, each: int, number: int) -> None:
 # ---------------------------------------------------------------- preparing
 
 
-class Watched:
-    """A model whose pictures, tokens and padding are counted."""
-
-    def __init__(self, model):
-        self._model = model
-        self.pictures, self.tokens, self.padded = 0, 0, 0
-
-    def __getattr__(self, name):
-        method = getattr(self._model, name)
-
-        def call(*args, **kwargs):
-            if name == "encode_image":
-                self.pictures += len(args[0])
-            mask = kwargs.get("attention_mask")
-            if mask is not None:
-                self.tokens += int(mask.sum())
-                self.padded += mask.numel()
-            return method(*args, **kwargs)
-
-        return call
-
-
 def count_operations(run: Callable[[], None]) -> int:
     """Operations, two a multiplication and addition, of all matrix products, convolutions and
     attentions of ``run``."""
@@ -192,8 +171,8 @@ def count_operations(run: Callable[[], None]) -> int:
 
 
 def prepare(plan: SimpleNamespace, out: Path) -> dict:
-    """Write questions and bundles; hold the contenders against each other, and count what each
-    does and what the distinct work takes at least.
+    """Write questions and a bundle; hold it against the sliced peer, and count what the distinct
+    work takes at least.
 
     Raises:
         InputError: if letter logits differ by more than in an export, or the peer is not whole:
@@ -205,54 +184,33 @@ def prepare(plan: SimpleNamespace, out: Path) -> dict:
         write_photo_questions(work / "questions", plan.pictures, EACH, share)
         questions, share = questions_of(out), share / 2
     write_bundle(plan.base, work, plan.dtype)
-    bundle, counts, margin = load_bundle(work / "torchscript.pt", plan.device), {}, 0.0
-    for name in ("bundle", "bundle, orders"):
-        answers, watched = [], Watched(bundle.model)
-        counted = replace(bundle, model=watched)
-        run = partial(predict, counted, questions, plan.batch_size, permute_below=margin)
-        counts[name] = _counts(watched, lambda run=run, answers=answers: answers.append(run()))
-        again = sum("permuted" in flags for flags in answers[0].flags) / len(questions)
-        counts[name]["asked again"] = again
-        margin = margin or float(np.quantile(margins(answers[0].probabilities), UNSURE))
+    bundle = load_bundle(work / "torchscript.pt", plan.device)
+    answers = predict(bundle, questions, plan.batch_size, permute_below=0)
     batch = processor.collate(questions[:EACH])
-    batch.pop("choice_mask")
-    batch = {name: tensor.to(plan.device) for name, tensor in batch.items()}
+    batch = {name: batch[name].to(plan.device) for name in INPUTS}
     with torch.inference_mode():
         ours = bundle.model(**batch).float()
-        del bundle, watched, counted, run
-        for name in ("generate", "generate, sliced"):
-            sliced = name.endswith("sliced")
-            peer = Generating(plan.base, plan.device, plan.dtype, plan.batch_size, sliced)
-            theirs = peer.logits(questions[:EACH], processor.letter_ids)
-            peer.model = watched = Watched(peer.model)
-            counts[name] = _counts(watched, partial(peer.answer, questions))
-            counts[name]["parameters"] = peer.parameters
-            del peer, watched
+        del bundle
+        peer = Generating(plan.base, plan.device, plan.dtype, plan.batch_size, sliced=True)
+        theirs = peer.logits(questions[:EACH], processor.letter_ids)
     agree("generate, sliced", ours, theirs, plan.dtype)
-    parameters, stored = counts["generate"]["parameters"], stored_parameters(plan.base)
-    if parameters != stored:
+    stored = stored_parameters(plan.base)
+    if peer.parameters != stored:
         raise InputError(
-            f"the peer holds {parameters:,} parameters, its files {stored:,}: nothing was timed"
+            f"the peer holds {peer.parameters:,} parameters, its files {stored:,}: nothing was "
+            f"timed"
         )
     config = slice_config(InstructBlipConfig.from_pretrained(plan.base), DEFAULT_DECODER_LAYERS)
     lengths = processor.count_tokens([prompt_of(question) for question in questions])
     tokens = round(statistics.median(lengths))
     picture, texts = count_floor(config, processor, questions)
     return {
-        "parameters": parameters,
-        "counts": counts,
-        "margin": margin,
+        "parameters": peer.parameters,
+        "margin": float(np.quantile(margins(answers.probabilities), UNSURE)),
         "median tokens": tokens,
         "floor": plan.pictures * picture + texts,
         "products": matrix_products(config, plan, plan.batch_size * tokens),
     }
-
-
-def _counts(watched: Watched, run: Callable) -> dict:
-    """What ``run`` asks of the watched model."""
-    operations = count_operations(run)
-    padding = 1 - watched.tokens / watched.padded
-    return {"operations": operations, "padding": padding, "pictures": watched.pictures}
 
 
 def agree(peer: str, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
@@ -282,17 +240,20 @@ def stored_parameters(base: str) -> int:
 
 def write_bundle(base: str, folder: Path, dtype) -> None:
     """Export the sliced base as it is, unbridged, its head the letters' rows of the LM head."""
-    bridge = BridgeSettings(rank=0)
-    letter_ids = QuestionProcessor.from_base(resolve_base(base)).letter_ids
-    tensors = trained_tensors(attach_bridge(load_sliced(base, letter_ids, dtype=dtype), bridge))
+    bridge, processor = BridgeSettings(rank=0), QuestionProcessor.from_base(resolve_base(base))
+    model = attach_bridge(load_sliced(base, processor.letter_ids, dtype=dtype), bridge).eval()
+    inputs = processor.collate(read_questions(folder / "questions" / "test.csv")[:EACH])
+    with torch.no_grad():
+        logits = model(**inputs).logits
     manifest = {
         "base": str(base),
         "revision": None,
         "layers": list(DEFAULT_DECODER_LAYERS),
         "bridge": asdict(bridge),
         "dtype": str(dtype).removeprefix("torch."),
+        "probe": {"inputs": inputs, "logits": logits},
     }
-    save_weights(folder / "weights-0.pt", tensors, manifest)
+    save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
     export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
 
 
@@ -549,15 +510,13 @@ def summarize(plan: dict, prepared: dict, out: Path) -> dict:
             continue
         if part == "inference":
             rate, peer = turns.pop("rate")["operations a second"], turns["generate"]
-            for name, own in turns.items():
-                counts, seconds = prepared["counts"][name], own["seconds"]
+            for own in turns.values():
+                seconds = own["seconds"]
                 own["rows a second"] = rows / seconds
                 own["over generate"] = peer["seconds"] / seconds
                 first = own["first answer, s"] / peer["first answer, s"]
                 own["first answer over generate's"] = first
                 own["share of the floor"] = prepared["floor"] / rate / seconds
-                own["GFLOP a row"] = counts["operations"] / rows / 1e9
-                own["padding, %"] = 100 * counts["padding"]
         else:
             peer = turns["PEFT, generative"][f"{EPOCHS} epochs, s"]
             for own in turns.values():
@@ -588,8 +547,8 @@ def page(results: dict) -> str:
         f"{prepared['floor'] / questions / 1e9:.4g} GFLOP a row (each picture once, no padding, "
         f"the kept decoder layers) at the rate that the machine reached in the matrix products of "
         f"vision tower and encoder, in the same run. With four orders the bundle asked "
-        f"{prepared['counts']['bundle, orders']['asked again']:.0%} of the rows again. Training "
-        f"the bridge includes encoding the pictures.",
+        f"{UNSURE:.0%} of the rows again, those it was least sure of. Training the bridge includes "
+        f"encoding the pictures.",
     ]
     for part, contenders in results["measured"].items():
         rows = []

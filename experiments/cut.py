@@ -66,7 +66,6 @@ WITHIN = 0.02
 SETTINGS = TrainSettings(
     batch_size=16,
     learning_rate=TINY_RATE,
-    head_learning_rate=TINY_RATE,
     label_smoothing=0.0,
     shuffle_choices=False,  # so that the encoder's states of a question are computed once
 )

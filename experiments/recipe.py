@@ -11,6 +11,7 @@ import argparse
 import sys
 import tempfile
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -29,19 +30,20 @@ from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.answers import with_answers
 from bridgeblip.evidence.metrics import guessing, measure, picture_groups
 from bridgeblip.training.settings import TrainSettings
+from experiments.contenders import markdown
 
-RATES = {"learning_rate": TINY_RATE, "head_learning_rate": TINY_RATE}
-DEFAULT = TrainSettings(epochs=TINY_EPOCHS, batch_size=TINY_BATCH, **RATES)
+DEFAULT = TrainSettings(epochs=TINY_EPOCHS, batch_size=TINY_BATCH, learning_rate=TINY_RATE)
+NONE = {"shuffle_choices": False, "label_smoothing": 0.0, "average": 0.0}
 VARIANTS = {
-    "default": {},
-    "choices not shuffled": {"shuffle_choices": False},
-    "no label smoothing": {"label_smoothing": 0.0},
-    "no averaging": {"average": 0.0},
-    "none of the three": {"shuffle_choices": False, "label_smoothing": 0.0, "average": 0.0},
+    "default": DEFAULT,
+    "choices not shuffled": replace(DEFAULT, shuffle_choices=False),
+    "no label smoothing": replace(DEFAULT, label_smoothing=0.0),
+    "no averaging": replace(DEFAULT, average=0.0),
+    "none of the three": replace(DEFAULT, **NONE),
 }
 FEW = {
-    "profile for sixty (--few)": TrainSettings.choose("yes", [], **RATES),
-    "default settings": TrainSettings(**RATES),
+    "profile for sixty (--few)": TrainSettings.choose("yes", [], learning_rate=TINY_RATE),
+    "default settings": TrainSettings(learning_rate=TINY_RATE),
 }
 
 
@@ -59,40 +61,28 @@ def main():
     write_competition(competition, answers, {"train": 20} if args.few else None)
     if args.few:  # three questions a picture, as in the official file
         table = read_table(competition / "train.csv")
-        table.iloc[[i for i in range(len(table)) if i % 6 < 3]].to_csv(
-            competition / "train.csv", index=False
-        )
+        table[table.index % 6 < 3].to_csv(competition / "train.csv", index=False)
     test = with_answers(read_questions(competition / "test.csv"), answers)
-    groups = picture_groups(test)
-    variants = (
-        FEW
-        if args.few
-        else {name: replace(DEFAULT, **changes) for name, changes in VARIANTS.items()}
-    )
+    right, groups = [question.answer for question in test], picture_groups(test)
     rows, learned = [], False
-    for name, settings in variants.items():
-        for seed in args.seeds:
-            folder = work / f"{name} {seed}"
-            weights = train(
-                competition / "train.csv", "tiny", folder, replace(settings, seed=seed)
-            ).weights[-1]
-            restored = restore(weights)
-            eager = Bundle(
-                restored.model, restored.processor, restored.manifest, torch.device("cpu")
-            )
-            found = measure(
-                [q.answer for q in test], predict(eager, test, batch_size=64).probabilities, groups
-            )
-            learned |= (found.accuracy.low or 0) > guessing(test)
-            rows.append((name, seed, found.accuracy.value, found.calibration_error))
-    table = pd.DataFrame(rows, columns=["settings", "seed", "accuracy", "calibration error"])
+    for (name, settings), seed in product((FEW if args.few else VARIANTS).items(), args.seeds):
+        seeded, folder = replace(settings, seed=seed), work / f"{name} {seed}"
+        restored = restore(train(competition / "train.csv", "tiny", folder, seeded).weights[-1])
+        kept = (restored.model, restored.processor, restored.manifest, torch.device("cpu"))
+        probabilities = predict(Bundle(*kept), test, batch_size=64).probabilities
+        found = measure(right, probabilities, groups)
+        learned |= (found.accuracy.low or 0) > guessing(test)
+        rows.append((name, found.accuracy.value, found.calibration_error))
+    table = pd.DataFrame(rows, columns=["settings", "accuracy", "error"])
     found = table.groupby("settings", sort=False).agg(
-        {"accuracy": ["mean", "min"], "calibration error": "mean"}
+        **{
+            "mean accuracy": ("accuracy", "mean"),
+            "worst": ("accuracy", "min"),
+            "calibration error": ("error", "mean"),
+        }
     )
-    print(f"\n{len(test)} questions, seeds {args.seeds}")
-    print("\n| settings | mean accuracy | worst | calibration error |\n|---|---|---|---|")
-    for name, (mean, worst, error) in found.iterrows():
-        print(f"| {name} | {mean:.4f} | {worst:.4f} | {error:.4f} |")
+    print(f"\n{len(test)} questions, seeds {args.seeds}\n")
+    print(markdown(found.map("{:.4f}".format).reset_index().to_dict("records")))
     if not learned:
         print("\nThis can't tell: nothing answers better than guessing, beyond noise.")
 

@@ -19,9 +19,13 @@ import torchvision_shim  # noqa: F401  (before transformers)
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from bridgeblip.bridge.base import TINY_BASE
+from bridgeblip.bridge.lora import attach_bridge
+from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.questions import read_questions
 from bridgeblip.embedded.digits import write_competition
+from bridgeblip.training.weights import save_weights, trained_tensors
 
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # the products are too small to share; for the processes that tests start, too
@@ -120,6 +124,33 @@ def questions(competition):
 def batch(processor, questions) -> dict[str, torch.Tensor]:
     """Six questions of different lengths, so that the batch is padded."""
     return processor.collate(random.Random(1).sample(questions, 6))
+
+
+def store_weights(
+    path: Path, base: Path, processor, rank: int = 96, std: float = 0.0, dtype: str = "float32"
+) -> Path:
+    """Write weights as trained for no step; with a ``std``, random ones that do a lot."""
+    torch.manual_seed(0)
+    settings = BridgeSettings(rank=rank)
+    kept = {"dtype": getattr(torch, dtype)}
+    model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS, **kept), settings)
+    for parameter in model.parameters():
+        if parameter.requires_grad and std:
+            torch.nn.init.normal_(parameter, std=std)
+    noise = torch.randn(3, 3, *processor.image_size, generator=torch.Generator().manual_seed(0))
+    texts = [
+        "Is it?",
+        "What is seen in this picture here?",
+        "Which of these words fits the picture?",
+    ]
+    inputs = processor.encode_prompts(texts) | {"pixel_values": noise}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    manifest = {"base": str(base), "revision": None, "layers": list(LAYERS), "dtype": dtype}
+    manifest |= {"bridge": vars(settings), "processor": processor.fingerprint}
+    manifest["probe"] = {"inputs": inputs, "logits": logits}
+    save_weights(path, trained_tensors(model), manifest)
+    return path
 
 
 def without(batch: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ from experiments.ablation import (
     summarise,
 )
 
-SETTINGS = TrainSettings(batch_size=8, learning_rate=3e-3, head_learning_rate=3e-3)
+SETTINGS = TrainSettings(batch_size=8, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_command(competition, tmp_path, capsys):
     questions = read_questions(csv, need_answers=True)
     page = (out / "ablation.md").read_text(encoding="utf-8")
     said = re.search("command: `python experiments/ablation.py (.+)`", page)
-    assert shlex.split(said[1])[:4] == ["--base", "tiny", "--seeds", "1"]
+    assert shlex.split(said[1]) == arguments
     measured = len(split_by_picture(questions, 0.25, 0)[1])
     assert all(len(right) == measured for right in runs_of(out)["right"])
 

@@ -204,11 +204,9 @@ def test_what_has_no_adapter_is_refused(weights, tmp_path):
         loaded.tensors,
         loaded.manifest | {"bridge": vars(BridgeSettings(rank=0))},
     )
-    torch.save(loaded.tensors, tmp_path / "bare.pt")
     save_weights(tmp_path / "short.pt", dict(list(loaded.tensors.items())[1:]), loaded.manifest)
     for name, message in (
         ("head", "rank 0.*rank above 0"),
-        ("bare", "bare state dict"),
         ("short", "do not fit"),
     ):
         with pytest.raises(InputError, match=message):

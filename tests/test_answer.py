@@ -147,20 +147,27 @@ def test_rows_that_can_not_be_asked_are_named_and_answered(folder, asked, tmp_pa
 
 
 def test_korean_rows_with_small_columns(folder, tmp_path, capsys):
-    Image.new("RGB", (40, 40), "red").save(tmp_path / "가.png")
-    lines = ["id,path,question,a,b,c,d"]
-    lines += [f"TEST_{n},가.png,이 사진의 색은 무엇인가요?,빨강,파랑,초록,노랑" for n in range(3)]
-    (tmp_path / "test.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    pd.DataFrame({"id": [f"TEST_{n}" for n in range(3)], "answer": "a"}).to_csv(
-        tmp_path / "sample_submission.csv", index=False
-    )
-    out = tmp_path / "out" / "submission.csv"
-    csv = tmp_path / "test.csv"
-    assert main(["predict", "--model", str(folder), "--csv", str(csv), "--out", str(out)]) == 0
+    """Tuned and answered."""
+    question = "이 사진의 색은 무엇인가요?,빨강,파랑,초록,노랑"
+    rows = {"train": ["id,path,question,a,b,c,d,answer"], "test": ["id,path,question,a,b,c,d"]}
+    for number in range(12):
+        name = f"가{number}.png"
+        Image.new("RGB", (40, 40), (20 * number, 0, 0)).save(tmp_path / name)
+        rows["train"].append(f"TRAIN_{number},{name},{question},{'abcd'[number % 4]}")
+        rows["test"].append(f"TEST_{number},{name},{question}")
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    ids = [f"TEST_{number}" for number in range(12)]
+    sample = pd.DataFrame({"id": ids, "answer": "a"})
+    sample.to_csv(tmp_path / "sample_submission.csv", index=False)
+    run, out, csv = tmp_path / "run", tmp_path / "out" / "submission.csv", tmp_path / "test.csv"
+    tune = f"tune --base {folder} --data {tmp_path / 'train.csv'} --few no --out {run}"
+    assert main(tune.split()) == 0
+    assert main(f"predict --model {run} --csv {csv} --out {out}".split()) == 0
     assert "can't read" not in capsys.readouterr().out  # byte by byte, Hangul is read
     written = pd.read_csv(out, dtype=str)
-    assert list(written.columns) == ["id", "answer"]
-    assert len(written) == 3 and written["answer"].isin(list("abcd")).all()
+    assert list(written.columns) == ["id", "answer"] and list(written["id"]) == ids
+    assert written["answer"].isin(list("abcd")).all()
 
 
 def test_reports_and_blends_across_families(folder, run, competition, tmp_path, capsys):

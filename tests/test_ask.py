@@ -4,8 +4,10 @@ import re
 import sys
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 from test_inference import make_bundle
+from test_merge import run_of
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
@@ -13,6 +15,8 @@ from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import Question
 from bridgeblip.hosting.ask import BAR, ask, bars, upload
+from bridgeblip.vlm.answer import answer_texts, load_tuned
+from bridgeblip.vlm.answer import predict as answer
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +85,52 @@ def test_inspect_says_what_a_file_is_whatever_it_records(bundle_path, base, caps
                  "float32", f"{bundle_path.stat().st_size / 1e6:,.1f} MB"):  # fmt: skip
         assert fact in printed
     assert main(["inspect", str(bundle_path.with_name("weights-0.pt"))]) == 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of ``tune``, and merged beside it."""
+    run, _ = run_of(
+        "llava", tmp_path_factory.mktemp("tuned"), pictures=["a", "b"],
+        validation={"accuracy": 0.75, "low": 0.5, "high": 0.875},
+    )  # fmt: skip
+    assert main(["merge", str(run)]) == 0
+    return run
+
+
+@pytest.mark.parametrize("name", [".", "merged"])
+def test_runs_of_other_models_are_asked_and_inspected_too(run, name, picture, capsys):
+    model, texts = str(run / name), ("cup", "bowl", "접시")
+    tuned = load_tuned(model)
+    asked = Question("1", picture, "What is shown?", texts)
+    question, answers = ask(model, picture, "What is shown?", texts)
+    np.testing.assert_array_equal(answers.probabilities, answer(tuned, [asked]).probabilities)
+    capsys.readouterr()
+    assert main(["ask", model, str(picture), "What is shown?", *texts]) == 0
+    assert capsys.readouterr().out.splitlines() == bars(question, answers).splitlines()
+    assert main(["ask", model, str(picture)]) == 0
+    (text,) = answer_texts(tuned, [Question("1", picture, "", ())])[0]
+    assert capsys.readouterr().out == f"{text}\n"
+    assert main(["inspect", model]) == 0
+    printed = capsys.readouterr().out
+    for fact in (str(run.parent / "base"), "letters", "2 distinct pictures",
+                 "accuracy 0.750, 95% interval 0.500 to 0.875"):  # fmt: skip
+        assert fact in printed
+    assert ("merged, an ordinary model folder" in printed) == (name == "merged")
+
+
+def test_a_model_that_is_none_is_one_line(tmp_path, picture, capsys):
+    for command in (
+        ["ask", str(tmp_path), str(picture), "?", "a", "b"],
+        ["inspect", str(tmp_path)],
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(tmp_path) in error
+
+
+def test_what_a_folder_needs_and_is_not_there_is_one_line(run, picture, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bridgeblip.vlm.answer", None)
+    monkeypatch.delattr("bridgeblip.vlm.answer", raising=False)
+    assert main(["ask", str(run), str(picture), "?", "a", "b"]) == 2
+    assert "pip install 'bridgeblip[train]'" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import torch
 from families import FAMILIES, WITHOUT_TEMPLATE
 from PIL import Image
 from torch import nn
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question, letters
@@ -78,6 +79,63 @@ def test_prompts_begin_as_transformers_renders_them(family):
         **image_kwargs(batches.processor),
     )  # fmt: skip
     assert batches.ask(ASKED[:1], PICTURES[:1])["input_ids"].equal(expected["input_ids"])
+
+
+def said(role, text, picture=False):
+    content = [{"type": "image"}] * picture + [{"type": "text", "text": text}]
+    return {"role": role, "content": content}
+
+
+ONCE = [said("user", "What is this?", picture=True)]
+AGAIN = [
+    said("system", "Be brief."), *ONCE, said("assistant", "A cup."), said("user", "Sure?")
+]  # fmt: skip
+QWEN_SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
+QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+CHAT = "<|im_start|>user\n{}What is this?<|im_end|>\n<|im_start|>assistant\n"
+CHAT_AGAIN = CHAT + "A cup.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+IDEFICS = "User:<image>What is this?<end_of_utterance>\nAssistant:"
+IDEFICS_AGAIN = (
+    "System: Be brief.<end_of_utterance>\n" + IDEFICS + " A cup.<end_of_utterance>\nUser: Sure?"
+    "<end_of_utterance>\nAssistant:"
+)
+PUBLISHED = {
+    # chat_template.json of Qwen/Qwen2.5-VL-3B-Instruct
+    families.QWEN2_5_VL: (
+        QWEN_SYSTEM.format("You are a helpful assistant.") + CHAT.format(QWEN_PICTURE),
+        QWEN_SYSTEM.format("Be brief.") + CHAT_AGAIN.format(QWEN_PICTURE),
+    ),
+    # chat_template.jinja of OpenGVLab/InternVL3-78B-hf, its picture as Transformers' tests write it
+    families.INTERNVL: (
+        CHAT.format("<IMG_CONTEXT>\n"),
+        QWEN_SYSTEM.format("Be brief.") + CHAT_AGAIN.format("<IMG_CONTEXT>\n"),
+    ),
+    # chat_template.json of llava-hf/llava-1.5-7b-hf
+    families.LLAVA: (
+        "USER: <image>\nWhat is this? ASSISTANT:",
+        "Be brief. USER: <image>\nWhat is this? ASSISTANT: A cup. USER: Sure? ASSISTANT:",
+    ),
+    # chat_template.json of HuggingFaceTB/SmolVLM-Instruct and of Idefics3, behind what begins them
+    families.IDEFICS: (IDEFICS, IDEFICS_AGAIN),
+}
+
+
+@pytest.mark.parametrize("template", PUBLISHED)
+def test_templates_render_what_the_published_ones_render(template):
+    for turns, expected in zip((ONCE, AGAIN), PUBLISHED[template], strict=True):
+        rendered, _ = render_jinja_template(
+            [turns], chat_template=template, add_generation_prompt=True
+        )
+        assert rendered == [expected]
+
+
+def test_paligemma_reads_what_its_processor_writes():
+    """Without a template: the picture's tokens, <bos>, the prompt and a line's end."""
+    model, processor = families.build("paligemma")
+    batches = Batches(processor, model.config)
+    batch = batches.ask([Question("1", None, "What is this?", ())], PICTURES[:1])
+    read = processor.tokenizer.decode(batch["input_ids"][0])
+    assert read == 16 * "<image>" + "<bos>What is this?\n"
 
 
 def test_what_is_taught_continues_what_is_asked(family):

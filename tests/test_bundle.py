@@ -10,13 +10,13 @@ import zipfile
 
 import pytest
 import torch
-from conftest import Script
+from conftest import Script, store_weights
 from test_inference import make_bundle
 from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
-from bridgeblip.bridge.export import INPUTS, example_batch, export_bundle
+from bridgeblip.bridge.export import INPUTS, export_bundle
 from bridgeblip.bundle import export as writing
 from bridgeblip.bundle import whole
 from bridgeblip.bundle.export import save_traced
@@ -40,20 +40,18 @@ def pair(made, tmp_path):
     return tmp_path / made.name
 
 
-def test_no_device_and_no_tensor_constant_and_it_runs_where_its_inputs_are(made, processor):
+def test_no_device_and_no_tensor_constant_and_it_runs_where_its_inputs_are(made, batch):
     loaded = torch.jit.load(str(made), map_location="meta")
     for kind in ("DeviceObjType", "TensorType"):
         assert not [node for graph in graphs(loaded) for node in constants_of(graph, kind)]
     assert not any(graph.findAllNodes("aten::_convolution") for graph in graphs(loaded))
-    batch = example_batch(processor)
     with as_traced():
         logits = loaded(**{name: batch[name].to("meta") for name in INPUTS})
-    assert logits.shape == (3, 4) and logits.device.type == "meta"
+    assert logits.shape == (6, 4) and logits.device.type == "meta"
 
 
-def test_numbers_on_the_host_change_no_bit(base, processor, monkeypatch, tmp_path):
+def test_numbers_on_the_host_change_no_bit(base, processor, batch, monkeypatch, tmp_path):
     """The same model, its trace cleaned and not."""
-    batch = example_batch(processor)
     inputs = {name: batch[name] for name in INPUTS}
     logits = []
     for clean in (True, False):
@@ -230,7 +228,7 @@ def test_too_little_space_is_said_before_writing(made, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_killed_at_any_moment_a_whole_pair_is_there(pair, made, tmp_path):
+def test_killed_at_any_moment_a_whole_pair_is_there(pair, made, base, processor, tmp_path):
     """Every moment at which the pair is touched: just before and just after each renaming."""
     kills = """
 import os, signal, sys
@@ -247,10 +245,7 @@ os.replace = watched
 from bridgeblip.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
-    loaded = load_weights(made.with_name("weights-0.pt"))
-    tensors = {name: tensor * 0.9 for name, tensor in loaded.tensors.items()}
-    weights = tmp_path / "other" / "weights-0.pt"
-    save_weights(weights, tensors, loaded.manifest)
+    weights = store_weights(tmp_path / "other" / "weights-0.pt", base, processor)
     found = set()
     old = file_digest(pair)
     for moment in range(7):

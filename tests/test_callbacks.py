@@ -278,6 +278,11 @@ def test_what_breaks_in_the_middle_loses_nothing(
 def test_a_writer_that_gives_no_number_may_find_the_disk_full_too(tmp_path):
     with pytest.raises(InputError, match=r"os error 28.: free some space"), in_one_line(tmp_path):
         raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+    for words in ("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0",
+                  "basic_ios::clear: iostream error"):  # fmt: skip
+        said = re.escape(f"No space left on device ({words}): free some space")
+        with pytest.raises(InputError, match=said), in_one_line(tmp_path):
+            raise RuntimeError(words)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(base, competition, tmp_path):

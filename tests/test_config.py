@@ -85,9 +85,6 @@ def test_settings_that_make_no_sense_are_one_line(value):
                 continue
             with pytest.raises(InputError, match=rf"^{item.name} is .*: expected a.* number .*\d"):
                 kind(**{item.name: value})
-    with pytest.raises(InputError, match="head_learning_rate is 0"):
-        TrainSettings(head_learning_rate=0)
-    assert TrainSettings(learning_rate=0.1).head_learning_rate == 0.1
 
 
 def test_every_setting_says_what_it_means():

@@ -11,37 +11,30 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import LAYERS
+from conftest import LAYERS, store_weights
 from PIL import Image, features
+from test_merge import run_of
 
 from bridgeblip import InputError
+from bridgeblip.__main__ import main
 from bridgeblip.bridge import processing
 from bridgeblip.bridge import train as training
 from bridgeblip.bridge.export import export_bundle
-from bridgeblip.bridge.lora import attach_bridge
-from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.hosting import checks, doctor, runtime
 from bridgeblip.hosting.doctor import Finding, check, print_findings
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.weights import save_best, save_weights, trained_tensors
+from bridgeblip.training.weights import save_best
+from bridgeblip.vlm.merge import merge
 
 
 @pytest.fixture(scope="module")
 def checkpoint(base, processor, tmp_path_factory) -> Path:
     """Weights as trained for no step, and their bundle."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings())
-    manifest = {
-        "base": str(base),
-        "revision": None,
-        "layers": list(LAYERS),
-        "bridge": vars(BridgeSettings()),
-    }
-    manifest["processor"] = processor.fingerprint
-    save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
-    export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
+    weights = store_weights(folder / "weights-0.pt", base, processor)
+    export_bundle(weights, folder / "torchscript.pt")
     return folder
 
 
@@ -381,7 +374,7 @@ BROKEN = [  # name, stage, what breaks it, what must be found
         "no weights-N.pt in .*run train.ipynb",
     ),
     ("cut weights", EXPORT, cut("checkpoint/weights-0.pt"), "weights-0.pt can't be read.*copy it"),
-    ("bare weights", EXPORT, bare_weights, "bare state dict names no base: say which"),
+    ("bare weights", EXPORT, bare_weights, "lacks its format, its tensors or its base"),
     (
         "other tokenizer",
         EXPORT,
@@ -588,3 +581,39 @@ def test_a_stage_must_exist():
         InputError, match="stage 'test' does not exist: expected one of train, export, predict"
     ):
         check("test")
+
+
+def test_doctor_looks_at_what_it_is_told_of_the_stage(home, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(home)
+    weights = str(next((home / "checkpoint").glob("weights-*.pt")))
+    for arguments, found in (
+        (
+            "--stage train --report-to nope --csv competition/train.csv --base base",
+            "'nope': nope is",
+        ),
+        (
+            f"--stage export --weights {weights} --dtype bfloat16",
+            "weights in bfloat16: as asked for",
+        ),
+        ("--stage export --weights nowhere.pt", "nowhere.pt"),
+        ("--stage predict --model other.pt", "other.pt not found"),
+        ("--stage predict --sample competition/test.csv", "competition/test.csv"),
+        ("--stage predict --out base/config.json/s.csv", "can't be written to"),
+    ):
+        assert main(["doctor", *arguments.split()]) == ("bfloat16" not in arguments), arguments
+        printed = capsys.readouterr().out
+        assert found in printed, printed
+
+
+@pytest.mark.parametrize("name", [".", "merged"])
+def test_a_run_of_another_model_is_looked_at_before_it_answers(home, tmp_path, name, capsys):
+    run, base = run_of("llava", tmp_path)
+    merge(run)
+    csv = ["--csv", str(home / "competition" / "test.csv")]
+    assert main(["doctor", "--stage", "predict", "--model", str(run / name), *csv]) == 0
+    printed = capsys.readouterr().out
+    assert f"{base if name == '.' else run / name}: reads 2,048 tokens" in printed
+    assert "questions, task choice" in printed and "memory: about" in printed
+    (run / "run.json").write_text("{")
+    assert main(["doctor", "--stage", "predict", "--model", str(run), *csv]) == 1
+    assert "is no JSON" in capsys.readouterr().out

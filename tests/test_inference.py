@@ -15,15 +15,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import LAYERS, ROOT
+from conftest import ROOT, store_weights
 from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.bridge.export import export_bundle, restore
-from bridgeblip.bridge.lora import attach_bridge
-from bridgeblip.bridge.model import load_sliced
-from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle import predict as inference
 from bridgeblip.bundle.format import Bundle, load_bundle
 from bridgeblip.bundle.predict import predict
@@ -37,27 +34,16 @@ from bridgeblip.evidence.answers import (
     margins,
 )
 from bridgeblip.files import file_digest
-from bridgeblip.training.weights import save_weights, trained_tensors
 
 KILLS = int(os.environ.get("BRIDGEBLIP_KILLS", 2))  # more of them for a long check
 ALONE = os.environ | {"OMP_NUM_THREADS": "1"}  # the same sums in every process
+TOGETHER = ALONE | {"CUDA_VISIBLE_DEVICES": ""}  # there may be one GPU for two of them
 
 
 def make_bundle(base, processor, folder):
     """Export a bundle of random adapters, large enough to matter."""
-    torch.manual_seed(0)
-    model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings(rank=192))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
-    manifest = {
-        "base": str(base),
-        "revision": None,
-        "layers": list(LAYERS),
-        "bridge": vars(BridgeSettings(rank=192)),
-    }
-    save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
-    return export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")[0]
+    weights = store_weights(folder / "weights-0.pt", base, processor, rank=192, std=0.3)
+    return export_bundle(weights, folder / "torchscript.pt")[0]
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +436,7 @@ def test_two_processes_share_the_rows(uninterrupted, bundle_path, official, tmp_
     ]
     done = subprocess.run(
         [*launch, "-m", "bridgeblip", *command(bundle_path, official, out)],
-        cwd=ROOT, env=ALONE, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=TOGETHER, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("852 answers") == 1
@@ -480,7 +466,7 @@ def test_two_processes_evaluate(bundle_path, competition, tmp_path):
         str(page),
     ]
     done = subprocess.run(
-        [*launch, *evaluate], cwd=ROOT, env=ALONE, capture_output=True, text=True, timeout=120
+        [*launch, *evaluate], cwd=ROOT, env=TOGETHER, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert page.is_file() and done.stdout.count("wrote") == 1

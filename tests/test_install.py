@@ -10,18 +10,14 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import LAYERS, ROOT
+from conftest import ROOT, store_weights
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import bridgeblip
 from bridgeblip.__main__ import main
 from bridgeblip.bridge.export import export_bundle
-from bridgeblip.bridge.lora import attach_bridge
-from bridgeblip.bridge.model import load_sliced
-from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.hosting.runtime import requirements
-from bridgeblip.training.weights import save_weights, trained_tensors
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +73,8 @@ def run(command: list, folder: Path) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def bundle(base, processor, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = attach_bridge(load_sliced(base, processor.letter_ids, LAYERS), BridgeSettings())
-    manifest = {"base": str(base), "revision": None, "layers": list(LAYERS)}
-    manifest |= {"bridge": vars(BridgeSettings()), "processor": processor.fingerprint}
-    save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
-    export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
+    weights = store_weights(folder / "weights-0.pt", base, processor)
+    export_bundle(weights, folder / "torchscript.pt")
     return folder / "torchscript.pt"
 
 

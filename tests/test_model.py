@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import DECODER_LAYERS, LAYERS, row, without
 from peft.tuners.lora import LoraLayer
+from torch.nn import functional
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import source_name
@@ -50,6 +51,19 @@ def test_no_linear_is_given_a_slice(sliced, batch):
             )
     sliced(**batch)
     assert len(seen) > 60 and all(inputs.is_contiguous() for inputs in seen.values())
+
+
+def test_every_mask_suits_the_fused_kernels_of_a_gpu(sliced, batch, monkeypatch):
+    """They take one whose keys lie side by side; torch writes out all scores for any other."""
+    attend, strides = functional.scaled_dot_product_attention, []
+
+    def watched(*inputs, attn_mask=None, **kwargs):
+        strides.extend([] if attn_mask is None else [attn_mask.stride(-1)])
+        return attend(*inputs, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    sliced(**batch)
+    assert len(strides) > len(sliced.language_model.encoder.block) and set(strides) == {1}
 
 
 def test_every_kept_tensor_equals_its_source(sliced, hf_model):

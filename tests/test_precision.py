@@ -2,10 +2,11 @@ import pytest
 import torch
 from conftest import LAYERS
 
+from bridgeblip import InputError
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.machine import LARGE, NonFiniteError, choose_precision, slow_format
+from bridgeblip.machine import LARGE, NonFiniteError, best_device, choose_precision, slow_format
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,13 @@ def test_formats_that_a_machine_is_slow_in(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert "no quick way to multiply in float16" in slow_format("cpu", torch.float16)
     assert slow_format("cpu", torch.float32) == ""
+
+
+def test_a_process_without_a_gpu_of_its_own_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert best_device() == "cuda:1"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="process 3 on a machine with 2 GPUs: start as many"):
+        best_device()

@@ -68,7 +68,10 @@ def test_training_figure_starts_before_training():
         t.get_text() for t in figure.axes[1].get_xticklabels() if low <= t.get_position()[0] <= high
     ]
     assert ticks == ["before", "0", "1"]
-    texts(training_figure(pd.DataFrame(rows)[["step", "epoch", "loss", "accuracy"]]))
+    assert "95% interval" in figure.axes[1].get_legend_handles_labels()[1]
+    bare = training_figure(pd.DataFrame(rows)[["step", "epoch", "loss", "accuracy"]])
+    assert "95% interval" not in bare.axes[1].get_legend_handles_labels()[1]
+    texts(bare)
     one = pd.DataFrame(rows[:1] + rows[-1:], columns=["step", "epoch", "loss", "accuracy"])
     texts(training_figure(one))
 
@@ -340,6 +343,26 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
     )
     assert page.rows["Data"][-1] == ["TEST_0007", "too dark"]
     assert page.rows["Cost"] == [["seconds", "3.25"], ["rows", "1,160"]]
+
+
+def test_answers_before_and_after_training_stand_side_by_side(judged, tmp_path):
+    folder, asked = judged
+    after, _ = read_probabilities(folder, asked)
+    after = after.to_numpy()
+    before = np.roll(after, 1, axis=1)
+    changed = before.argmax(1) != after.argmax(1)
+    facts = write_report(tmp_path / "report.html", asked, after, before=before)
+    gained, right = facts["training"].gained, [q.answer for q in asked]
+    assert facts["training"].changed == changed.sum() == len(asked)
+    assert gained == ((after.argmax(1) == right) & (before.argmax(1) != right)).sum()
+    page = Page((tmp_path / "report.html").read_text())
+    section = " ".join(page.sections["Before and after training"].split())
+    assert f"{gained} wrong ones are right now" in section
+    for choice in range(4):
+        assert f"{before[0, choice]:.0%} → {after[0, choice]:.0%}" in page.cards[0]
+    assert f"{letter(before[0].argmax())} before, {letter(after[0].argmax())} now" in page.cards[0]
+    write_report(tmp_path / "report.html", asked, after)
+    assert "Before and after" not in (tmp_path / "report.html").read_text()
 
 
 def test_data_notes_count_what_is_odd(judged, tmp_path):

@@ -211,7 +211,7 @@ def test_anything_else_is_refused_naming_what_was_seen(folder, name, content, me
 def test_a_broken_line_is_named(folder):
     path = put(folder, "x.jsonl", [talk("a", "b"), talk("a", "b")])
     path.write_text(path.read_text()[:-9])
-    with pytest.raises(InputError, match=r"x.jsonl, line 2 is no JSON"):
+    with pytest.raises(InputError, match=r"x.jsonl can.t be read .line 2 is no JSON"):
         read_task(path)
 
 

@@ -1,19 +1,25 @@
 import json
+import os
 import re
+import signal
+from pathlib import Path
 
 import families
 import pandas as pd
 import pytest
 import torch
+from conftest import Script
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.data.questions import read_questions
+from bridgeblip.files import numbered
 from bridgeblip.training.callbacks import TrainingError
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.trainer import AveragingTrainer
+from bridgeblip.training.state import STATE_FOLDER, STEP_FOLDER
 from bridgeblip.vlm.families import decoder_name
 from bridgeblip.vlm.learner import attach_lora, check_places
 from bridgeblip.vlm.settings import TuneSettings, read_run
@@ -22,13 +28,25 @@ from bridgeblip.vlm.tune import tune
 TRAIN = TrainSettings(
     epochs=2, batch_size=8, validation_fraction=0.25, learning_rate=3e-3, save_minutes=0
 )
-OPTIONS = "--epochs 2 --batch-size 8 --validation-fraction 0.25 --learning-rate 3e-3 --few no"
+OPTIONS = "--epochs 2 --batch-size 4 --validation-fraction 0.25 --learning-rate 3e-3 --few no"
 WORKED = {  # the documented commands, a local folder for the id
     "qwen2_5_vl": ("choice", "--pixels 56"),
     "llava": ("answer", "--task answer --report-to none"),
     "internvl": ("caption", "--task caption --rank 128 --alpha 256"),
     "blip": ("caption", "--task caption --rank 8 --alpha 32 --dropout 0.1 --targets query value"),
 }
+
+
+KILLED_AT = {"qwen2_5_vl": (2,), "llava": (1, 4), "internvl": (5,), "blip": (3,)}  # of 8 steps
+if "BRIDGEBLIP_KILLS" in os.environ:  # more of them for a long check
+    KILLED_AT = dict.fromkeys(KILLED_AT, range(1, 8))
+TUNE = """
+import sys
+from bridgeblip.__main__ import main
+from bridgeblip.vlm import tune
+tune.LONGEST_TEXT = 6
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="session")
@@ -60,42 +78,39 @@ def llava(tmp_path_factory):
     return families.save("llava", tmp_path_factory.mktemp("llava") / "base")
 
 
-class Killed(BaseException):
-    """Ends a run in the middle of a step, as a kill does."""
-
-
-def kill_at(monkeypatch, step: int) -> None:
-    usual = AveragingTrainer.training_step
-
-    def training_step(self, *args):
-        if self.state.global_step == step:
-            raise Killed
-        return usual(self, *args)
-
-    monkeypatch.setattr(AveragingTrainer, "training_step", training_step)
+def newest_step(run: Path) -> int:
+    """Of the states that can be gone on from; 0 if there is none."""
+    return max(numbered(run / STATE_FOLDER, STEP_FOLDER), default=0)
 
 
 @pytest.mark.parametrize("family", families.PUBLISHED)
-def test_a_killed_run_ends_as_an_uninterrupted_one(family, data, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_ends_as_an_uninterrupted_one(family, data, tmp_path, capsys):
+    """By SIGKILL, in the first epoch and later ones, as soon as a step's state is there."""
     base = families.save(family, tmp_path / "base")
     task, more = WORKED[family]
-    command = f"tune --base {base} --data {data[task]} {OPTIONS} {more} --save-minutes 0 --out "
-    assert main(f"{command}{tmp_path / 'whole'}".split()) == 0
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 3)
-        main(f"{command}{tmp_path / 'killed'}".split())
-    assert main(f"{command}{tmp_path / 'killed'}".split()) == 0
+    command = f"tune --base {base} --data {data[task]} {OPTIONS} {more} --save-minutes 0 --out"
+    assert main(f"{command} {tmp_path / 'whole'}".split()) == 0
+    killed = tmp_path / "killed"
+    for step in KILLED_AT[family]:
+        process = Script(TUNE, *command.split(), killed)
+        process.wait_for(lambda step=step: newest_step(killed) >= step)
+        process.send(signal.SIGKILL)
+        code, printed = process.end()
+        assert code == -signal.SIGKILL, printed
+    capsys.readouterr()
+    assert main(f"{command} {killed}".split()) == 0
     assert "going on from" in capsys.readouterr().out
-    whole, killed = (
+    whole, again = (
         load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")
         for run in ("whole", "killed")
     )
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)
     run = read_run(tmp_path / "whole")
     metric = {"choice": "accuracy", "caption": "CIDEr", "answer": "exact"}[task]
-    assert run["task"] == task and metric in run["validation"]
+    assert run["task"] == task
+    assert read_run(killed)["validation"][metric] == run["validation"][metric]
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
     assert report["verdict"]["sentence"]
     assert (tmp_path / "whole" / "tensorboard").is_dir()
@@ -176,6 +191,7 @@ BAD = {
     "--method half": r"expected one of",
     "--pixels 99": r"pixels",
     "--rank -1": r"rank is -1",
+    "--report-to wandb": r"report_to is 'wandb', which is not installed here.*pip install wandb",
     "--base /not/there": r"no model can be loaded from /not/there",
 }
 
@@ -190,6 +206,62 @@ def test_bad_input_is_one_line_before_the_long_work(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ")
     assert re.search(BAD[options], error)
+
+
+def without_processor(base, folder):
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (base / name).unlink(missing_ok=True)
+
+
+def without_template(base, folder):
+    (base / "chat_template.jinja").unlink()
+
+
+def without_letters(base, folder):
+    """BLIP's vocabulary, but for B, C and D: each becomes [UNK]."""
+    path = base / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    for letter in "bcd":
+        tokenizer["model"]["vocab"][f"no-{letter}"] = tokenizer["model"]["vocab"].pop(letter)
+    path.write_text(json.dumps(tokenizer))
+
+
+def with_a_long_answer(base, folder):
+    rows = ["image,question,answer"]
+    for row in range(12):
+        Image.new("RGB", (40, 40), (9 * row, 0, 0)).save(folder / f"{row}.png")
+        rows.append(f"{row}.png,which?,{'one ' * (3000 if row == 3 else 1)}")
+    (folder / "data.csv").write_text("\n".join(rows) + "\n")
+
+
+def with_a_lost_picture(base, folder):
+    (folder / "data.csv").write_text("ID,img_path,Question,A,B,answer\n7,lost.png,which?,1,2,A\n")
+
+
+FAULTS = {
+    without_processor: ("llava", r"processor"),
+    without_template: ("llava", r"has no chat template, and a 'llava' model needs one"),
+    without_letters: ("blip", r"the letters A, B, C, D have no tokens of their own"),
+    with_a_long_answer: ("llava", r"line 5 \(ID 4\): \d+ tokens with .*more than the 2048"),
+    with_a_lost_picture: ("llava", r"1 of 1 pictures not found.*lost\.png \(ID 7\)"),
+}
+
+
+@pytest.mark.parametrize("spoil", FAULTS)
+def test_what_spoils_a_run_is_one_line_before_the_long_work(
+    spoil, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("bridgeblip.vlm.tune.load_learner", lambda plan: pytest.fail("long work"))
+    family, expected = FAULTS[spoil]
+    base = families.save(family, tmp_path / "base")
+    spoil(base, tmp_path)
+    file = tmp_path / "data.csv"
+    file = file if file.exists() else data["choice"]
+    capsys.readouterr()
+    command = f"tune --base {base} --data {file} --few no --out {tmp_path / 'run'}"
+    assert main(command.split()) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert error.startswith("error: ") and re.search(expected, error), error
 
 
 def test_four_bits_without_bitsandbytes_are_refused(llava, data, tmp_path, monkeypatch):

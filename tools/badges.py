@@ -7,9 +7,10 @@ Run again, with the same name or another, it puts the same lines in the same pla
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
+
+import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 COLAB = "https://colab.research.google.com"
@@ -26,23 +27,17 @@ def badge(repository: str, notebook: str) -> str:
 
 def write_notebook(path: Path, repository: str) -> None:
     """Give a notebook its badge, and its set-up a clone where Drive holds no repository."""
-    text = path.read_text(encoding="utf-8")
-    notebook = json.loads(text)
-    indent = len(re.search(r"\n( +)", text)[1])
-    for cell in notebook["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            source = PLACE.sub(badge(repository, path.name), source)
-        elif LOOK in source:
-            clone = (
-                "    !git clone -q --depth 1 "
-                f"https://github.com/{repository} /content/drive/MyDrive/bridgeblip || true\n"
-            )
-            source = CLONE.sub("", source)
-            source = source.replace(LOOK, clone + LOOK, 1)
-        cell["source"] = source.splitlines(keepends=True)
-    written = json.dumps(notebook, indent=indent, ensure_ascii=False) + "\n"
-    path.write_text(written, encoding="utf-8")
+    notebook = nbformat.read(path, as_version=4)
+    clone = (
+        "    !git clone -q --depth 1 "
+        f"https://github.com/{repository} /content/drive/MyDrive/bridgeblip || true\n"
+    )
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = PLACE.sub(badge(repository, path.name), cell.source)
+        elif LOOK in cell.source:
+            cell.source = CLONE.sub("", cell.source).replace(LOOK, clone + LOOK, 1)
+    nbformat.write(notebook, path)
 
 
 def write_readme(path: Path, repository: str) -> None:

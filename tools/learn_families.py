@@ -2,6 +2,10 @@
 with a chat template and one without, captions by a captioner.
 
     python tools/learn_families.py [--pictures N] [--epochs N]
+
+The choices stand in one order: what is learned is to tell pictures apart. With the choices in other
+orders, too, random models of this size were at guessing after 1,900 steps: reading which letter
+stands at a word is learned from far more text than a few hundred pictures come with.
 """
 
 import argparse
@@ -30,7 +34,8 @@ def write_files(folder: Path, pictures: int) -> dict[str, Path]:
     """Write so many pictures of four digits, a four-choice question and a caption of each."""
     (folder / "pictures").mkdir(parents=True)
     asked, captions = [], []
-    shown = [pair for pair in digit_pictures()["pretrain"] if pair[1] < 4]
+    groups = digit_pictures()
+    shown = [pair for pair in groups["pretrain"] + groups["train"] if pair[1] < 4]
     for place, (picture, digit) in enumerate(shown[:pictures]):
         name = f"pictures/{place}.png"
         picture.save(folder / name)
@@ -55,7 +60,7 @@ def learn(family: str, task: str, data: Path, folder: Path, epochs: int, rate: f
     return tune(base, data, folder / f"run-{family}-{task}", settings, train)
 
 
-def checks(pictures: int = 400, epochs: int = 60) -> list[tuple[str, str, str, bool]]:
+def checks(pictures: int = 600, epochs: int = 60) -> list[tuple[str, str, str, bool]]:
     """What is asked and measured, a row a check, as ``verify.py`` shows it."""
     folder, rows = Path(tempfile.mkdtemp()), []
     files = write_files(folder / "data", pictures)
@@ -84,7 +89,7 @@ def checks(pictures: int = 400, epochs: int = 60) -> list[tuple[str, str, str, b
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--pictures", type=int, default=600)
     parser.add_argument("--epochs", type=int, default=60)
     arguments = parser.parse_args()
     found = checks(arguments.pictures, arguments.epochs)

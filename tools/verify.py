@@ -217,6 +217,8 @@ TESTS = {
         ("training killed", "training.py::test_killed_and_resumed_ends_with_the_same_tensors",
          "BRIDGEBLIP_KILLS", 20),
         ("prediction killed", "inference.py", "BRIDGEBLIP_KILLS", 10),
+        ("tuning killed in each step", "tune.py::test_a_killed_run_ends_as_an_uninterrupted_one",
+         "BRIDGEBLIP_KILLS", 7),
     ],
     "races": [("two runs, one folder", "hold.py", "BRIDGEBLIP_RACES", 20)],
     "properties": [

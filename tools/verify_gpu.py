@@ -24,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -36,6 +37,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 from transformers import InstructBlipConfig
@@ -50,10 +52,11 @@ from bridgeblip.bridge.budget import held_memory
 from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
-from bridgeblip.bundle.format import load_bundle
+from bridgeblip.bundle.format import Bundle, as_traced, load_bundle
 from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.predict import predict
 from bridgeblip.bundle.trace import constants_of, graphs
+from bridgeblip.data.pictures import LOADERS, picture_key
 from bridgeblip.data.questions import read_questions
 from bridgeblip.data.tables import read_table
 from bridgeblip.files import write_text
@@ -89,7 +92,6 @@ class Check:
         name = re.sub(r"\W+", "-", self.card.lower()) + ("-tiny" if tiny else "")
         self.file = out / f"gpu-{name}.json"
         self.pictures = 12 if self.small else 213
-        self.ceiling = math.nan
         self.dtype = choose_precision(self.device, 10 if tiny else 3 * 10**9).dtype
 
     def row(self, what: str, asked: str, measured: str, ok: bool | None = None) -> None:
@@ -107,6 +109,17 @@ class Check:
         title = f"# {self.card}, {facts['date']}, torch {torch.__version__}"
         table = markdown(self.rows) if self.rows else ""
         write_text(self.file.with_suffix(".md"), f"{title}\n\n{table}\n")
+
+    @cached_property
+    def ceiling(self) -> float:
+        """Operations a second of a large matrix product, in the number format of the model."""
+        size = 8192 if self.cuda else 256
+        return 2 * size**3 / self.multiply(size, self.dtype)
+
+    def multiply(self, size: int, dtype: torch.dtype) -> float:
+        """Median seconds of a product of two square matrices."""
+        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in "ab")
+        return statistics.median(clock(lambda: a @ b) for _ in range(5))
 
     @cached_property
     def questions(self) -> Path:
@@ -218,11 +231,8 @@ def machine(check: Check) -> None:
         check.row(f"{check.card}, {os.cpu_count()} cores", "computes", finding.what, ok)
     size = 8192 if check.cuda else 256
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        a, b = (torch.randn(size, size, device=check.device).to(dtype) for _ in "ab")
-        seconds = statistics.median(clock(lambda a=a, b=b: a @ b) for _ in range(5))
+        seconds = check.multiply(size, dtype)
         check.row(f"matrix product, {dtype}", "", f"{2 * size**3 / seconds / 1e12:.2f} TFLOP/s")
-        if dtype == check.dtype:
-            check.ceiling = 2 * size**3 / seconds
     pageable = torch.randn(size * size)
     for name in ("pageable", "pinned") if check.cuda else ("pageable",):
         host = pageable.pin_memory() if name == "pinned" else pageable
@@ -287,6 +297,8 @@ def launched(check: Check, events) -> None:
     asked, most = f"at most {LAUNCHES} and {WAITS}", WAITS + (check.dtype == torch.float16)
     ok = launches <= LAUNCHES and waits <= most
     check.row("launches and waits of a training step", asked, f"{launches:.0f}, {waits:.1f}", ok)
+    busy = sum(e.self_device_time_total for e in events if e.device_type == DeviceType.CUDA)
+    check.row("time of its kernels", "", f"{busy / 2e3:.0f} ms")
 
 
 def parity(check: Check) -> None:
@@ -364,6 +376,7 @@ def answer(check: Check) -> None:
     bundle = load_bundle(check.bundle, check.device)
     questions = read_questions(check.questions / "test.csv")
     fitted = [bundle.processor.fit(question) for question in questions]
+    parts(check, bundle, fitted)
     picture, row = floor_of(check)
     operations = check.pictures * picture + len(questions) * row
     check.peak()
@@ -391,6 +404,29 @@ def answer(check: Check) -> None:
     times = theirs / (best / len(questions))
     asked, ok = ("", None) if check.small else ("at least 2.0", times >= 2.0)
     check.row("speed against generate, batch 32", asked, f"{times:.2f} times", ok)
+
+
+def parts(check: Check, bundle: Bundle, fitted: list) -> None:
+    """What a window of 32 pictures takes, each part alone."""
+    paths = list({picture_key(question.image): question.image for question in fitted}.values())
+    with ThreadPoolExecutor(LOADERS) as pool:
+        seconds = clock(lambda: list(pool.map(bundle.processor.load_pixels, paths)))
+    check.row(f"decoding alone, {LOADERS} threads", "", f"{len(paths) / seconds:.0f} pictures/s")
+    pixels = torch.stack([bundle.processor.load_pixels(path) for path in paths[:32]])
+    texts = bundle.processor.encode_prompts([bundle.processor.prompt(q) for q in fitted[:32]])
+    texts = {name: tensor.to(check.device) for name, tensor in texts.items()}
+    with torch.inference_mode(), as_traced():
+        encode = partial(bundle.model.encode_image, pixels.to(check.device))
+        embeds = encode()[:1].expand(len(texts["input_ids"]), -1, -1).contiguous()
+        score = partial(bundle.model.score, embeds, **texts)
+        alone = {
+            f"tower, {len(pixels)} pictures": encode,
+            f"language part, {len(embeds)} rows": score,
+        }
+        for what, run in alone.items():
+            run()  # warms up
+            seconds = statistics.median(clock(run) for _ in range(5))
+            check.row(f"its {what}", "", f"{seconds * 1e3:.1f} ms")
 
 
 def half(check: Check) -> None:

@@ -117,7 +117,7 @@ def encode_block(
         texts = {}
         for name, column in columns.items():
             cut = column[:, : seen_width if "qformer" in name else width]
-            texts[name] = torch.stack([cut[row] for row in rows])
+            texts[name] = cut[rows]
         embeds = torch.stack([pictures[row] for row in rows])
         if picture == "pixel_values":
             embeds = model.encode_image(embeds)

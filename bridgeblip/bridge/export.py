@@ -1,7 +1,6 @@
 """From trained weights to one file: merge the bridge, trace, prove parity, pack."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +15,11 @@ from bridgeblip.bridge.config import BridgeBlipConfig, compare_configs
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
-from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
-from bridgeblip.bundle.export import write_bundle
+from bridgeblip.bridge.settings import BridgeSettings
+from bridgeblip.bundle.export import export_device, write_bundle
 from bridgeblip.bundle.gate import ParityGate
 from bridgeblip.files import file_digest
-from bridgeblip.machine import best_device, slow_format
-from bridgeblip.training.weights import Weights, load_trained, load_weights, permutation_margin
+from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
 
 INPUTS = (
     "pixel_values",
@@ -48,7 +46,6 @@ class Restored:
 def restore(
     weights: str | Path,
     base: str | Path | None = None,
-    layers: Sequence[int] = DEFAULT_DECODER_LAYERS,
     dtype: str | None = None,
     device: str | None = "cpu",
 ) -> Restored:
@@ -56,7 +53,6 @@ def restore(
 
     Args:
         base: folder or hub id; by default the one that the weights name.
-        layers: the kept layers, for a complete state dict, which does not name them.
         dtype: of the frozen weights; by default the one that they were trained in.
         device: where the model is to be; None for ``export_device``.
 
@@ -65,11 +61,8 @@ def restore(
             or the tensors do not fit.
     """
     loaded = load_weights(weights)
-    base = base or (loaded.manifest or {}).get("base")
-    if base is None:
-        raise InputError(f"{weights} is a bare state dict: say which base it was sliced from")
-    manifest = loaded.manifest or {"base": str(base), "layers": list(layers)}
-    revision = manifest.get("revision")
+    manifest = loaded.manifest
+    base, revision = base or manifest["base"], manifest["revision"]
     processor = QuestionProcessor.from_base(resolve_base(base, revision))
     if manifest.get("processor", processor.fingerprint) != processor.fingerprint:
         raise InputError(
@@ -85,38 +78,18 @@ def restore(
         device=device,
         revision=revision,
     )
-    return Restored(_put_weights(sliced, loaded), processor, manifest, dtype)
-
-
-def export_device(dtype: torch.dtype) -> str:
-    """Where to export: on the CPU, which every machine has, unless it is slow in this format and
-    there is a GPU."""
-    return best_device() if slow_format("cpu", dtype) else "cpu"
+    model = attach_bridge(sliced, BridgeSettings(**manifest["bridge"]))
+    load_trained(model, loaded.tensors)
+    return Restored(model.eval(), processor, manifest, dtype)
 
 
 def config_changes(weights: str | Path, base: str | Path | None = None) -> list[str]:
     """Return what slicing changed in the base's config, a line a key, for the model of a weights
     file."""
     manifest = load_weights(weights).manifest
-    if manifest is None:
-        return [f"{weights} is a bare state dict: it has no config of its own"]
     folder = resolve_base(base or manifest["base"], manifest["revision"])
     sliced = BridgeBlipConfig.from_dict(json.loads(manifest["config"]))
     return compare_configs(InstructBlipConfig.from_pretrained(folder), sliced)
-
-
-def _put_weights(sliced: BridgeBlipForMultipleChoice, loaded: Weights) -> nn.Module:
-    if loaded.manifest is None:
-        try:
-            sliced.load_state_dict(loaded.tensors, strict=True)
-        except RuntimeError as error:
-            raise InputError(
-                f"this state dict is not of a model sliced like that ({str(error)[:300]})"
-            ) from error
-        return sliced
-    model = attach_bridge(sliced, BridgeSettings(**loaded.manifest["bridge"]))
-    load_trained(model, loaded.tensors)
-    return model.eval()
 
 
 class TraceableModel(nn.Module):
@@ -175,11 +148,10 @@ def export_bundle(
     """
     out, weights = Path(out), Path(weights)
     restored = restore(weights, base, dtype=dtype, device=None)
-    probe = restored.manifest.get("probe", {})
-    inputs = probe.get("inputs") or example_batch(restored.processor)
-    gate = ParityGate({name: inputs[name] for name in INPUTS}, restored.model, restored.dtype)
-    if probe:
-        gate.compare_trained(probe["logits"], restored.manifest["dtype"])
+    probe = restored.manifest["probe"]
+    inputs = {name: probe["inputs"][name] for name in INPUTS}
+    gate = ParityGate(inputs, restored.model, restored.dtype)
+    gate.compare_trained(probe["logits"], restored.manifest["dtype"])
     merged = merge_bridge(restored.model)
     gate.compare_merged(merged)
     gate.check(out)
@@ -194,15 +166,3 @@ def export_bundle(
     del restored, merged
     write_bundle(out, models, gate, processor, about)
     return out, gate.table
-
-
-def example_batch(processor: QuestionProcessor) -> dict[str, torch.Tensor]:
-    """A made-up padded batch of three, for weights that bring no probe of their own."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = [
-        "Is it?",
-        "What is seen in this picture here?",
-        "Which of these words fits the picture?",
-    ]
-    pixels = torch.randn(3, 3, *processor.image_size, generator=generator)
-    return processor.encode_prompts(prompts) | {"pixel_values": pixels}

@@ -204,5 +204,5 @@ class CachedPictures:
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
         keys = [self.key_of[question.image] for question in questions]
         if self.resident:
-            return {"picture_rows": torch.tensor([self.row_of[key] for key in keys])}
-        return {"image_embeds": torch.stack([self.cache.read(key) for key in keys])}
+            return {"picture_rows": torch.tensor(list(map(self.row_of.get, keys)))}
+        return {"image_embeds": torch.stack(list(map(self.cache.read, keys)))}

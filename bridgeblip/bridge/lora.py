@@ -18,11 +18,11 @@ _WORKING = (
     r"(0\.SelfAttention\.(v|o)|1\.EncDecAttention\.(q|k|v|o)"
     r"|2\.DenseReluDense\.(wi|wi_0|wi_1|wo))"
 )
+# Which linears get adapters, by the name that ``BridgeSettings.targets`` has for them.
 BRIDGED_LINEARS = {
     "all": _LAYERS + _WORKING,
     "q,v": _LAYERS + r"(0\.SelfAttention\.v|1\.EncDecAttention\.(q|v))",
 }
-"""Which linears get adapters, by the name that ``BridgeSettings.targets`` has for them."""
 
 
 def attach_bridge(

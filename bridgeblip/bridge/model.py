@@ -39,6 +39,17 @@ class SingleTokenSelfAttention(T5Attention):
         return self.o(self.v(hidden_states)), position_bias, None
 
 
+class FusableSelfAttention(T5Attention):
+    """T5 self-attention whose position bias (1, heads, queries, keys) has its keys side by side.
+
+    T5 leaves the heads side by side, which every fused kernel refuses: a GPU then writes out all
+    scores. The numbers are the same.
+    """
+
+    def compute_bias(self, *args, **kwargs):
+        return super().compute_bias(*args, **kwargs).contiguous()
+
+
 class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
     """InstructBLIP with a sliced decoder and a linear head over the choices where text generation
     was.
@@ -56,10 +67,10 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
         "language_model.encoder.embed_tokens.weight": "language_model.shared.weight",
         "language_model.decoder.embed_tokens.weight": "language_model.shared.weight",
     }
+    # Of the bridge, once it is there.
     adapter_dropouts: Sequence[nn.Module] = ()
-    """Of the bridge, once it is there."""
+    # Share of the target that training spreads evenly over the choices that exist.
     label_smoothing = 0.0
-    """Share of the target that training spreads evenly over the choices that exist."""
     accepts_loss_kwargs = (
         False  # the loss is a mean over the batch: Trainer must divide by the accumulation steps
     )
@@ -78,6 +89,8 @@ class BridgeBlipForMultipleChoice(InstructBlipPreTrainedModel):
             if isinstance(linear, nn.Linear):
                 linear.register_forward_pre_hook(_make_contiguous)
         self.language_model = T5Model._from_config(config.text_config)
+        first, *_ = self.language_model.encoder.block  # the others take its bias
+        first.layer[0].SelfAttention.__class__ = FusableSelfAttention
         for block in self.language_model.decoder.block:
             block.layer[0].SelfAttention.__class__ = SingleTokenSelfAttention
         self.head = nn.Linear(config.text_config.hidden_size, config.num_choices)

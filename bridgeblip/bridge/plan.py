@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from operator import ne
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from bridgeblip.training.hold import holding
 from bridgeblip.training.layers import BUDGET_LIMIT, decoder_layers
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
+from bridgeblip.training.trainer import require_service
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,20 @@ class Plan:
     layers: list[int]
     settings: TrainSettings
     bridge: BridgeSettings
+    # The checkpoint folder, and perhaps a second one for copies.
     places: list[Path]
-    """The checkpoint folder, and perhaps a second one for copies."""
     training: list[Question]
     validation: list[Question]
+    # Content key of each picture.
     picture_keys: dict[Path, str]
-    """Content key of each picture."""
     processor: QuestionProcessor
     process: PartialState
     device: torch.device
     dtype: torch.dtype
+    # What each weights file says of itself.
     manifest: dict[str, Any]
-    """What each weights file says of itself."""
+    # What a saved state must agree with.
     identity: dict[str, Any]
-    """What a saved state must agree with."""
 
 
 def plan_training(
@@ -80,6 +82,7 @@ def plan_training(
         InputError: as ``train``.
     """
     process_rank()
+    require_service(settings.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
     places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
     with held(places, process):
@@ -140,9 +143,9 @@ def _read_fitting(
     them."""
     written = read_questions(train_csv, need_answers=True)
     processor.check_choices(written, train_csv)
-    questions = [processor.fit(question) for question in written]
-    processor.encode_prompts([processor.prompt(question) for question in questions])
-    shortened = sum(fitting != whole for fitting, whole in zip(questions, written, strict=True))
+    questions = list(map(processor.fit, written))
+    processor.encode_prompts(list(map(processor.prompt, questions)))
+    shortened = sum(map(ne, questions, written))
     if shortened:
         process.print(
             f"{shortened} of {len(questions)} questions are longer than the "

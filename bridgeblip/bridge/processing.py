@@ -5,51 +5,42 @@ transformers, so that the exported file's reader stays small and pixels do not d
 being there.
 """
 
-import hashlib
 import json
-import re
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 
 from bridgeblip import InputError
-from bridgeblip.data.pictures import as_seen, open_picture
+from bridgeblip.bundle.processing import Processor, read_tokenizer, stack, take_apart
 from bridgeblip.data.questions import NUM_CHOICES, Question, letters
 from bridgeblip.files import read_json, read_text
 
 PROMPT_TEMPLATE = "Question: {question} Options: {options} Short answer:"
 PLAIN = {"'": "‘’‚‛′", '"': "“”„‟″«»", "-": "‐‑‒–—―−", "...": "…", "x": "×"}
 """Typographic characters that a vocabulary may lack, by what a typewriter has for them."""
-PROCESSOR_FILES = ("processor.json", "tokenizer.json", "qformer_tokenizer.json")
 IMAGE_TOKEN = "<image>"
 
 
-class QuestionProcessor:
-    """Turns pictures and prompts into the model's inputs.
+class QuestionProcessor(Processor):
+    """Turns pictures and prompts into the model's inputs; ``from_base`` makes its files."""
 
-    Args:
-        files: the text of each of ``PROCESSOR_FILES``, as ``from_base`` makes them and a bundle
-            holds them.
-    """
+    NAMES = ("processor.json", "tokenizer.json", "qformer_tokenizer.json")
+    letters = letters(NUM_CHOICES)
+    template = PROMPT_TEMPLATE
 
     def __init__(self, files: dict[str, str]):
-        self.files = files
+        super().__init__(files)
         settings = json.loads(files["processor.json"])
         self.image_size = tuple(settings["image_size"])  # height, width
         self.num_query_tokens = settings["num_query_tokens"]
         self.image_token_id = settings["image_token_id"]
         self.prompt_limit = settings["prompt_limit"]
         self.resample = Image.Resampling(settings["resample"])
-        self.tokenizer = _tokenizer(files["tokenizer.json"], settings["pad_token"])
-        self.qformer_tokenizer = _tokenizer(
+        self.tokenizer = read_tokenizer(files["tokenizer.json"], settings["pad_token"])
+        self.qformer_tokenizer = read_tokenizer(
             files["qformer_tokenizer.json"], settings["qformer_pad_token"]
         )
         self.unknown = self.tokenizer.token_to_id("<unk>")
@@ -61,10 +52,9 @@ class QuestionProcessor:
             if self.unread(written) and not self.unread(plain)
         }
         tokenizers = (self.tokenizer, self.qformer_tokenizer)
-        special = [t.content for r in tokenizers for t in r.get_added_tokens_decoder().values()]
-        self.special = re.compile("|".join(map(re.escape, special)))
-        # A pixel has 256 values a channel: rescaling and normalising is a table look-up, (3, 256)
-        # in fp32.
+        self.special = [
+            t.content for r in tokenizers for t in r.get_added_tokens_decoder().values()
+        ]
         levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)
         mean, std = (
             np.array(settings[key], dtype=np.float32)[:, None]
@@ -126,58 +116,13 @@ class QuestionProcessor:
             )
         return processor
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the processor's files: equal fingerprints turn equal questions into equal
-        tensors."""
-        return hashlib.sha256(
-            "\0".join(self.files[name] for name in PROCESSOR_FILES).encode()
-        ).hexdigest()
-
-    @property
-    def letters(self) -> tuple[str, ...]:
-        """What the model can answer."""
-        return letters(NUM_CHOICES)
-
-    @property
-    def template(self) -> str:
-        """The prompt, before question and options are filled in."""
-        return PROMPT_TEMPLATE
-
     def prompt(self, question: Question) -> str:
         """Return the text that the model reads for a question.
 
-        Only we write special tokens: one in a question, such as ``<image>``, is taken apart. Where
-        the vocabulary lacks a typographic character, its plain form stands.
+        Where the vocabulary lacks a typographic character, its plain form stands.
         """
         text = render_prompt(question.question, question.choices).translate(self.plain)
-        return self.special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-
-    def unread(self, prompt: str) -> str:
-        """Return the characters of a prompt that the language model's vocabulary lacks."""
-        encoding = self.tokenizer.encode(prompt)
-        pairs = zip(encoding.ids, encoding.offsets, strict=True)
-        return "".join(prompt[start:end] for id, (start, end) in pairs if id == self.unknown)
-
-    def check_choices(self, questions: Sequence[Question], csv: str | Path = "questions") -> None:
-        """Refuse questions with more choices than the model has letters.
-
-        Raises:
-            InputError: naming the first of them.
-        """
-        for question in questions:
-            if any(question.choices[NUM_CHOICES:]):
-                raise InputError(
-                    f"{csv}, line {question.line} (ID {question.id}): {len(question.choices)} "
-                    f"choices, but the model answers only with {', '.join(self.letters)}: leave "
-                    f"such questions out, or the choices that are surely wrong"
-                )
-
-    def choice_mask(self, question: Question) -> list[bool]:
-        """Which of the model's letters can be the answer; all where no choice is filled in."""
-        padded = (*question.choices, *[""] * NUM_CHOICES)
-        filled = [bool(choice) for choice in padded[:NUM_CHOICES]]
-        return filled if any(filled) else [True] * NUM_CHOICES
+        return take_apart(self.special, text)
 
     @property
     def letter_ids(self) -> list[int]:
@@ -195,75 +140,20 @@ class QuestionProcessor:
             )
         return [letter[0] for letter in ids]
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """Return a picture, upright and in RGB as ``as_seen`` makes it, as (3, height, width),
-        normalised, fp32."""
-        image = as_seen(image)
+    def shrink(self, image: Image.Image) -> np.ndarray:
         height, width = self.image_size
-        grid = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3), uint8
-        pixels = np.empty((3, height, width), dtype=np.float32)
-        for c in range(3):
-            self.levels[c].take(
-                grid[..., c], out=pixels[c], mode="clip"
-            )  # without a mode, take would buffer
-        return torch.from_numpy(pixels)
-
-    def load_pixels(self, path: Path) -> torch.Tensor:
-        """Return the picture of a file as ``pixels`` does.
-
-        Raises:
-            InputError: if the file is no readable picture.
-        """
-        return self.pixels(open_picture(path))
-
-    @property
-    def blank_pixels(self) -> torch.Tensor:
-        """What stands for no picture: the mean grey, (3, height, width)."""
-        return torch.zeros(3, *self.image_size)
+        return np.asarray(image.resize((width, height), self.resample))
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """How long each prompt is for the language model, placeholders of the image included."""
-        return [self.num_query_tokens + len(self.tokenizer.encode(prompt)) for prompt in prompts]
-
-    def fit(self, question: Question) -> Question:
-        """Return the question, its text cut at the front, visibly, until its prompt has no more
-        tokens than the Q-Former can read, for the language model neither: its memory grows with the
-        square of the length.
-
-        The choices stay whole, unless they alone are too long: then the question goes, and all are
-        cut alike, at a place that leaves the difference between them, if there is one.
-        """
-        if self._length(question) <= self.prompt_limit:
-            return question
-
-        def shortened(length: int) -> Question:
-            return replace(question, question=_last(question.question, length))
-
-        length = self._most(shortened, len(question.question))
-        if length >= 0:
-            return shortened(length)
-        longest = max(map(len, question.choices), default=0)
-        for shorten in (_last, _first, _both_ends, _from_difference(question.choices)):
-            cut = partial(_cut_choices, question, shorten)
-            fitted = cut(max(0, self._most(cut, longest)))
-            if len(set(fitted.choices)) == len(set(question.choices)):
-                break
-        return fitted
+        return [self.num_query_tokens + length for length in super().count_tokens(prompts)]
 
     def _length(self, question: Question) -> int:
-        """Tokens of the prompt, for the reader who makes more of it."""
         prompt = self.prompt(question)
         readers = (self.tokenizer, self.qformer_tokenizer)
         return max(len(reader.encode(prompt)) for reader in readers)
 
-    def _most(self, shorten: Callable[[int], Question], length: int) -> int:
-        """The most characters, below ``length``, that fit; -1 if not even none do."""
-        lengths = range(length)
-        return bisect_right(lengths, self.prompt_limit, key=lambda n: self._length(shorten(n))) - 1
-
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the four text inputs of ``score``, (B, L) int64, padded on the right to the
-        longest.
+        """Return the four text inputs of ``score``; see ``Processor``.
 
         Raises:
             InputError: if a prompt is longer than the Q-Former can read: nothing is ever cut off.
@@ -278,8 +168,8 @@ class QuestionProcessor:
                 f"shorten the question: {prompts[int(np.argmax(lengths))][:80]!r}..."
             )
         placeholders = torch.full((len(prompts), self.num_query_tokens), self.image_token_id)
-        ids, mask = _stack(text)
-        qformer_ids, qformer_mask = _stack(seen)
+        ids, mask = stack(text)
+        qformer_ids, qformer_mask = stack(seen)
         return {
             "qformer_input_ids": qformer_ids,
             "qformer_attention_mask": qformer_mask,
@@ -309,46 +199,6 @@ class QuestionProcessor:
         if all(q.answer is not None for q in questions):
             batch["labels"] = torch.tensor([q.answer for q in questions])
         return batch
-
-
-def _tokenizer(text: str, pad_token: str) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(text)
-    tokenizer.no_truncation()
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad_token), pad_token=pad_token)
-    return tokenizer
-
-
-def _last(text: str, length: int) -> str:
-    """The end of a text, with dots where its beginning is cut off."""
-    return text if len(text) <= length else "..." + text[len(text) - length :]
-
-
-def _first(text: str, length: int) -> str:
-    """The beginning of a text, with dots where its end is cut off."""
-    return text if len(text) <= length else text[:length] + "..."
-
-
-def _both_ends(text: str, length: int) -> str:
-    """Beginning and end of a text, with dots in place of its middle."""
-    half = length // 2
-    return text if len(text) <= length else text[:half] + _last(text, length - half)
-
-
-def _from_difference(choices: Sequence[str]) -> Callable[[str, int], str]:
-    """Return what cuts a text where all choices begin to differ."""
-    columns = zip(*filter(None, choices), strict=False)
-    same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    return lambda text, length: _first(_last(text, len(text) - same), length)
-
-
-def _cut_choices(question: Question, shorten: Callable[[str, int], str], length: int) -> Question:
-    choices = tuple(shorten(choice, length) for choice in question.choices)
-    return replace(question, question="...", choices=choices)
-
-
-def _stack(encodings) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.tensor([row.ids for row in encodings])
-    return ids, torch.tensor([row.attention_mask for row in encodings])
 
 
 def render_prompt(question: str, choices: Sequence[str]) -> str:

@@ -1,7 +1,6 @@
 """What to share of a trained model: bridge and head as a plain PEFT adapter folder, with a model
 card."""
 
-import errno
 import json
 import re
 from pathlib import Path, PureWindowsPath
@@ -10,7 +9,6 @@ import torch
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bridgeblip import InputError
@@ -100,10 +98,6 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
             or ``out`` is something else already.
     """
     out, loaded = Path(out), load_weights(weights)
-    if loaded.manifest is None:
-        raise InputError(
-            f"{weights} is a bare state dict, without adapters: share a weights-N.pt of train.ipynb"
-        )
     settings = BridgeSettings(**loaded.manifest["bridge"])
     if settings.rank == 0:
         raise InputError(
@@ -166,10 +160,7 @@ def _fill(
     folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], config: BridgeBlipConfig
 ) -> None:
     """Have peft and transformers write their files; read the tensors back."""
-    try:
-        model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
-    except SafetensorError as error:
-        raise OSError(errno.ENOSPC, f"{folder} can't be written ({error})") from error
+    model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
     config.save_pretrained(folder)
     stored = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     wanted = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
@@ -213,7 +204,7 @@ def _card(
         alpha=lora.lora_alpha,
         dropout=lora.lora_dropout,
         targets=lora.target_modules,
-        trained=sum(tensor.numel() for tensor in tensors.values()),
+        trained=sum(map(torch.numel, tensors.values())),
         total=manifest["budget"]["total"],
         limit=manifest["budget"]["limit"],
         prompt=manifest["prompt"],

@@ -24,9 +24,7 @@ from bridgeblip.bridge.features import (
 )
 from bridgeblip.bridge.plan import Plan, build_bridge, held, load_slice, plan_training
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.questions import Question
-from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
 from bridgeblip.files import cache_folder, copy_missing, copy_verified, require_writable
@@ -39,17 +37,17 @@ from bridgeblip.training.callbacks import (
     WeightsKeeper,
     history_table,
     in_notebook,
-    tensorboard,
     validations,
 )
 from bridgeblip.training.layers import BUDGET_LIMIT
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, newest_state, read_state
-from bridgeblip.training.stopping import Stopper, TrainingStopped, copying_to, in_one_line
+from bridgeblip.training.state import STATE_FOLDER, newest_state
+from bridgeblip.training.stopping import copying_to, in_one_line
 from bridgeblip.training.trainer import (
     TrainingQuestions,
-    accuracy,
+    measure_letters,
     optimizer,
+    read_before,
     training_arguments,
 )
 from bridgeblip.training.weights import best_epoch, load_weights, save_best, weights_path
@@ -63,17 +61,17 @@ SHARED_MEMORY = Path("/dev/shm")  # through which loaders hand over their batche
 class TrainResult:
     """What training leaves behind."""
 
+    # One row a logged step: ``step``, ``epoch``, ``loss``; where validated ``accuracy`` on so many
+    # ``pictures``, its interval ``low`` to ``high``. An epoch has its weights file's number; -1 is
+    # the bare slice.
     history: pd.DataFrame
-    """One row a logged step: ``step``, ``epoch``, ``loss``; where validated ``accuracy`` on so
-    many ``pictures``, its interval ``low`` to ``high``. An epoch has its weights file's number; -1
-    is the bare slice."""
     validation: list[Question]
+    # (validation questions, choices), by the weights of the best epoch.
     probabilities: np.ndarray
-    """(validation questions, choices), by the weights of the best epoch."""
+    # The same without the pictures: what the questions alone give away.
     blank_probabilities: np.ndarray
-    """The same without the pictures: what the questions alone give away."""
+    # The files written, one an epoch.
     weights: list[Path]
-    """The files written, one an epoch."""
 
 
 def train(
@@ -128,16 +126,8 @@ def train_model(
         grey = plan.processor.blank_pixels[None].to(plan.device)
         blank = BlankPictures(sliced.encode_image(grey).detach().cpu())
         trainer, keeper = _trainer(plan, model, pictures)
-        if plan.process.is_main_process and not (resumed and read_state(resumed)["done"]):
-            trainer.add_callback(tensorboard(plan.places[0]))
         model.has_begun = True
-        trainer.go(resumed, keeper.stopper)
-        if keeper.leaving:
-            raise TrainingStopped(
-                f"stopped on request after step {trainer.state.global_step} of "
-                f"{trainer.state.max_steps}; all is saved in "
-                f"{plan.places[0] / STATE_FOLDER}: run the same again to go on"
-            )
+        trainer.go(resumed, keeper)
         return _conclude(trainer, plan, blank)
 
 
@@ -153,14 +143,13 @@ def _trainer(
         eval_dataset=plan.validation,
         data_collator=collate,
         pictures=pictures,
-        compute_metrics=partial(accuracy, groups=picture_groups(plan.validation)),
         optimizers=(optimizer(model, settings), None),
         average=settings.average,
     )
+    groups = picture_groups(plan.validation)
+    trainer.compute_metrics = partial(measure_letters, trainer, plan.places, groups)
     probe = plan.processor.collate(plan.validation[:PROBE_SIZE])
-    keeper = StateKeeper(
-        plan.places, plan.identity, trainer.averages, Stopper(), settings.save_minutes
-    )
+    keeper = StateKeeper(plan.places, plan.identity, trainer.averages, settings.save_minutes)
     trainer.add_callback(SelfCheck(model))
     trainer.add_callback(Progress(live=in_notebook()))
     trainer.add_callback(WeightsKeeper(plan.places, plan.manifest, probe))
@@ -190,13 +179,7 @@ def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> Trai
     questions = plan.validation
     once = trainer.answer(questions)
     unseen = trainer.answer(questions, partial(plan.processor.collate, pictures=blank))
-    views = ask_in_orders(
-        questions, once, range(len(once)), lambda rows, shown: trainer.answer(shown)
-    )
-    often = np.array([np.mean(seen, axis=0) for seen in views])
-    margin = choose_permutation_margin(once, often, [q.answer for q in questions])
-    pays = say("orders_pay", margin=margin) if margin else say("orders_idle")
-    plan.process.print(pays)
+    margin = trainer.permutation_margin(questions, once)
     if plan.process.is_main_process:
         named = ("base", "revision", "layers", "bridge", "train", "dtype", "pictures")
         report = plan.places[0] / REPORT_FILE
@@ -205,6 +188,7 @@ def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> Trai
             questions,
             once,
             blank_probabilities=unseen,
+            before=read_before(plan.places, len(questions)),
             references={"sliced, not yet bridged": history["accuracy"].dropna().iloc[0]},
             manifest={key: plan.manifest[key] for key in named},
             data=f"{len(questions):,} validation questions",
@@ -237,7 +221,7 @@ def _load_best(
     if not best.is_file():
         raise InputError(f"{best} is gone although training has ended: {remedy}")
     weights = load_weights(best)
-    if (weights.manifest or {}).get("run") != plan.manifest["run"]:
+    if weights.manifest.get("run") != plan.manifest["run"]:
         raise InputError(f"{best} is not this run's, so nothing is reported of it: {remedy}")
     trainer.averages.take(weights.tensors)
     there = [path for path in paths if path.is_file()]

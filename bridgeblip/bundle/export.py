@@ -16,9 +16,11 @@ from torch import nn
 from bridgeblip import InputError
 from bridgeblip.bundle.format import BUNDLE_FORMAT, MANIFEST_FILE, load_bundle
 from bridgeblip.bundle.gate import ParityGate
+from bridgeblip.bundle.processing import Processor
 from bridgeblip.bundle.trace import trace
 from bridgeblip.bundle.whole import digest_path, read_digests, remember
 from bridgeblip.files import file_digest, write_atomically, write_text
+from bridgeblip.machine import best_device, slow_format
 
 # After a fault it goes on reading: torch must not see one.
 POUR = """
@@ -34,8 +36,14 @@ except OSError as error:
 ROOM = 2**24  # bytes of a file beside its tensors, at most
 
 
+def export_device(dtype: torch.dtype) -> str:
+    """Where to export: on the CPU, which every machine has, unless it is slow in this format and
+    there is a GPU."""
+    return best_device() if slow_format("cpu", dtype) else "cpu"
+
+
 def write_bundle(
-    out: Path, models: list[nn.Module], gate: ParityGate, processor, about: dict
+    out: Path, models: list[nn.Module], gate: ParityGate, processor: Processor, about: dict
 ) -> None:
     """Write ``out`` and its SHA-256 beside it, once the file is proven to answer as ``gate`` asks.
 
@@ -44,8 +52,6 @@ def write_bundle(
     Args:
         models: the model to ``trace``, alone in a list, which is emptied: if nobody else holds it,
             the file is read back without a second copy of the weights in memory.
-        processor: what makes the model's inputs: ``files`` (texts by name), ``fingerprint``,
-            ``letters``, ``letter_ids`` and ``template``, its prompt.
         about: the manifest's ``kind``, ``config`` and ``trained``.
 
     Raises:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bridgeblip import InputError
+from bridgeblip.bundle.processing import Processor
 from bridgeblip.bundle.whole import checked
 from bridgeblip.machine import is_out_of_memory
 
@@ -20,10 +20,13 @@ BUNDLE_FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 # Who turns questions into a model's inputs, by the manifest's ``kind``. Paths and not classes:
 # a reader of one kind imports nothing of the others.
-PROCESSORS = {"instructblip": "bridgeblip.bridge.processing:QuestionProcessor"}
+PROCESSORS = {
+    "instructblip": "bridgeblip.bridge.processing:QuestionProcessor",
+    "chat": "bridgeblip.vlm.processing:ChatProcessor",
+}
 
 
-def _is(kind: type) -> Callable[[Any], bool]:
+def _is(kind: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, kind)
 
 
@@ -49,7 +52,7 @@ class Bundle:
     # (B, letters)``; None where only the rest was read.
     model: torch.jit.ScriptModule | None
     # Turns pictures and questions into the model's inputs, of the class that the kind names.
-    processor: Any
+    processor: Processor
     manifest: dict
     device: torch.device | None
     # Tells the content of one file from another's.
@@ -160,7 +163,7 @@ def _read_manifest(path: Path, text: str) -> dict:
     return manifest
 
 
-def _make_processor(path: Path, manifest: dict, files: dict[str, str]):
+def _make_processor(path: Path, manifest: dict, files: dict[str, str]) -> Processor:
     """Return the processor that the manifest names, if it is the one of the export."""
     if manifest["kind"] not in PROCESSORS:
         raise InputError(

@@ -92,6 +92,13 @@ class ParityGate:
         self.compare("merged", logits, self._share(MERGING_SHARE))
         self.reference = logits
 
+    def compare_cast(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Compare the model in another number format with what it was in float32; from now on it is
+        what the file must answer like."""
+        logits = _logits_by_case(model, self.probe)
+        self.compare(str(dtype).removeprefix("torch."), logits, TRAINED_SHARE)
+        self.reference, self.dtype = logits, dtype
+
     def compare_reloaded(self, reloaded: nn.Module) -> None:
         """Compare what was read back from the file with the merged model."""
         self.compare(

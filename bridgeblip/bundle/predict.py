@@ -74,7 +74,7 @@ def predict(
         questions = [replace(question, image=None) for question in questions]
     width = len(bundle.processor.letters)
     answer = partial(_answer_window, bundle, batch_size, permute_below)
-    load = partial(_pixels_or_blank, bundle.processor)
+    load = partial(or_blank, bundle.processor.load_pixels, bundle.processor.blank_pixels)
     settings = [bundle.fingerprint, batch_size, permute_below]
     return as_answers(questions, in_windows(questions, load, answer, settings, out), width)
 
@@ -218,13 +218,13 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
     return kept
 
 
-def _pixels_or_blank(processor, path: Path | None) -> tuple[torch.Tensor, str]:
-    """A picture's pixels, and what is wrong with it: then they are blank."""
+def or_blank(load: Callable[[Path], Any], blank: Any, path: Path | None) -> tuple[Any, str]:
+    """What ``load`` makes of a picture's file, and what is wrong with it: then it is blank."""
     try:
-        return processor.load_pixels(path) if path else processor.blank_pixels, ""
+        return load(path) if path else blank, ""
     except InputError as error:
         cause = error.__cause__
-        return processor.blank_pixels, f"{type(cause).__name__}: {cause}"
+        return blank, f"{type(cause).__name__}: {cause}"
 
 
 @as_traced()

@@ -117,8 +117,8 @@ def _mended(content: bytes) -> Image.Image | None:
     return as_seen(image)
 
 
+# Hex digits of a picture's key by which weights remember what they have learned from.
 SHORT_KEY = 16
-"""Hex digits of a picture's key by which weights remember what they have learned from."""
 
 
 def picture_key(path: Path) -> str:

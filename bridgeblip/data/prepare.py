@@ -5,15 +5,15 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
-from bridgeblip.data.formats import Entry
-from bridgeblip.data.questions import NUM_CHOICES, letter, letters, read_rows
+from bridgeblip.data.questions import NUM_CHOICES, Question, letter, letters, read_rows
 from bridgeblip.files import write_text
 
 PICTURE_NOT_FOUND = "picture not found"
@@ -33,12 +33,12 @@ SIGNS = {  # what only the files of one set hold -> what they are
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of the entries; as text, the lines to print."""
+    """What became of the questions; as text, the lines to print."""
 
     out: Path
     questions: int
     pictures: int  # distinct files
-    left_out: dict[str, list[Entry]]  # the entries that are not in the file, by reason
+    left_out: dict[str, list[Question]]  # those that are not in the file, by reason
     renamed: int  # IDs that were taken already and got a prefix
     shortened: int  # questions that lost their beginning
 
@@ -77,8 +77,8 @@ def prepare(
     """
     entries = []
     for file in files:
-        entries += read_annotations(source, file, images, seed)
-    known = list(dict.fromkeys(entry.split for entry in entries))
+        entries += zip(repeat(Path(file).stem), read_annotations(source, file, images, seed))
+    known = list(dict.fromkeys(question.split for _, question in entries))
     unknown = [split for split in splits if split not in known]
     if unknown and None not in known:
         raise InputError(
@@ -104,16 +104,13 @@ def join(files: Sequence[str | Path], out: str | Path) -> Summary:
     for path in map(Path, files):
         for row in read_rows(path, need_answers=True):
             picture = None if row.image == path.parent else row.image
-            entry = Entry(
-                row.id, None, picture, row.question, row.choices, row.answer, path.stem, row.problem
-            )
-            entries.append(_tidied(entry))
+            entries.append((path.stem, _tidied(replace(row, image=picture))))
     return write_questions(entries, out)
 
 
 def read_annotations(
     source: str, path: str | Path, images: str | Path, seed: int = 0
-) -> list[Entry]:
+) -> list[Question]:
     """Return every question of a published annotation file, in the file's order.
 
     Raises:
@@ -128,8 +125,7 @@ def read_annotations(
             f"says where to download it"
         )
     try:
-        entries = published.entries(path, Path(images), seed)
-        return [_tidied(entry._replace(source=path.stem)) for entry in entries]
+        return list(map(_tidied, published.entries(path, Path(images), seed)))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         begin = path.read_bytes()[:4000].decode(errors="replace")
         seen = [f"; it seems to be {name}" for sign, name in SIGNS.items() if sign in begin]
@@ -140,38 +136,42 @@ def read_annotations(
 
 
 def write_questions(
-    entries: Sequence[Entry], out: str | Path, splits: Sequence[str | None] = (None,)
+    entries: Sequence[tuple[str, Question]],
+    out: str | Path,
+    splits: Sequence[str | None] = (None,),
 ) -> Summary:
-    """Write the usable entries of ``splits`` as a question CSV, atomically, and say what became of
-    the others.
+    """Write the usable questions of ``splits`` as a question CSV, atomically, and say what became
+    of the others.
 
     Pictures are referenced by their path from the CSV's folder. Choices that are missing leave
     empty cells. Texts lose the space around them; of a very long question, the end is kept.
 
+    Args:
+        entries: questions, each behind what goes before its ID if an earlier one has the same.
+
     Raises:
-        InputError: if no entry is usable; nothing is written then.
+        InputError: if no question is usable; nothing is written then.
     """
     out = Path(out)
     folder = out.parent.resolve()
     is_file, resolve = functools.cache(os.path.isfile), functools.cache(Path.resolve)
     rows, left_out, taken, renamed, shortened = [], {}, set(), 0, 0
-    for entry in tqdm(entries, desc=f"preparing {out.name}", unit="question"):
-        reason = _fault(entry, splits, is_file)
+    for source, question in tqdm(entries, desc=f"preparing {out.name}", unit="question"):
+        reason = _fault(question, splits, is_file)
         if reason:
-            left_out.setdefault(reason, []).append(entry)
+            left_out.setdefault(reason, []).append(question)
             continue
-        name = entry.id
+        name, text = question.id, question.question
         while name in taken:
-            name = f"{entry.source}-{name}"
+            name = f"{source}-{name}"
         taken.add(name)
-        renamed += name != entry.id
-        question = entry.question
-        if len(question) > LONGEST:
-            question = "..." + question[-LONGEST:]
+        renamed += name != question.id
+        if len(text) > LONGEST:
+            text = "..." + text[-LONGEST:]
             shortened += 1
-        picture = _path_from(folder, resolve(entry.picture.parent) / entry.picture.name)
-        choices = [*entry.choices, *[""] * NUM_CHOICES][:NUM_CHOICES]
-        rows.append([name, picture, question, *choices, letter(entry.answer)])
+        picture = _path_from(folder, resolve(question.image.parent) / question.image.name)
+        choices = [*question.choices, *[""] * NUM_CHOICES][:NUM_CHOICES]
+        rows.append([name, picture, text, *choices, letter(question.answer)])
     if not rows:
         raise InputError("; ".join([f"no usable question for {out}", *_reasons(left_out)]))
     table = pd.DataFrame(
@@ -182,43 +182,45 @@ def write_questions(
     return Summary(out, len(table), pictures, left_out, renamed, shortened)
 
 
-def _tidied(entry: Entry) -> Entry:
-    """The entry with its texts in one line each, no space around them."""
-    texts = (entry.id, entry.question, *entry.choices)
-    id_, question, *choices = [" ".join(text.split()) for text in texts]
-    return entry._replace(id=id_, question=question, choices=choices)
+def _tidied(question: Question) -> Question:
+    """The question with its texts in one line each, no space around them."""
+    texts = (question.id, question.question, *question.choices)
+    name, asked, *choices = [" ".join(text.split()) for text in texts]
+    return replace(question, id=name, question=asked, choices=tuple(choices))
 
 
 def _fault(
-    entry: Entry, splits: Sequence[str | None], is_file: Callable[[Path], bool]
+    question: Question, splits: Sequence[str | None], is_file: Callable[[Path], bool]
 ) -> str | None:
-    """Why an entry can't be used, or None."""
-    filled = sum(map(bool, entry.choices))
-    right = entry.choices[entry.answer] if entry.answer in range(len(entry.choices)) else ""
+    """Why a question can't be used, or None."""
+    filled = sum(map(bool, question.choices))
+    right = (
+        question.choices[question.answer] if question.answer in range(len(question.choices)) else ""
+    )
     faults = {
-        f"split {entry.split} not asked for": entry.split not in splits,
-        "no picture": entry.picture is None,
-        "no question": not entry.question,
-        "more than four choices": any(entry.choices[NUM_CHOICES:]),
+        f"split {question.split} not asked for": question.split not in splits,
+        "no picture": question.image is None,
+        "no question": not question.question,
+        "more than four choices": any(question.choices[NUM_CHOICES:]),
         "fewer than two choices": filled < 2,
         "no answer": not right,
-        "right choice given twice": entry.choices.count(right) > 1,
+        "right choice given twice": question.choices.count(right) > 1,
     }
     for reason, found in faults.items():
         if found:
             return reason
-    if not is_file(entry.picture):
+    if not is_file(question.image):
         return PICTURE_NOT_FOUND
-    return entry.problem or None
+    return question.problem or None
 
 
-def _reasons(left_out: dict[str, list[Entry]]) -> list[str]:
+def _reasons(left_out: dict[str, list[Question]]) -> list[str]:
     lines = []
-    for reason, entries in left_out.items():
-        first = entries[0].id
+    for reason, questions in left_out.items():
+        first = questions[0].id
         if reason == PICTURE_NOT_FOUND:
-            first += f", {entries[0].picture}"
-        lines.append(f"left out {len(entries)}: {reason}; the first is {first}")
+            first += f", {questions[0].image}"
+        lines.append(f"left out {len(questions)}: {reason}; the first is {first}")
     return lines
 
 

@@ -24,7 +24,7 @@ def letter(index: int) -> str:
 
 def letters(count: int) -> list[str]:
     """Return the letters of ``count`` choices."""
-    return [letter(index) for index in range(count)]
+    return list(map(letter, range(count)))
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,13 @@ class Question:
     references: tuple[str, ...] = ()
     # Earlier turns of the same dialogue, (asked, answered) each.
     history: tuple[tuple[str, str], ...] = ()
+    # Which part of a published set it belongs to; None if the set is in one piece.
+    split: str | None = None
 
     @property
     def choice_mask(self) -> list[bool]:
         """Which letters can be the answer; all of them where no choice is filled in."""
-        filled = [bool(choice) for choice in self.choices]
+        filled = list(map(bool, self.choices))
         return filled if any(filled) else [True] * len(filled)
 
     def reordered(self, source: dict[int, int]) -> "Question":
@@ -124,14 +126,14 @@ def read_rows(path: str | Path, need_answers: bool) -> list[Question]:
     names = known_names(header)
     _check_columns(path, names, need_answers)
     _check_swallowed(path, rows, names.index("img_path"))
-    small = {"a", "b"} <= {name.strip() for name in header}
+    small = {"a", "b"} <= set(map(str.strip, header))
     listing = functools.cache(_listing)
     used = _choice_names(names)
     questions, spaced = [], []
     for row in rows:
         cells = dict(zip(names, row.cells, strict=True))
         texts = [cells[name] for name in used]
-        choices = tuple(text.strip() for text in texts)
+        choices = tuple(map(str.strip, texts))
         given = cells.get("answer", "").strip().upper()
         known = letters(len(choices))
         answer = known.index(given) if given in known and choices[known.index(given)] else None
@@ -168,7 +170,7 @@ def _choice_names(names: Sequence[str]) -> list[str]:
     count = 2
     while letter(count).lower() in names or letter(count + 1).lower() in names:
         count += 1
-    return [name.lower() for name in letters(count)]
+    return list(map(str.lower, letters(count)))
 
 
 def _check_columns(path: Path, names: Sequence[str], need_answers: bool) -> None:

@@ -6,7 +6,6 @@ COCO's and VizWiz's captions, Karpathy's split file, InternVL's ``coco_karpathy_
 plain CSV; a function each.
 """
 
-import json
 import os
 import re
 import warnings
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bridgeblip import InputError
+from bridgeblip.data.formats import load_json
 from bridgeblip.data.questions import Question, check_ids, known_names, read_questions
 from bridgeblip.data.tables import read_csv
 
@@ -263,7 +263,7 @@ def _conversations(path: Path, rows: Sequence[dict[str, Any]], folder: Path) -> 
 
 def _question(name: Any, image: Path, asked: str, right: Sequence[Any], line: int = 0) -> Question:
     """A question without choices; empty texts are no references."""
-    texts = tuple(filter(None, (str(text).strip() for text in right)))
+    texts = tuple(filter(None, map(str.strip, map(str, right))))
     return Question(str(name), image, asked, (), line=line, references=texts)
 
 
@@ -333,24 +333,10 @@ def _say_left_out(path: Path, left_out: Counter) -> None:
 
 
 def _json(path: Path) -> Any:
-    """The content of a JSON file; of JSON lines, a list.
-
-    Raises:
-        InputError: naming the line at fault.
-    """
+    """The content of a JSON file; of JSON lines, a list."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read ({error}): expected {EXPECTED}") from error
-    lines = path.suffix.lower() == ".jsonl"
-    rows = []
-    for number, part in enumerate(text.split("\n") if lines else [text]):
-        try:
-            if part.strip() or not lines:
-                rows.append(json.loads(part))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number + error.lineno} is no JSON ({error.msg}): get a whole copy, "
-                f"or give {EXPECTED}"
-            ) from error
-    return rows if lines else rows[0]
+        return load_json(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} can't be read ({error}): get a whole copy, or give {EXPECTED}"
+        ) from error

@@ -115,9 +115,7 @@ def run_demo(
     out = Path(out).resolve()
     competition, checkpoint = out / "competition", out / "checkpoint"
     write_competition(competition, out / "answers.csv", limits)
-    settings = TrainSettings(
-        epochs=epochs, batch_size=TINY_BATCH, learning_rate=TINY_RATE, head_learning_rate=TINY_RATE
-    )
+    settings = TrainSettings(epochs=epochs, batch_size=TINY_BATCH, learning_rate=TINY_RATE)
     shared = {"COMPETITION_DIR": str(competition), "CHECKPOINT_DIR": str(checkpoint)}
     training = {
         "BASE": "tiny",
@@ -162,9 +160,10 @@ def run_demo(
 def _example(out: Path) -> str:
     """A command that asks the demo's bundle about one of its pictures."""
     question = read_questions(out / "competition" / "test.csv")[0]
-    choices = " ".join(shlex.quote(choice) for choice in question.choices)
-    files = " ".join(os.path.relpath(path) for path in (out / BUNDLE, question.image))
-    return f"python -m bridgeblip ask {files} {shlex.quote(question.question)} {choices}"
+    files = map(os.path.relpath, (out / BUNDLE, question.image))
+    return shlex.join(
+        ["python", "-m", "bridgeblip", "ask", *files, question.question, *question.choices]
+    )
 
 
 def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> tuple[pd.DataFrame, str]:
@@ -222,7 +221,7 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> tuple[
         references={name: accuracy[name] for name in list(ways)[1:3]},
         cost={f"{stage['stage']}, seconds": stage["seconds"] for stage in stages},
         manifest=bundle.manifest,
-        data=f"{len(questions)} held-out questions",
+        data=f"{len(questions):,} held-out questions",
     )
     table = pd.DataFrame(accuracy.items(), columns=["answers by", "accuracy"]).round(4)
     return table, facts["verdict"]["sentence"]

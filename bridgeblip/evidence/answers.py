@@ -70,7 +70,7 @@ def choose_permutation_margin(
 
 def letters_of(probabilities: np.ndarray) -> list[str]:
     """The letter of the largest probability of each row."""
-    return [letter(i) for i in probabilities.argmax(-1)]
+    return list(map(letter, probabilities.argmax(-1)))
 
 
 def kept_folder(out: str | Path) -> Path:
@@ -107,7 +107,7 @@ def write_probabilities(path: Path, table: pd.DataFrame, flags: Sequence[Sequenc
         flags: of each row.
     """
     texts = table.assign(margin=margins(table.to_numpy())).map("{:.6f}".format)
-    texts["flags"] = [" ".join(words) for words in flags]
+    texts["flags"] = list(map(" ".join, flags))
     write_table(path, texts.reset_index())
 
 

@@ -60,7 +60,7 @@ def tokenized(
     references: Sequence[Sequence[str]], texts: Sequence[str]
 ) -> tuple[list[list[list[str]]], list[list[str]]]:
     """Return the tokens of the references of each row, and of its text."""
-    return [[tokens(text) for text in row] for row in references], [tokens(text) for text in texts]
+    return [list(map(tokens, row)) for row in references], list(map(tokens, texts))
 
 
 def _grams(words: Sequence[str], order: int) -> Counter:
@@ -84,7 +84,7 @@ def bleu(references: Sequence[Sequence[list[str]]], given: Sequence[list[str]]) 
     ratio = (length + TINY) / (closest + SMALL)
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     means = np.cumprod((hits + TINY) / (counts + SMALL)) ** (1 / np.arange(1, ORDERS + 1))
-    return [float(value) for value in brevity * means]
+    return (brevity * means).tolist()
 
 
 def rouge(references: Sequence[Sequence[list[str]]], given: Sequence[list[str]]) -> list[float]:

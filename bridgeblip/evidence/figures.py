@@ -46,7 +46,8 @@ def training_figure(history: pd.DataFrame, guessing: float = 0.25) -> Figure:
     found = history.dropna(subset="accuracy").reindex(
         columns=["epoch", "accuracy", "low", "high", "pictures"]
     )
-    right.vlines(found["epoch"], found["low"], found["high"], color=RIGHT, label="95% interval")
+    if found["low"].notna().any():
+        right.vlines(found["epoch"], found["low"], found["high"], color=RIGHT, label="95% interval")
     right.plot(found["epoch"], found["accuracy"], "o-", color=RIGHT, label="accuracy")
     for _, row in found.iterrows():
         right.annotate(f"{row.accuracy:.2f}", (row.epoch, 1.02), ha="center", annotation_clip=False)
@@ -166,7 +167,10 @@ def reliability_figure(bins: Sequence[Bin]) -> Figure:
         .drop(columns="accuracy")
         .astype(float)
     )
-    upper.vlines(table["confidence"], table["low"], table["high"], color=BLUE, label="95% interval")
+    if table["low"].notna().any():
+        upper.vlines(
+            table["confidence"], table["low"], table["high"], color=BLUE, label="95% interval"
+        )
     upper.plot(table["confidence"], table["value"], "o-", color=BLUE)
     upper.set(ylabel="share right", xlim=(0, 1), ylim=(0, 1.03))
     upper.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)

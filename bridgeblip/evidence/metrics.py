@@ -224,7 +224,7 @@ def measure(
         accuracy=clustered_mean(right, groups),
         weighted=None if weights is None else clustered_mean(right, groups, weights),
         confusion=matrix.tolist(),
-        recall=accuracy_by([letter(i) for i in answers], right, groups),
+        recall=accuracy_by(list(map(letter, answers)), right, groups),
         collapse=letter(excess.argmax()) if excess.max() > COLLAPSE else None,
         confidence=float(sure.mean()),
         calibration_error=sum(b.rows * abs(b.accuracy.value - b.confidence) for b in bins)

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
@@ -30,6 +31,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     pages.filters |= {
+        "flat": flat,
         "letter": letter,
         "number": number,
         "parts": part_rows,
@@ -67,6 +69,11 @@ def number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def flat(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Name and value of all that facts hold, those of inner ones with the outer name before it."""
+    return list(pd.json_normalize(facts, sep=": ").iloc[0].items())
 
 
 def part_rows(parts: Iterable[Part]) -> list[tuple[str, Estimate, str]]:

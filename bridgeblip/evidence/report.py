@@ -39,6 +39,7 @@ def write_report(
     *,
     flags: Sequence[Sequence[str]] | None = None,
     blank_probabilities: np.ndarray | None = None,
+    before: np.ndarray | None = None,
     references: dict[str, float] | None = None,
     weights: Sequence[float] | None = None,
     problems: pd.DataFrame | None = None,
@@ -57,6 +58,7 @@ def write_report(
             number can be found again.
         flags: of each question, as ``evidence.answers.Answers`` has them.
         blank_probabilities: (N, choices), answered without looking.
+        before: (N, choices), answered before training; shown beside the answers that it changed.
         references: accuracies of simpler ways to answer the same questions, by name.
         weights: (N,) of the questions in the score.
         problems: one row a problem of the data.
@@ -74,6 +76,10 @@ def write_report(
     blank = None
     if blank_probabilities is not None:
         blank = metrics.compare(answers, blank_probabilities, probabilities, groups)
+    trained = None
+    if before is not None:
+        before = np.asarray(before, dtype=float)
+        trained = metrics.compare(answers, before, probabilities, groups)
     manifest, learned = learned_pictures(manifest, questions)
     sure, margin = probabilities.max(axis=1), margins(probabilities)
     mistakes = [i for i in np.argsort(-sure, kind="stable") if not right[i]][:SHOWN]
@@ -84,6 +90,7 @@ def write_report(
         "chance": _chance(questions),
         "references": references,
         "blank": blank,
+        "training": trained,
         "learned": learned,
         "orders": None if flags is None else _orders(flags, right, groups),
         "openers": metrics.accuracy_by(metrics.openers(questions), right, groups),
@@ -99,6 +106,7 @@ def write_report(
     mistaken = [(questions[i], probabilities[i], 100 * sure[i]) for i in mistakes]
     uncertain = [(questions[i], probabilities[i], 100 * margin[i]) for i in unsure]
     shown = _shown(facts, questions, probabilities)
+    shown["changed"] = [] if before is None else _changed(questions, before, probabilities)
     write_page(out, "report", facts, **shown, mistaken=mistaken, uncertain=uncertain)
     return facts
 
@@ -160,10 +168,22 @@ def _shown(
         "by_letter": by_letter,
         "confusion": confusion_figure(questions, probabilities),
         "reliability": reliability_figure(measures.reliability),
-        "origin": pd.json_normalize(facts["manifest"] or {}, sep=": ").to_dict("records"),
         "fewest": metrics.FEWEST_GROUPS,
         "rows_shown": ROWS_SHOWN,
     }
+
+
+def _changed(
+    questions: Sequence[Question], before: np.ndarray, after: np.ndarray
+) -> list[tuple[Question, np.ndarray, str, np.ndarray]]:
+    """Answers that training has changed, from all over the set: what a card shows of them."""
+    given = before.argmax(-1), after.argmax(-1)
+    rows = np.flatnonzero(given[0] != given[1])
+    cards = []
+    for i in rows[:: max(1, -(-len(rows) // SHOWN))]:
+        first, second = (letter(letters[i]) for letters in given)
+        cards.append((questions[i], after[i], f"{first} before, {second} now", before[i]))
+    return cards
 
 
 def _against(score: Estimate, share: float) -> str:

@@ -175,7 +175,7 @@ def blend(files: Sequence[str | Path], sample: str | Path | None, out: str | Pat
             first; or as ``check_out`` does.
     """
     check_out(out, *files, sample)
-    tables, flags = zip(*[read_probabilities(file) for file in files], strict=True)
+    tables, flags = zip(*map(read_probabilities, files), strict=True)
     ids = tables[0].index
     for file, table in zip(files, tables, strict=True):
         require_ids(file, table.index, ids, str(files[0]))
@@ -217,13 +217,14 @@ def answer_names(written: Sequence[str], choices: int, small: bool = False) -> l
         small: write small letters where the sample has none.
     """
     capitals = letters(choices)
+    small_ones = list(map(str.lower, capitals))
     words = sorted({text.strip() for text in written if re.search(r"\w", text)})
     if not words:
-        return [name.lower() for name in capitals] if small else capitals
+        return small_ones if small else capitals
     before, core, after = re.fullmatch(r"(\W*)(.*?)(\W*)", words[0], re.DOTALL).groups()
-    numbers = [str(number) for number in range(choices + 1)]
+    numbers = list(map(str, range(choices + 1)))
     plain = []
-    for form in (capitals, [name.lower() for name in capitals], numbers[:-1], numbers[1:]):
+    for form in (capitals, small_ones, numbers[:-1], numbers[1:]):
         names = [f"{before}{name}{after}" for name in form]
         if set(words) <= set(names):
             plain.append(names)

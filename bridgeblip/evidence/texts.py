@@ -272,11 +272,11 @@ def judge_texts(facts: dict[str, Any]) -> dict[str, str]:
     looking = facts["looking"]
     if looking.low is None:
         doubts.append(f"{pictures} pictures are few")
-    elif looking.low <= 0:
-        doubts.append("its texts fit other pictures as well")
     for name, simpler in facts["simpler"].items():
         if simpler[main] >= facts["scores"][main]:
-            doubts.append(f"no better than {name}, {simpler[main]:.3f}")
+            doubts.append(f"no better than '{name}' ({simpler[main]:.3f})")
+    if looking.low is not None and looking.low <= 0:
+        doubts.append("its texts fit other pictures as well")
     change = facts["change"]
     if change is not None:
         gain = f"{facts['scores'][main] - facts['before'][main]:+.3f} against before"
@@ -286,7 +286,7 @@ def judge_texts(facts: dict[str, Any]) -> dict[str, str]:
             return _verdict("bad", f"{score}, {gain}: worse, and that is more than noise.")
         score += f", {gain}"
     if doubts:
-        return _verdict("doubt", f"{score}; believe it with care: {', '.join(doubts)}.")
+        return _verdict("doubt", f"{score}; believe it with care: {'; '.join(doubts)}.")
     return _verdict(
         "good", f"Believe it, for pictures like these: {score}; looking at them matters."
     )

@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from bridgeblip import InputError
 from bridgeblip.bundle.format import Bundle, load_bundle, read_header
@@ -11,18 +13,21 @@ from bridgeblip.bundle.whole import digest_path
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question, letter
 from bridgeblip.evidence.answers import FLAG_NOTES, Answers
+from bridgeblip.files import read_json
 from bridgeblip.machine import best_device
+from bridgeblip.vlm.settings import METRICS, RUN_FILE, read_run
 
 BAR = 40  # characters of a probability of 1
 
 
 def ask(
-    model: Bundle | str | Path, picture: str | Path | None, question: str, choices: Sequence[str]
+    model: Any, picture: str | Path | None, question: str, choices: Sequence[str]
 ) -> tuple[Question, Answers]:
     """Ask one question about one picture.
 
     Args:
-        model: a loaded bundle, or the file of one.
+        model: a loaded bundle, or the file of one; a run of ``tune``, what ``merge`` wrote, any
+            other model folder, or a hub id.
         picture: its file; None asks without one, which the answer's flags say.
 
     Returns:
@@ -34,11 +39,47 @@ def ask(
     texts = tuple(choice.strip() for choice in choices if choice.strip())
     if len(texts) < 2:
         raise InputError(f"got {len(texts)} choices: give two or more, each in quotes of its own")
-    asked = Question("question", picture and Path(picture), question, texts)
+    asked = _question(picture, question, texts)
+    if is_bundle(model):
+        bundle = model if isinstance(model, Bundle) else load_bundle(model, best_device())
+        return asked, predict(bundle, [asked])
+    answer = _answering()
+    return asked, answer.predict(answer.load_tuned(model, best_device()), [asked])
+
+
+def write(model: str | Path, picture: str | Path, question: str = "") -> str:
+    """Return what a model writes to a question; to none, a caption.
+
+    Raises:
+        InputError: if model or picture can't be read.
+    """
+    asked = _question(picture, question, ())
+    answer = _answering()
+    (text,), answers = answer.answer_texts(answer.load_tuned(model, best_device()), [asked])
+    return "\n".join([text, *filter(None, answers.problems)])
+
+
+def _answering() -> ModuleType:
+    """What answers with other models; it needs transformers and peft, which a bundle does not."""
+    try:
+        from bridgeblip.vlm import answer
+    except ImportError as error:
+        raise InputError(
+            f"a model folder needs {error.name}, not installed here: pip install "
+            f"'bridgeblip[train]'"
+        ) from error
+    return answer
+
+
+def is_bundle(model: Any) -> bool:
+    """Whether this is a bundle, loaded or a file; else it is a model folder, or a hub id."""
+    return isinstance(model, Bundle) or Path(model).suffix == ".pt" or Path(model).is_file()
+
+
+def _question(picture, question, choices) -> Question:
     if picture:
         open_picture(picture)  # refused here, before the model is loaded
-    bundle = model if isinstance(model, Bundle) else load_bundle(model, best_device())
-    return asked, predict(bundle, [asked])
+    return Question("question", picture and Path(picture), question, choices)
 
 
 def bars(question: Question, answers: Answers) -> str:
@@ -50,6 +91,7 @@ def bars(question: Question, answers: Answers) -> str:
         bar = "█" * round(BAR * share)
         lines.append(f"  {letter(place)}. {choice:{width}}  {share:6.1%}  {bar}".rstrip())
     lines += [f"note: {FLAG_NOTES[flag]}" for flag in answers.flags[0]]
+    lines += [f"note: {problem}" for problem in answers.problems if problem]
     return "\n".join(lines)
 
 
@@ -70,25 +112,24 @@ def upload() -> Path:
 
 
 def inspect(path: str | Path) -> str:
-    """Say what a ``torchscript.pt`` is, a line a fact; the model inside is not loaded.
+    """Say what a ``torchscript.pt``, a run of ``tune`` or what ``merge`` wrote is, a line a fact;
+    the model inside is not loaded.
 
     Raises:
-        InputError: as ``read_header`` does.
+        InputError: as ``read_header`` and ``read_run`` do.
     """
-    path, manifest = Path(path), read_header(path).manifest
+    facts = _of_bundle(Path(path)) if is_bundle(path) else _of_run(Path(path))
+    return "\n".join(f"{name:11} {fact}" for name, fact in facts.items())
+
+
+def _of_bundle(path: Path) -> dict[str, Any]:
+    manifest = read_header(path).manifest
     trained = defaultdict(lambda: "not recorded", manifest["trained"])
     facts = {"file": f"{path}, {path.stat().st_size / 1e6:,.1f} MB"}
     facts["answers"] = f"{', '.join(manifest['letters'])}, for a question about a picture"
     facts["made from"] = f"{trained['base']}, decoder layers {trained['layers']}"
-    facts["trained on"] = trained["pictures"] or "not recorded"
-    if isinstance(trained["pictures"], list):
-        facts["trained on"] = f"{len(trained['pictures'])} distinct pictures"
-    facts["validation"] = trained["validation"]
-    if score := manifest["trained"].get("validation"):
-        bounds = (
-            f"{score['low']:.3f} to {score['high']:.3f}" if score.get("low") else "not recorded"
-        )
-        facts["validation"] = f"accuracy {score['accuracy']:.3f}, 95% interval {bounds}"
+    facts["trained on"] = _learned_from(trained["pictures"])
+    facts["validation"] = _validated(manifest["trained"].get("validation"), "accuracy")
     facts["budget"] = trained["budget"]
     if budget := manifest["trained"].get("budget"):
         facts["budget"] = f"{budget['total']:,} parameters, of {budget['limit']:,} allowed"
@@ -97,4 +138,40 @@ def inspect(path: str | Path) -> str:
     facts["checksum"] = "inside alone; no .sha256 lies beside it"
     if digest_path(path).is_file():
         facts["checksum"] = f"{digest_path(path).name}, held against the file when it is loaded"
-    return "\n".join(f"{name:11} {fact}" for name, fact in facts.items())
+    return facts
+
+
+def _of_run(folder: Path) -> dict[str, Any]:
+    merged = (folder / "config.json").is_file()
+    run = read_json(folder / RUN_FILE) if merged else read_run(folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
+    known = defaultdict(lambda: "not recorded", run)
+    task, settings = known["task"], defaultdict(str, run.get("settings", {}))
+    answers = {
+        "choice": "letters, for questions with choices",
+        "caption": "captions, for pictures",
+        "answer": "words, for questions",
+    }
+    facts = {"folder": f"{folder}, {size:,.1f} MB"}
+    facts["answers"] = answers.get(task, task)
+    facts["made from"] = f"{known['base']}, by {known['method']}"
+    if merged:
+        facts["made from"] += "; merged, an ordinary model folder"
+    elif run.get("method") != "full":
+        facts["made from"] += f" of rank {settings['rank']}; the base is loaded beside it"
+    facts["trained on"] = _learned_from(run.get("pictures"))
+    facts["validation"] = _validated(run.get("validation"), METRICS.get(task))
+    facts["numbers"] = known["dtype"]
+    facts["prompt"] = settings["prompt"] or "what the model's kind asks with"
+    return facts
+
+
+def _learned_from(pictures: Any) -> str:
+    return f"{len(pictures)} distinct pictures" if isinstance(pictures, list) else "not recorded"
+
+
+def _validated(score: dict[str, float] | None, metric: str) -> str:
+    if not score or metric not in score:
+        return "not recorded"
+    bounds = f"{score['low']:.3f} to {score['high']:.3f}" if score.get("low") else "not recorded"
+    return f"{metric} {score[metric]:.3f}, 95% interval {bounds}"

@@ -185,8 +185,8 @@ def check_prompts(found: Findings, rows: Sequence[questions.Question], processor
     if unread:
         found.add(
             "warning",
-            f"{len(unread)} of {len(rows)} prompts have characters that T5 can't read and takes "
-            f"for <unk>, such as {unread[0]}: translate these into English",
+            f"{len(unread)} of {len(rows)} prompts have characters that the model can't read and "
+            f"takes for <unk>, such as {unread[0]}: translate these into English",
         )
 
 

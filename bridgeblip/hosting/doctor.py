@@ -11,6 +11,7 @@ from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
 from bridgeblip.bundle.format import find_bundle, read_header
 from bridgeblip.evidence.submission import SAMPLE_FILE, read_sample
 from bridgeblip.files import cache_folder
+from bridgeblip.hosting.ask import is_bundle
 from bridgeblip.hosting.checks import (
     Finding,
     Findings,
@@ -24,7 +25,7 @@ from bridgeblip.hosting.checks import (
     check_speed,
     number_format,
 )
-from bridgeblip.hosting.doctor_tune import check_tune
+from bridgeblip.hosting.doctor_tune import check_tune, check_tuned
 from bridgeblip.hosting.runtime import installed
 from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.messages import say
@@ -33,6 +34,7 @@ from bridgeblip.training.weights import choose_weights, load_weights, stale_bund
 from bridgeblip.vlm.settings import TuneSettings
 
 STAGES = ("train", "export", "predict")  # of the bridge
+BUNDLE_FILE = "torchscript.pt"
 
 
 def check(
@@ -42,7 +44,7 @@ def check(
     checkpoint_dir: str | Path = "checkpoint",
     *,
     weights: str | Path | None = None,
-    bundle: str | Path | None = None,
+    model: str | Path | None = None,
     sample: str | Path | None = None,
     out: str | Path | None = None,
     settings: TrainSettings = TrainSettings(),
@@ -53,6 +55,7 @@ def check(
     copy_to: str | Path | None = None,
     cache: bool = True,
     images: Path | None = None,
+    split: str | None = None,
     tune: TuneSettings | None = None,
 ) -> list[Finding]:
     """Return all that was found; if no level is "problem", the stage (of ``STAGES``, or tune) can
@@ -63,11 +66,12 @@ def check(
         base: as for ``train``; by default the real one, for an export the one that the weights
             name.
         weights: for an export; by default the best in ``checkpoint_dir``.
-        bundle, sample: for a prediction; by default in ``checkpoint_dir`` and beside the CSV.
+        model, sample: for a prediction; by default the bundle in ``checkpoint_dir``, and beside the
+            CSV.
         out: file that an export or a prediction will write.
         settings, bridge, revision, copy_to: as for ``train``; ``cache`` if it keeps features.
         dtype: name of the torch dtype of the weights; by default what the stage chooses.
-        images, tune: as for ``tune``.
+        images, split, tune: as for ``tune``.
         limit: most parameters that the sliced model may have; by default ``layers.BUDGET_LIMIT``.
     """
     if stage not in (*STAGES, "tune"):
@@ -76,19 +80,27 @@ def check(
     found, folder = Findings(), Path(checkpoint_dir)
     try:
         check_machine(found, stage)
+        if stage in ("train", "tune"):
+            from bridgeblip.training.trainer import require_service
+
+            found.attempt(require_service, settings.report_to)
         if stage == "train":
             csv, base = Path(csv or "competition/train.csv"), base or REAL_BASE
             size = _check_train(found, csv, base, settings, bridge, revision, dtype, limit)
             _check_places(found, [folder, *[copy_to] * bool(copy_to)], size, cache)
         elif stage == "tune":
             csv, tune = Path(csv or "competition/train.csv"), tune or TuneSettings()
-            check_tune(found, csv, base or REAL_BASE, images, tune, settings, revision, limit)
+            given = (csv, base or REAL_BASE, images, split, tune, settings, revision, limit)
+            check_tune(found, *given)
         elif stage == "export":
-            out = Path(out or folder / "torchscript.pt")
+            out = Path(out or folder / BUNDLE_FILE)
             _check_export(found, Path(weights or folder), base, out, revision, dtype, limit)
         else:
-            csv = Path(csv or "competition/test.csv")
-            _check_predict(found, csv, Path(bundle or folder / "torchscript.pt"), sample, limit)
+            csv, model = Path(csv or "competition/test.csv"), Path(model or folder / BUNDLE_FILE)
+            if is_bundle(model):
+                _check_predict(found, csv, model, sample, limit)
+            else:
+                check_tuned(found, csv, model, images, split)
             check_disk(found, Path(out or "submission.csv").parent, 2**20)
     except (ImportError, OSError) as error:
         remedy = "mend this, or pip install -r requirements.txt"
@@ -148,21 +160,16 @@ def _check_places(found: Findings, folders: Sequence[str | Path], size: int, cac
 
 def _check_export(found, weights, base, out, revision, dtype, limit) -> None:
     from bridgeblip.bridge.budget import held_memory
-    from bridgeblip.bridge.export import export_device
+    from bridgeblip.bundle.export import export_device
 
     if weights.is_dir():
         weights, _ = found.attempt(choose_weights, weights) or (None, None)
     loaded = weights and found.attempt(load_weights, weights)
     if not loaded:
         return
-    named = loaded.manifest or {"base": base, "revision": revision}
+    named = loaded.manifest
     base = base or named["base"]
-    if base is None:
-        remedy = "say which one it was sliced from"
-        found.add("problem", f"{weights}: a bare state dict names no base: {remedy}")
-        return
-    layers = named.get("layers", BridgeSettings.layers)
-    processor, config = check_base(found, base, layers, named["revision"])
+    processor, config = check_base(found, base, named["layers"], named["revision"])
     if processor and named.get("processor", processor.fingerprint) != processor.fingerprint:
         found.add(
             "problem",
@@ -196,7 +203,8 @@ def _check_predict(found, csv, bundle, sample, limit) -> None:
     dtype = getattr(torch, header.manifest["dtype"])
     check_speed(found, best_device(), dtype, "export it as float32, for an older GPU as float16")
     check_memory(found, bundle.stat().st_size)
-    if installed("transformers") and installed("peft"):  # answering needs neither
+    bridge = header.manifest["kind"] == "instructblip"
+    if bridge and installed("transformers") and installed("peft"):  # answering needs neither
         from bridgeblip.bridge.config import BridgeBlipConfig
 
         check_budget(found, BridgeBlipConfig.from_dict(header.manifest["config"]), limit)

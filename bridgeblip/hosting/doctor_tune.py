@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from bridgeblip.data.texts import read_task
+from bridgeblip.files import read_json
 from bridgeblip.hosting.checks import Findings, check_memory, check_pictures
 from bridgeblip.hosting.runtime import installed
 from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.training.layers import BUDGET_LIMIT
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.vlm.settings import TuneSettings
+from bridgeblip.vlm.settings import MODEL_FOLDER, RUN_FILE, TuneSettings, read_run
 
 LEARNING = 20
 """Bytes of a number that learns: itself, its gradient, both moments and its average, in float32."""
@@ -19,12 +20,17 @@ def check_tune(
     csv: Path,
     base: str | Path,
     images: Path | None,
+    split: str | None,
     tune: TuneSettings,
-    settings: TrainSettings,
+    settings: TrainSettings | None,
     revision: str | None = None,
     limit: int | None = None,
 ) -> None:
-    """Add what is found of a base and its data; the weights are neither fetched nor loaded."""
+    """Add what is found of a base and its data; the weights are neither fetched nor loaded.
+
+    Args:
+        settings: of the training; None: the questions are only to be answered.
+    """
     from bridgeblip.vlm.batches import Batches
     from bridgeblip.vlm.families import load_config, load_processor
     from bridgeblip.vlm.slicing import describe_budget, slice_config
@@ -34,15 +40,21 @@ def check_tune(
         config, _ = found.attempt(slice_config, whole, tune.layers) or (None, [])
     processor = config and found.attempt(load_processor, base, revision, tune.pixels or None)
     batches = processor and found.attempt(Batches, processor, config, tune.system, tune.prompt)
-    task, rows = found.attempt(read_task, csv, images, tune.task or None) or ("", [])
+    reading = (csv, images, tune.task or None, split, settings is not None, settings is not None)
+    task, rows = found.attempt(read_task, *reading) or ("", [])
     if rows:
         found.add("ok", f"{csv}: {len(rows)} questions, task {task}")
-        check_pictures(found, rows, "problem", least=round(1 / settings.validation_fraction))
+        if settings:
+            check_pictures(found, rows, "problem", least=round(1 / settings.validation_fraction))
+        else:
+            check_pictures(found, rows, "warning")
     if batches:
         taken = f"a picture takes at most {batches.most} of them"
         found.add("ok", f"{base}: reads {batches.context:,} tokens, {taken}")
     if batches and rows:
-        texts = [] if task == "choice" else [row.references[0] for row in rows]
+        texts = []
+        if task != "choice" and settings:
+            texts = [row.references[0] for row in rows]
         found.attempt(batches.check, rows, csv, texts)
         unread = [row.id for row in rows if batches.unread(row)]
         if unread:
@@ -53,26 +65,50 @@ def check_tune(
     if config:
         fits, line = describe_budget(whole, config, limit or BUDGET_LIMIT)
         found.add("ok" if fits else "warning", line)
-        learning, held = held_memory(config, tune)
-        found.add("ok", f"{learning:,} numbers learn; {held / 1e9:.1f} GB are held while tuning")
+        learning, held = held_memory(config, tune, settings is not None)
+        if settings:
+            what = f"{learning:,} numbers learn; {held / 1e9:.1f} GB are held while tuning"
+            found.add("ok", what)
         check_memory(found, held)
 
 
-def held_memory(config, tune: TuneSettings) -> tuple[int, int]:
-    """How many numbers learn, and the bytes that tuning holds all the time, from the shapes."""
+def held_memory(config, tune: TuneSettings, learns: bool = True) -> tuple[int, int]:
+    """How many numbers learn, and the bytes that tuning, or answering if nothing ``learns``, holds
+    all the time, from the shapes."""
     from bridgeblip.vlm.families import decoder_linears, empty_model
 
     model = empty_model(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = choose_precision(best_device(), parameters).dtype.itemsize
     if tune.method == "full":
-        return parameters, LEARNING * parameters
+        return (parameters, LEARNING * parameters) if learns else (0, size * parameters)
     rank = tune.on(config.get_text_config(decoder=True).hidden_size).rank
     learning, held = 0, size * parameters
-    for name in decoder_linears(model, tune.targets):
+    for name in decoder_linears(model, tune.targets) if learns else ():
         linear = model.get_submodule(name)
         learning += rank * (linear.in_features + linear.out_features)
     if tune.method == "qlora":
         for name in decoder_linears(model):
             held -= int(model.get_submodule(name).weight.numel() * (size - 0.516))  # and constants
     return learning, held + LEARNING * learning
+
+
+def check_tuned(
+    found: Findings, csv: Path, model: Path, images: Path | None, split: str | None
+) -> None:
+    """Add what is found of a run, or any other model, that is to answer questions."""
+    run, base = {}, model
+    if (model / RUN_FILE).is_file():
+        merged = (model / "config.json").is_file()
+        run = (
+            found.attempt(read_json, model / RUN_FILE) if merged else found.attempt(read_run, model)
+        )
+        if not run:
+            return
+        base = model if merged else run["base"]
+        base = model / MODEL_FOLDER if run.get("method") == "full" else base
+    asked = run.get("settings", {}) | {"task": run.get("task")}
+    known = {name: asked.get(name) for name in ("task", "pixels", "system", "prompt", "layers")}
+    check_tune(
+        found, csv, base, images, split, TuneSettings.given(**known), None, run.get("revision")
+    )

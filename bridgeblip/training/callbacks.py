@@ -26,6 +26,7 @@ from bridgeblip.training.weights import (
     best_epoch,
     save_best,
     save_weights,
+    trainable,
     trained_tensors,
     weights_path,
 )
@@ -47,7 +48,7 @@ class Averages(TrainerCallback):
 
     def __init__(self, model: nn.Module, share: float):
         self.share, self.decay = share, 0.0
-        self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.live = trainable(model)
         self.mean = {name: p.detach().clone() for name, p in self.live.items()}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -100,9 +101,8 @@ class SelfCheck(TrainerCallback):
     STEPS = 4
 
     def __init__(self, model: nn.Module):
-        parameters = dict(model.named_parameters())
-        self.waiting = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        self.waiting = trainable(model)
+        self.frozen = {n: p for n, p in model.named_parameters() if n not in self.waiting}
         self.sums = {name: _checksum(p) for name, p in self.frozen.items()}
         self.steps = 0
 
@@ -225,10 +225,9 @@ class StateKeeper(TrainerCallback):
         folders: list[Path],
         run: dict[str, Any],
         averages: Averages,
-        stopper: Stopper,
         minutes: float,
     ):
-        self.folders, self.run, self.averages, self.stopper = folders, run, averages, stopper
+        self.folders, self.run, self.averages, self.stopper = folders, run, averages, Stopper()
         self.seconds, self.saved_at = 60 * minutes, time.monotonic()
         self.asked = self.leaving = False
 

@@ -55,20 +55,20 @@ def _holding(folder: Path) -> Iterator[None]:
             path.unlink()
 
 
-def require_free(folder: Path) -> None:
-    """Refuse a folder that a live run holds, without holding it."""
-    # The files of runs that hold the folder, or did when they died.
-    for path in numbered(folder, HOLD_FILE).values():
+def require_free(folder: Path) -> dict[int, Path]:
+    """Refuse a folder that a live run holds, without holding it; return the files of runs that held
+    it when they died."""
+    others = numbered(folder, HOLD_FILE)
+    for path in others.values():
         _refuse_if_alive(folder, path)
+    return others
 
 
 def _take(folder: Path) -> Path:
     """Create this run's file; of several that try at once the file system lets one do it."""
     folder.mkdir(parents=True, exist_ok=True)
     while True:
-        others = numbered(folder, HOLD_FILE)
-        for path in others.values():
-            _refuse_if_alive(folder, path)
+        others = require_free(folder)
         path = folder / HOLD_FILE.format(max(others, default=0) + 1)
         try:
             with open(path, "x", encoding="utf-8") as file:

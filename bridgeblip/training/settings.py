@@ -17,11 +17,11 @@ FEW = {
     "label_smoothing": 0.1,
     "validation_fraction": 0.2,
 }
+# Distinct pictures below which the profile for few is taken by itself.
 FEW_PICTURES = 100
-"""Distinct pictures below which the profile for few is taken by itself."""
 FEW_CHOICES = ("auto", "yes", "no")
 
-NOT_THE_RESULT = ("workers", "save_minutes")  # settings that a resumed run may change
+NOT_THE_RESULT = ("workers", "save_minutes", "report_to")  # settings that a resumed run may change
 
 
 def setting(default: Any, text: str, **bounds: float) -> Any:
@@ -78,9 +78,6 @@ class TrainSettings(Settings):
         1, "steps whose gradients are added before the weights move", least=1
     )
     learning_rate: float = setting(2e-4, "peak rate of adapters and head", above=0, below=1)
-    head_learning_rate: float | None = setting(
-        None, "peak rate of the head, if it is to be another one"
-    )
     weight_decay: float = setting(0.01, "how strongly AdamW pulls weights to zero", least=0)
     warmup_ratio: float = setting(
         0.05,
@@ -129,14 +126,7 @@ class TrainSettings(Settings):
     save_minutes: float = setting(
         5.0, "time between two saved states, the most that a disconnect costs", least=0
     )
-
-    def __post_init__(self):
-        if self.head_learning_rate is None:
-            object.__setattr__(self, "head_learning_rate", self.learning_rate)
-        super().__post_init__()
-        _check_number(
-            "head_learning_rate", self.head_learning_rate, float, {"above": 0, "below": 1}
-        )
+    report_to: str = setting("", "a service that Trainer reports to beside TensorBoard, as wandb")
 
     @classmethod
     def choose(cls, few: str, questions: str | Path | Sequence, **changes: Any) -> "TrainSettings":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bridgeblip import InputError
-from bridgeblip.files import copy_verified, file_digest, numbered, write_text
+from bridgeblip.files import copy_verified, file_digest, numbered, replace_folder, write_text
 
 STATE_FOLDER = "state"
 STEP_FOLDER = "step-{}"  # in it
@@ -50,15 +50,12 @@ def copy_state(folder: Path, checkpoint_dir: str | Path) -> None:
     """Copy a published state to a second checkpoint folder; every file verified, the folder renamed
     whole."""
     target = Path(checkpoint_dir) / STATE_FOLDER / folder.name
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+
+    def fill(partial: Path) -> None:
         for path in sorted(folder.iterdir()):
             copy_verified(path, partial / path.name)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    replace_folder(target, fill)
     _drop_old_states(target.parent, int(folder.name.split("-")[1]))
 
 

@@ -17,7 +17,7 @@ from bridgeblip.files import FULL
 from bridgeblip.machine import NonFiniteError, is_out_of_memory
 from bridgeblip.training.state import STATE_FOLDER
 
-WRITERS = ("PytorchStreamWriter", "inline_container", os.strerror(errno.ENOSPC))
+WRITERS = ("PytorchStreamWriter", "inline_container", "iostream", os.strerror(errno.ENOSPC))
 """Words of torch.save and of safetensors, which give no number, on a full disk."""
 
 
@@ -124,6 +124,8 @@ def _words(error: Exception) -> str:
     text = str(error)
     if "Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
+    if any(word in text for word in WRITERS[:3]):
+        text = f"{os.strerror(errno.ENOSPC)} ({text})"  # torch's own words name no cause
     return " ".join(text.split())[:300]
 
 

@@ -1,5 +1,6 @@
 """Hugging Face's ``Trainer``, so that training survives the night."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,20 +20,25 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
+from bridgeblip import InputError
+from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.questions import Question
+from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.metrics import clustered_mean
+from bridgeblip.files import read_json, write_text
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.messages import say
-from bridgeblip.training.callbacks import Averages
+from bridgeblip.training.callbacks import Averages, StateKeeper, tensorboard
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, read_state
-from bridgeblip.training.stopping import Stopper
-from bridgeblip.training.weights import load_trained, trained_tensors
+from bridgeblip.training.stopping import TrainingStopped
+from bridgeblip.training.weights import load_trained, trainable, trained_tensors
 
 TRAINED_FILE = "trained.safetensors"
-
+BEFORE_FILE = "before.json"  # what is answered before any training
 STAGING_FOLDER = ".staging"
 
 
@@ -88,7 +94,7 @@ class AveragingTrainer(Trainer):
     def __init__(self, model, args, average: float = 0.0, **kwargs):
         super().__init__(model, args, **kwargs)
         self.averages = Averages(model, average)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.trained = list(trainable(model).values())
         # Walking all of the frozen parameters in every step would cost the host its time.
         model.zero_grad = self._zero_grad
         self.inputs = {}
@@ -138,8 +144,28 @@ class AveragingTrainer(Trainer):
         self.data_collator = usual
         return torch.from_numpy(logits).softmax(-1).numpy()
 
-    def go(self, resumed: Path | None, stopper: Stopper) -> None:
-        """Train, from a saved state if there is one."""
+    def permutation_margin(self, questions: Sequence[Question], once: np.ndarray) -> float | None:
+        """Return the margin below which it pays to ask the questions in every order of their
+        choices, see ``choose_permutation_margin``, and say so.
+
+        Args:
+            once: what ``answer`` makes of them.
+        """
+        views = ask_in_orders(
+            questions, once, range(len(once)), lambda rows, shown: self.answer(shown)
+        )
+        often = np.array([np.mean(seen, axis=0) for seen in views])
+        margin = choose_permutation_margin(once, often, [q.answer for q in questions])
+        if self.args.should_save:
+            print(say("orders_pay", margin=margin) if margin else say("orders_idle"))
+        return margin
+
+    def go(self, resumed: Path | None, keeper: StateKeeper) -> None:
+        """Train, from a saved state if there is one.
+
+        Raises:
+            TrainingStopped: if it ends because it was asked to; all is saved.
+        """
         if resumed:
             self.averages.load(resumed)
         if self.args.should_save:  # in one process of several
@@ -150,12 +176,20 @@ class AveragingTrainer(Trainer):
             self._load_from_checkpoint(resumed)
             self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             return
+        if self.args.should_save:
+            self.add_callback(tensorboard(keeper.folders[0]))
         try:
-            with stopper.listening():
+            with keeper.stopper.listening():
                 self.train(resume_from_checkpoint=str(resumed) if resumed else None)
         finally:
             if self.args.should_save:
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a failed save left
+        if keeper.leaving:
+            raise TrainingStopped(
+                f"stopped on request after step {self.state.global_step} of "
+                f"{self.state.max_steps}; all is saved in {keeper.folders[0] / STATE_FOLDER}: run "
+                f"the same again to go on"
+            )
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self.args.should_save:
@@ -180,19 +214,30 @@ def tensor_floats() -> Iterator[None]:
         products.fp32_precision = before
 
 
+def require_service(name: str) -> None:
+    """Refuse a service that ``Trainer`` can't report to, before anything long.
+
+    Raises:
+        InputError: if it is unknown, or its package is not installed.
+    """
+    try:
+        for callback in get_reporting_integration_callbacks([name] * (name not in ("", "none"))):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(f"report_to is {name!r}: {error}") from error
+
+
 def training_arguments(
     checkpoint_dir: str | Path,
     settings: TrainSettings,
     dtype=torch.float32,
     bf16: bool = False,
-    report_to: Sequence[str] = (),
 ) -> TrainingArguments:
     """The ``Trainer``'s arguments that follow from the settings.
 
     Args:
         dtype: of the model; float16 has its loss scaled.
         bf16: whether products of a float32 model are computed in bfloat16.
-        report_to: services that ``Trainer`` reports to, such as wandb.
     """
     gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -219,7 +264,7 @@ def training_arguments(
         accelerator_config={"non_blocking": gpu},  # what is pinned needs no waiting for
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=list(report_to),
+        report_to=settings.report_to or [],
         seed=settings.seed,
         full_determinism=settings.deterministic,
     )
@@ -231,16 +276,35 @@ def training_arguments(
 
 
 def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable tensors, adapters and head each with their own rate."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if "lora_" in name], "lr": settings.learning_rate},
-        {
-            "params": [p for name, p in named if "lora_" not in name],
-            "lr": settings.head_learning_rate,
-        },
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
+    """AdamW over the trainable tensors."""
+    trained = list(trainable(model).values())
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    return torch.optim.AdamW(trained, **rates)
+
+
+def keep_before(trainer: Trainer, places: Sequence[Path], answers: list) -> None:
+    """Keep what is answered before the first step, for the report; a row a validation question."""
+    if trainer.state.global_step == 0 and trainer.args.should_save:
+        for place in places:
+            write_text(place / BEFORE_FILE, json.dumps(answers, ensure_ascii=False))
+
+
+def read_before(places: Sequence[Path], rows: int) -> list | None:
+    """Return what ``keep_before`` has kept; None if it is gone."""
+    for place in places:
+        path = place / BEFORE_FILE
+        if path.is_file() and len(kept := read_json(path)) == rows:
+            return kept
+    return None
+
+
+def measure_letters(
+    trainer: Trainer, places: Sequence[Path], groups: Sequence[int], prediction: EvalPrediction
+) -> dict[str, float]:
+    """Measure the accuracy; the very first answers are kept in ``places``."""
+    probabilities = torch.from_numpy(prediction.predictions).softmax(-1)
+    keep_before(trainer, places, probabilities.tolist())
+    return accuracy(prediction, groups)
 
 
 def accuracy(prediction: EvalPrediction, groups: Sequence[int] | None = None) -> dict[str, float]:

@@ -19,20 +19,21 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.files import file_digest, write_bytes, write_text
+from bridgeblip.messages import say
 
 WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
+NAMED = {"base", "revision", "layers", "bridge", "dtype"}  # that a weights file needs to say
 
 
 @dataclass(frozen=True)
 class Weights:
     """What a weights file holds."""
 
+    # Adapters and head by name, fp32.
     tensors: dict[str, torch.Tensor]
-    """Adapters and head by name, fp32; or the complete state dict of a sliced model."""
-    manifest: dict[str, Any] | None
-    """Base, layers, bridge, prompt and so on (see ``training``); None with a complete state
-    dict."""
+    # Base, layers, bridge, prompt, a probe with its logits and so on (see ``bridge.plan``).
+    manifest: dict[str, Any]
 
 
 def save_weights(
@@ -45,7 +46,7 @@ def save_weights(
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Read ``weights-N.pt``, or a complete state dict of the sliced model.
+    """Read ``weights-N.pt``.
 
     Raises:
         InputError: if the file is missing, damaged, foreign, or of a newer format.
@@ -53,38 +54,26 @@ def load_weights(path: str | Path) -> Weights:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} not found: run train.ipynb first, or put a weights file there")
-    content = _torch_load(path)
-    if not isinstance(content, dict) or not content:
-        raise InputError(
-            f"{path} holds a {type(content).__name__}: expected what train.ipynb writes"
-        )
-    if "tensors" not in content:
-        _check_tensors(path, content)
-        return Weights(content, None)
-    form, tensors, manifest = (content.get(key) for key in ("format", "tensors", "manifest"))
-    if not isinstance(form, int) or not isinstance(manifest, dict):
-        raise InputError(f"{path} has no format or no manifest: expected what train.ipynb writes")
-    if form > WEIGHTS_FORMAT:
-        raise InputError(
-            f"{path} has format {form}, this version reads {WEIGHTS_FORMAT}: update bridgeblip"
-        )
-    _check_tensors(path, tensors)
-    return Weights(tensors, manifest)
-
-
-def _check_tensors(path: Path, tensors: Any) -> None:
-    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not named or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise InputError(f"{path} was not written by train.ipynb, nor is it a state dict")
-
-
-def _torch_load(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each raise their own
         raise InputError(
             f"{path} can't be read ({type(error).__name__}: {str(error)[:200]}): copy it again"
         ) from error
+    kinds = {"format": int, "tensors": dict, "manifest": dict}
+    held = content if isinstance(content, dict) else {}
+    whole = all(isinstance(held.get(key), kind) for key, kind in kinds.items())
+    if not whole or not content["manifest"].keys() >= NAMED:
+        raise InputError(
+            f"{path} lacks its format, its tensors or its {', '.join(sorted(NAMED))}: expected "
+            f"what train.ipynb writes"
+        )
+    if content["format"] > WEIGHTS_FORMAT:
+        raise InputError(
+            f"{path} has format {content['format']}, this version reads {WEIGHTS_FORMAT}: update "
+            f"bridgeblip"
+        )
+    return Weights(content["tensors"], content["manifest"])
 
 
 def weights_path(checkpoint_dir: str | Path, epoch: int) -> Path:
@@ -172,7 +161,7 @@ def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
             )
         accuracies = best["validation_accuracy"]
         epoch = int(re.findall(r"\d+", path.name)[0])
-        why = f"best of {len(accuracies)} epochs, validation accuracy {accuracies[epoch]:.3f}"
+        why = say("best", count=len(accuracies), accuracy=accuracies[epoch])
         own = [weights_path(folder, number) for number in range(len(accuracies))]
         older = [other.name for other in found if other not in own]
         return path, why + (f"; {', '.join(older)} are an earlier run's" if older else "")
@@ -208,13 +197,15 @@ def stale_bundle(bundle: str | Path, trained: dict[str, Any]) -> str:
     )
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what training changes, by name: adapters and head, or all that learns."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors that training changes, by name: adapters and head, in fp32, on the CPU."""
-    return {
-        name: parameter.detach().to("cpu", torch.float32).clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """Return the values of what is ``trainable``, by name, in fp32, on the CPU."""
+    own = trainable(model)
+    return {name: p.detach().to("cpu", torch.float32).clone() for name, p in own.items()}
 
 
 def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -223,7 +214,7 @@ def load_trained(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     Raises:
         InputError: if a tensor is missing, left over or of another shape; nothing is changed then.
     """
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = trainable(model)
     wrong = sorted(own.keys() ^ tensors.keys())
     wrong += [
         name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape

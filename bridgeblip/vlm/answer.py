@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +22,7 @@ from bridgeblip.bundle.predict import (
     batches_of,
     in_halves,
     in_windows,
+    or_blank,
     probabilities_of,
     weigh,
 )
@@ -30,11 +32,17 @@ from bridgeblip.evidence.answers import Answers
 from bridgeblip.files import read_json
 from bridgeblip.machine import choose_precision
 from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT, Batches, letter_logits, to_model
-from bridgeblip.vlm.families import count_parameters, load_config, load_model, load_processor
+from bridgeblip.vlm.families import (
+    LOADING,
+    count_parameters,
+    in_short,
+    load_config,
+    load_model,
+    load_processor,
+)
+from bridgeblip.vlm.processing import BLANK
 from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
 from bridgeblip.vlm.slicing import source_of
-
-BLANK = Image.new("RGB", (336, 336), (127, 127, 127))  # stands for a missing picture
 
 
 @dataclass(frozen=True)
@@ -50,15 +58,39 @@ class Tuned:
 
 
 def load_tuned(
-    model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    model: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    bits: bool | None = None,
 ) -> Tuned:
     """Load a run of ``tune``, a folder that it merged, any other model folder, or a hub id.
 
     Args:
         dtype: of the weights; None: what the device computes well in.
+        bits: whether an adapter's base is loaded in 4 bits; None: as it was tuned.
 
     Raises:
         InputError: if it can't be loaded, or the adapter is not one of the run's base.
+    """
+    source, revision, run, adapter = find_tuned(model)
+    batches = load_batches(source, revision, run)
+    config = batches.config
+    if dtype is None:
+        dtype = choose_precision(device, count_parameters(config)).dtype
+    if bits is None:
+        bits = adapter is not None and run.get("method") == "qlora"
+    loaded = load_model(source, revision, dtype, device, bits)
+    if adapter is not None:
+        loaded = load_adapter(loaded, adapter)
+    return Tuned(loaded, batches, run, _fingerprint(model, run, config))
+
+
+def find_tuned(model: str | Path) -> tuple[str | Path, str | None, dict[str, Any], Path | None]:
+    """Return where the weights of a run, a folder or a hub id are: folder or id, its revision, what
+    ``run.json`` says, and the adapter's folder if there is one.
+
+    Raises:
+        InputError: as ``read_run`` does.
     """
     folder = Path(model)
     source, revision, run, adapter = model, None, {}, None
@@ -69,34 +101,41 @@ def load_tuned(
         source = folder / MODEL_FOLDER
         if run.get("method") != "full":
             (source, revision), adapter = source_of(run), folder / ADAPTER_FOLDER
+    return source, revision, run, adapter
+
+
+def load_batches(source: str | Path, revision: str | None, run: dict[str, Any]) -> Batches:
+    """Return the batches that a run was tuned with, or those of a model as published.
+
+    Raises:
+        InputError: as ``load_processor`` and ``Batches`` do.
+    """
     settings = run.get("settings", {})
     processor = load_processor(source, revision, settings.get("pixels") or None)
-    config = load_config(source, revision)
     wording = {name: settings.get(name) or "" for name in ("system", "prompt")}
-    batches = Batches(processor, config, **wording)
-    if dtype is None:
-        dtype = choose_precision(device, count_parameters(config)).dtype
-    bits = adapter is not None and run.get("method") == "qlora"
-    loaded = load_model(source, revision, dtype, device, bits)
-    if adapter is not None:
-        loaded = _with_adapter(loaded, adapter, source)
-    return Tuned(loaded, batches, run, _fingerprint(model, run, config))
+    return Batches(processor, load_config(source, revision), **wording)
 
 
-def _with_adapter(model: PreTrainedModel, adapter: Path, base: str) -> PreTrainedModel:
-    """The model with a run's adapter on it, if all of it fits; PEFT passes over what does not."""
+def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """Return a model with the adapter of a folder on it.
+
+    Raises:
+        InputError: if not all of it fits the model, or all of the model's: PEFT would only warn.
+    """
     try:
-        saved = load_peft_weights(str(adapter), device="cpu")
-        model = PeftModel.from_pretrained(model, str(adapter)).eval()
-        parted = set(saved) ^ set(get_peft_model_state_dict(model))
+        stored = load_peft_weights(str(adapter), device="cpu").keys()
+        with warnings.catch_warnings(action="ignore"):
+            adapted = PeftModel.from_pretrained(model, adapter).eval()
+        parted = stored ^ get_peft_model_state_dict(adapted).keys()
         reason = f"{len(parted)} tensors have no counterpart" if parted else ""
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
+    except (*LOADING, RuntimeError) as error:  # RuntimeError: other shapes
+        reason = in_short(error)
     if reason:
         raise InputError(
-            f"{adapter} does not fit {base} ({reason}): give the base that it was tuned on"
+            f"{adapter} does not fit {model.config.name_or_path} ({reason}): give the base that it "
+            f"was tuned on"
         )
-    return model
+    return adapted
 
 
 def _fingerprint(model: str | Path, run: dict, config) -> str:
@@ -141,16 +180,7 @@ def _in_windows(questions, blank_images, answer, settings, batch_size, out) -> l
         raise InputError(f"batch size is {batch_size}: expected at least 1")
     if blank_images:
         questions = [replace(question, image=None) for question in questions]
-    return in_windows(questions, _picture_or_blank, answer, settings, out)
-
-
-def _picture_or_blank(path: Path | None) -> tuple[Image.Image, str]:
-    """A picture, and what is wrong with it: then it is blank."""
-    try:
-        return open_picture(path) if path else BLANK, ""
-    except InputError as error:
-        cause = error.__cause__
-        return BLANK, f"{type(cause).__name__}: {cause}"
+    return in_windows(questions, partial(or_blank, open_picture, BLANK), answer, settings, out)
 
 
 def _laid_out(groups, pictures) -> tuple[list[Question], list[Image.Image], list[str]]:

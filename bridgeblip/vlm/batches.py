@@ -1,6 +1,5 @@
 """Questions to a model's inputs, for any family: prompts, answers as labels, letters."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +10,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from bridgeblip import InputError
+from bridgeblip.bundle.processing import take_apart
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question, letters
 from bridgeblip.vlm.families import BARE, image_kwargs
+from bridgeblip.vlm.processing import question_text
 
 LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 CAPTION_PROMPT = "Describe the picture in one sentence."
@@ -61,8 +62,7 @@ class Batches:
         if self.pad_id is None:
             self.pad_id = tokenizer.convert_tokens_to_ids(self.end)
         added = tokenizer.added_tokens_decoder.values()
-        special = [re.escape(token.content) for token in added if token.special]
-        self.special = re.compile("|".join(special))
+        self.special = [token.content for token in added if token.special]
         self.image_id = getattr(model_config, "image_token_id", None)
         if self.bare and system:
             raise InputError(f"a {self.kind!r} model has no system message: say it in the prompt")
@@ -86,7 +86,9 @@ class Batches:
         begin = self.tokenizer.bos_token
         self.begins = begin is not None and head.startswith(begin)
         self.between, after = whole[len(head) :].split(MARK)
-        if self.special.search(after):  # else the template leaves it to the model to end
+        if (
+            take_apart(self.special, after) != after
+        ):  # else the template leaves it to the model to end
             self.end = after.rstrip()
 
     def _apply(self, turns: list[dict], **how) -> str:
@@ -94,20 +96,15 @@ class Batches:
 
     def text(self, question: Question) -> str:
         """What the user says: the question, its choices and the prompt, a line each."""
-        lines = [question.question]
-        for name, choice in zip(letters(len(question.choices)), question.choices, strict=True):
-            if choice:
-                lines.append(f"{name}. {choice}")
         asking = LETTER_PROMPT if question.choices else ""
         if not question.choices and not question.question and not self.bare:
             asking = CAPTION_PROMPT
-        lines.append(self.prompt or asking)
-        return self._plain("\n".join(filter(None, lines)))
+        return self._plain(question_text(question, self.prompt or asking))
 
     def _plain(self, text: str) -> str:
         """Only the template writes special tokens: one in a text, such as ``<image>``, is taken
         apart."""
-        return self.special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text.strip())
+        return take_apart(self.special, text.strip())
 
     def render(self, question: Question) -> str:
         """Return the whole prompt, up to where the answer begins."""
@@ -248,10 +245,8 @@ class Batches:
     def problem(self, question: Question, room: int = 1) -> str:
         """Say why a row can't be asked: with ``room`` tokens for its answer it is longer than the
         model's context; empty if it can."""
-        if self.length_bound(question) + room <= self.context:
-            return ""
         length = self.length_bound(question) + room
-        if question.image:
+        if length > self.context and question.image:  # the bound is its picture's at most
             length = self._length(question, open_picture(question.image)) + room
         return self._too_long(length) if length > self.context else ""
 

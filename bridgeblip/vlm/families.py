@@ -38,7 +38,7 @@ def load_config(base: str | Path, revision: str | None = None) -> PretrainedConf
         config = AutoConfig.from_pretrained(base, revision=revision)
         known = type(config) in AutoModelForImageTextToText._model_mapping
     except LOADING as error:
-        raise InputError(f"no model can be loaded from {base} ({_reason(error)})") from error
+        raise InputError(f"no model can be loaded from {base} ({in_short(error)})") from error
     if not known:
         raise InputError(
             f"{base} is a {config.model_type!r} model, no image-text-to-text model of "
@@ -68,7 +68,7 @@ def load_processor(
     try:
         processor = AutoProcessor.from_pretrained(base, revision=revision)
     except LOADING as error:
-        raise InputError(f"no processor can be loaded from {base} ({_reason(error)})") from error
+        raise InputError(f"no processor can be loaded from {base} ({in_short(error)})") from error
     if not isinstance(processor, ProcessorMixin):  # AutoProcessor makes do with one half
         raise InputError(f"{base} has no processor of pictures and texts: copy the whole folder")
     if config.model_type not in BARE and not processor.chat_template:
@@ -171,7 +171,7 @@ def load_model(
             base, revision=revision, dtype=dtype, device_map={"": device}, **how
         )
     except LOADING as error:
-        raise InputError(f"{base} can't be loaded ({_reason(error)})") from error
+        raise InputError(f"{base} can't be loaded ({in_short(error)})") from error
     return model.eval()
 
 
@@ -206,5 +206,6 @@ def decoder_linears(model: PreTrainedModel, targets: Sequence[str] = ()) -> list
     return [name for name in linears if not targets or name.rpartition(".")[2] in targets]
 
 
-def _reason(error: Exception) -> str:
+def in_short(error: Exception) -> str:
+    """What a library says is wrong, in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

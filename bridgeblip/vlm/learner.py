@@ -1,5 +1,6 @@
 """What learns: a model with adapters in its decoder, or all of it, and the loss of its task."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -33,16 +34,17 @@ def load_learner(plan: Plan) -> nn.Module:
         plan.device,
         bits=settings.method == "qlora",
     )
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if full:
-        _freeze_idle(Teacher(model, plan), plan)
-        return model
-    model.requires_grad_(False)
-    if plan.start:
-        return check_places(PeftModel.from_pretrained(model, plan.start, is_trainable=True))
-    set_seed(plan.train.seed)
-    return attach_lora(model, settings)
+    # PEFT, too, asks for what has another name from Transformers 6 on.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if full:
+            return _freeze_idle(model, plan)
+        model.requires_grad_(False)
+        if plan.start:
+            return check_places(PeftModel.from_pretrained(model, plan.start, is_trainable=True))
+        set_seed(plan.train.seed)
+        return attach_lora(model, settings)
 
 
 def attach_lora(model: nn.Module, settings: TuneSettings) -> PeftModel:
@@ -78,16 +80,18 @@ def check_places(model: PeftModel) -> PeftModel:
     return model
 
 
-def _freeze_idle(teacher: "Teacher", plan: Plan) -> None:
-    """Freeze what the loss does not depend on, such as a tower's last layer that is not read."""
+def _freeze_idle(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a model whose tensors that the loss does not depend on are frozen, such as a tower's
+    last layer that is not read."""
     with torch.random.fork_rng():
-        teacher(**Collator(plan)(plan.training[:1]))["loss"].backward()
-    idle = [parameter for parameter in teacher.parameters() if parameter.grad is None]
-    teacher.zero_grad()
+        Teacher(model, plan)(**Collator(plan)(plan.training[:1]))["loss"].backward()
+    idle = [parameter for parameter in model.parameters() if parameter.grad is None]
+    model.zero_grad()
     for parameter in idle:
         parameter.requires_grad_(False)
     if idle:
         plan.process.print(f"{len(idle)} tensors that the loss does not depend on stay as they are")
+    return model
 
 
 class Teacher(nn.Module):

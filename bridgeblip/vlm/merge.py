@@ -2,24 +2,29 @@
 
 import importlib.util
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from PIL import Image
 from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.files import replace_folder, require_writable
-from bridgeblip.vlm.batches import Batches, to_model
-from bridgeblip.vlm.families import load_model, load_processor
-from bridgeblip.vlm.settings import ADAPTER_FOLDER, MODEL_FOLDER, RUN_FILE, read_run
-from bridgeblip.vlm.slicing import source_of
+from bridgeblip.machine import best_device
+from bridgeblip.vlm.answer import load_tuned
+from bridgeblip.vlm.batches import to_model
+from bridgeblip.vlm.settings import MODEL_FOLDER, RUN_FILE, read_run
 
 MERGED_FOLDER = "merged"
+PROBE = {
+    (128, 96): "What is this?",
+    (37, 61): "How many  are there, and where?\nIn <image>?",
+    (200, 30): "이것은 무엇입니까?",
+    (300, 400): "A",
+}
 TOLERANCE = 1e-4
 """Most that a merged logit may be off in fp32, of the standard deviation of all logits."""
 
@@ -62,15 +67,11 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     if out.exists() and not (out / RUN_FILE).is_file():
         raise InputError(f"{out} is there already and no merged run: give another --out")
     require_writable(out.parent)
-    facts["base"], facts["revision"] = source_of(facts)
-    settings, base, revision = facts["settings"], facts["base"], facts["revision"]
-    processor = load_processor(base, revision, settings["pixels"] or None)
-    model = load_model(base, revision)  # in fp32, whatever it was tuned in
-    batches = Batches(processor, model.config, settings["system"], settings["prompt"])
-    batch = probe(batches)
-    adapted = load_adapter(model, run)
-    expected = logits_of(adapted, batch)
-    merged = adapted.merge_and_unload()
+    # On the base in full precision, whatever it was tuned in.
+    tuned = load_tuned(run, dtype=torch.float32, bits=False)
+    batch = tuned.batches.ask(*probe())
+    expected = logits_of(tuned.model, batch)
+    merged = tuned.model.merge_and_unload()
     distance = parted(logits_of(merged, batch), expected)
     if not distance <= TOLERANCE:
         raise InputError(
@@ -80,44 +81,26 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
         )
     bits = None
     if facts["method"] == "qlora":
-        bits = _distance_to_bits(run, facts, batch, logits_of(merged, batch))
+        bits = _distance_to_bits(run, batch, logits_of(merged, batch))
 
     def fill(folder: Path) -> None:
         merged.to(getattr(torch, facts["dtype"])).save_pretrained(folder)
-        processor.save_pretrained(folder)
+        tuned.batches.processor.save_pretrained(folder)
         shutil.copy(run / RUN_FILE, folder / RUN_FILE)
 
     replace_folder(out, fill)
     return Merged(out, distance, bits)
 
 
-def load_adapter(model: nn.Module, run: Path) -> PeftModel:
-    """Return a model with a run's adapter.
-
-    Raises:
-        InputError: if tensors are left over or missing, which peft would only warn of.
-    """
-    folder = run / ADAPTER_FOLDER
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = PeftModel.from_pretrained(model, folder).eval()
-    own, stored = get_peft_model_state_dict(adapted).keys(), load_peft_weights(str(folder)).keys()
-    if own != stored:
-        raise InputError(
-            f"the adapter in {folder} does not fit {model.config.name_or_path}: "
-            f"{len(own ^ stored)} tensors are missing or left over, the first is "
-            f"{min(own ^ stored)!r}"
-        )
-    return adapted
-
-
-def probe(batches: Batches) -> dict[str, torch.Tensor]:
-    """A batch of questions of merging's own: noise, so that every part of a model has its say."""
-    noise = torch.randint(256, (3, 96, 128, 3), generator=torch.Generator().manual_seed(0))
-    pictures = [Image.fromarray(picture) for picture in noise.to(torch.uint8).numpy()]
-    texts = ("What is this?", "How many are there, and where?", "Which is it?")
-    questions = [Question(text, None, text, ("one", "two")) for text in texts]
-    return batches.ask(questions, pictures)
+def probe() -> tuple[list[Question], list[Image.Image]]:
+    """Questions and pictures of our own, in different shapes and scripts: noise, so that every part
+    of a model has its say."""
+    generator, questions, pictures = np.random.default_rng(0), [], []
+    for (width, height), text in PROBE.items():
+        noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        pictures.append(Image.fromarray(noise))
+        questions.append(Question(text, None, text, ("one", "", "two <s>")))
+    return questions, pictures
 
 
 @torch.no_grad()
@@ -134,11 +117,9 @@ def parted(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return float((logits - expected).abs().max() / expected.std())
 
 
-def _distance_to_bits(run: Path, facts: dict, batch: dict, merged: torch.Tensor) -> float | None:
+def _distance_to_bits(run: Path, batch: dict, merged: torch.Tensor) -> float | None:
     if importlib.util.find_spec("bitsandbytes") is None:
         print("the distance to the run in 4 bits is not measured: bitsandbytes is not installed")
         return None
-    dtype = getattr(torch, facts["dtype"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(facts["base"], facts["revision"], dtype, device, bits=True)
-    return parted(merged, logits_of(load_adapter(model, run), batch))
+    tuned = load_tuned(run, best_device(), getattr(torch, read_run(run)["dtype"]))
+    return parted(merged, logits_of(tuned.model, batch))

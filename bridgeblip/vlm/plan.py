@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers.integrations import get_available_reporting_integrations
 
 from bridgeblip import InputError
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
@@ -18,6 +19,7 @@ from bridgeblip.files import digest_of, file_digest
 from bridgeblip.machine import choose_precision
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
+from bridgeblip.training.trainer import require_service
 from bridgeblip.vlm.batches import Batches
 from bridgeblip.vlm.families import (
     decoder_linears,
@@ -33,6 +35,8 @@ from bridgeblip.vlm.settings import (
     read_run,
 )
 from bridgeblip.vlm.slicing import describe_budget, slice_config, slice_model
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -81,18 +85,19 @@ def plan_tuning(
     Raises:
         InputError: as ``tune``.
     """
+    require_service(train.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
+    _check_service(settings.report_to)
     base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
-    config, layers = load_config(base, revision), []
-    whole = config
+    config = whole = load_config(base, revision)
+    layers = []
     if settings.layers:
         config, layers = slice_config(whole, settings.layers)
     process.print(describe_budget(whole, config)[1])
     start = _start(continue_from, base, layers, settings)
     processor = load_processor(base, revision, settings.pixels or None)
     task, questions = read_task(data, images, settings.task or None, split)
-    width = config.get_text_config(decoder=True).hidden_size
-    settings = replace(settings.on(width), task=task)
+    settings = replace(settings.on(config.get_text_config(decoder=True).hidden_size), task=task)
     batches = Batches(processor, config, settings.system, settings.prompt)
     training, validation = split_by_picture(questions, train.validation_fraction, train.seed)
     letters = max(len(question.choices) for question in questions)
@@ -111,7 +116,6 @@ def plan_tuning(
     decoder_linears(empty, settings.targets)
     dtype = choose_precision(device, empty.num_parameters()).dtype
     keys = picture_keys(question.image for question in questions)
-    names = ("torch", "transformers", "peft", "accelerate")
     facts = {
         "base": base,
         "revision": revision,
@@ -122,20 +126,20 @@ def plan_tuning(
         "train": asdict(train),
         "dtype": str(dtype).removeprefix("torch."),
         "letters": letters,
-        "versions": {name: version(name) for name in names},
+        "versions": {name: version(name) for name in PACKAGES},
         "pictures": sorted({keys[question.image][:SHORT_KEY] for question in training}),
     }
-    source = base
     if layers:
-        source, kept = slice_model(base, revision, layers)
-        facts |= {"revision": kept["revision"], "tensors": kept["tensors"]}
+        folder, sliced = slice_model(base, revision, layers)
+        facts |= {"revision": sliced["revision"], "tensors": sliced["tensors"]}
+        base, revision = str(folder), None
     more = {"start": _digest_of_run(start), "processes": process.num_processes}
     identity = _identity(facts | more, questions, keys)
     facts["run"] = digest_of({key: identity[key] for key in identity if key != "versions"})
     refuse_other_run([out], identity)
     return Plan(
-        str(source), None if layers else revision, settings, train, out, start, training,
-        validation, batches, letters, process, device, dtype, facts, identity,
+        base, revision, settings, train, out, start, training, validation, batches, letters,
+        process, device, dtype, facts, identity,
     )  # fmt: skip
 
 
@@ -148,6 +152,16 @@ def _identity(
         rows.append([q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history])
     ours = {key: value for key, value in facts["train"].items() if key not in NOT_THE_RESULT}
     return json.loads(json.dumps(facts | {"train": ours, "pictures": digest_of(rows)}))
+
+
+def _check_service(name: str) -> None:
+    """Refuse a service that ``Trainer`` would only miss once the model is loaded."""
+    known = get_available_reporting_integrations()
+    if name not in ("", "none", *known):
+        raise InputError(
+            f"report_to is {name!r}, which is not installed here, or nothing that Trainer knows: "
+            f"installed are {', '.join(known)}; pip install {name}, or leave it out"
+        )
 
 
 def _start(

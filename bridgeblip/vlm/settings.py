@@ -55,7 +55,6 @@ class TuneSettings(Settings):
     gradient_checkpointing: bool = setting(
         False, "compute activations again instead of keeping them: less memory, more time"
     )
-    report_to: str = setting("", "a service that Trainer reports to beside TensorBoard, as wandb")
 
     def __post_init__(self):
         super().__post_init__()

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict
 from huggingface_hub.utils import WeakFileLock
-from safetensors.torch import save_file
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bridgeblip import InputError
@@ -222,12 +220,7 @@ def _write(reader: TensorReader, sources: dict[str, str], folder: Path) -> str:
     """Write tensors under their new names, and the small files; return a digest of the tensors."""
     read = reader.read(list(sources.values()))  # mapped: no more is in memory than a shard
     tensors = {name: read[source] for name, source in sources.items()}
-    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
-    for file, names in tqdm(shards.filename_to_tensors.items(), "slicing", unit="shard"):
-        save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)
     for pattern in SMALL_FILES:
         for path in reader.folder.rglob(pattern):
             if path.name not in (INDEX_FILE, SLICE_FILE):
@@ -297,13 +290,12 @@ def describe_budget(
     if total <= limit:
         return True, f"{total:,} parameters, each counted once, of at most {limit:,}"
     above = f"{total:,} parameters, each counted once, are above the budget of {limit:,}"
-    left = count_parameters(whole)
+    model = empty_model(whole)
+    left = model.num_parameters()
     try:
-        sizes = [
-            sum(p.numel() for p in layer.parameters()) for layer in layers_of(empty_model(whole))[1]
-        ]
-        for count in range(len(sizes) - 1, 0, -1):
-            left -= sizes[count - 1]
+        _, stack = layers_of(model)
+        for count in range(len(stack) - 1, 0, -1):
+            left -= sum(parameter.numel() for parameter in stack[count - 1].parameters())
             if left <= limit:
                 slice_config(whole, f"block-{count}")
                 return False, f"{above}: --layers block-{count} would have {left:,}"

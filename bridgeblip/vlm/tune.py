@@ -12,18 +12,17 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from bridgeblip import InputError
-from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
 from bridgeblip.evidence.texts import score_answers, score_captions, write_text_report
 from bridgeblip.files import replace_folder, require_writable, write_text
 from bridgeblip.machine import process_rank
+from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
     BestKeeper,
     Patience,
@@ -32,21 +31,23 @@ from bridgeblip.training.callbacks import (
     StateKeeper,
     history_table,
     in_notebook,
-    tensorboard,
     validations,
 )
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, newest_state, read_state
-from bridgeblip.training.stopping import Stopper, TrainingStopped, in_one_line
+from bridgeblip.training.state import STATE_FOLDER, newest_state
+from bridgeblip.training.stopping import in_one_line
 from bridgeblip.training.trainer import (
     AveragingTrainer,
     TrainingQuestions,
-    accuracy,
+    keep_before,
+    measure_letters,
     optimizer,
+    read_before,
     training_arguments,
 )
-from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT, to_model
+from bridgeblip.vlm.answer import Tuned, answer_texts
+from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT
 from bridgeblip.vlm.families import load_model
 from bridgeblip.vlm.learner import Collator, Teacher, load_learner
 from bridgeblip.vlm.plan import Plan, plan_tuning
@@ -59,7 +60,6 @@ from bridgeblip.vlm.settings import (
 )
 
 REPORT_FILE = "report.html"
-BEFORE_FILE = "before.json"  # the texts written before any tuning
 
 
 @dataclass(frozen=True)
@@ -112,40 +112,23 @@ def tune(
         resumed = newest_state([out], plan.identity)
         teacher = Teacher(load_learner(plan), plan)
         trainer, keeper = _trainer(plan, teacher)
-        if process.is_main_process and not (resumed and read_state(resumed)["done"]):
-            trainer.add_callback(tensorboard(out))
-        trainer.go(resumed, keeper.stopper)
-        if keeper.leaving:
-            raise TrainingStopped(
-                f"stopped on request after step {trainer.state.global_step} of "
-                f"{trainer.state.max_steps}; all is saved in {out / STATE_FOLDER}: run the same "
-                f"again to go on"
-            )
+        trainer.go(resumed, keeper)
         return _conclude(trainer, plan)
 
 
 def write_texts(model: nn.Module, plan: Plan, questions: Sequence[Question]) -> list[str]:
     """Return what a model writes for each question; several processes share the work."""
-    size, written = 2 * plan.train.batch_size, []
-    with plan.process.split_between_processes(list(range(len(questions)))) as own:
-        for begin in range(0, len(own), size):
-            rows = own[begin : begin + size]
-            some = [questions[row] for row in rows]
-            batch = plan.batches.ask(some, [open_picture(question.image) for question in some])
-            batch = to_model(model, batch)
-            texts = plan.batches.write(model, batch, BEAMS[plan.settings.task], LONGEST_TEXT)
-            written.extend(zip(rows, texts, strict=True))
-    everyone = dict(gather_object(written))
-    return [everyone[row] for row in range(len(questions))]
+    how = {"batch_size": 2 * plan.train.batch_size, "most": LONGEST_TEXT}
+    beams = BEAMS[plan.settings.task]
+    return answer_texts(Tuned(model, plan.batches), questions, beams=beams, **how)[0]
 
 
 def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeeper]:
     settings, train = plan.settings, plan.train
     bf16 = plan.dtype == torch.bfloat16 and settings.method == "full"
-    report_to = [settings.report_to] if settings.report_to else []
     trainer = AveragingTrainer(
         teacher,
-        training_arguments(plan.out, train, plan.dtype, bf16, report_to),
+        training_arguments(plan.out, train, plan.dtype, bf16),
         train_dataset=TrainingQuestions(plan.training, train.seed, train.shuffle_choices),
         eval_dataset=plan.validation,
         data_collator=Collator(plan),
@@ -155,10 +138,10 @@ def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeepe
     # The mean over a batch's rows is divided by the accumulated steps, not by their tokens.
     trainer.model_accepts_loss_kwargs = False
     groups = picture_groups(plan.validation)
-    trainer.compute_metrics = partial(accuracy, groups=groups)
+    trainer.compute_metrics = partial(measure_letters, trainer, [plan.out], groups)
     if not plan.letters:
         trainer.compute_metrics = partial(_score_texts, trainer, plan)
-    keeper = StateKeeper([plan.out], plan.identity, trainer.averages, Stopper(), train.save_minutes)
+    keeper = StateKeeper([plan.out], plan.identity, trainer.averages, train.save_minutes)
     trainer.add_callback(SelfCheck(teacher))
     trainer.add_callback(Progress(live=in_notebook() and plan.letters > 0))
     trainer.add_callback(BestKeeper(partial(_write_run, trainer, plan), plan.metric))
@@ -171,8 +154,7 @@ def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeepe
 def _score_texts(trainer: AveragingTrainer, plan: Plan, prediction: Any) -> dict[str, float]:
     """Measure what the model writes for the validation questions; the very first is kept."""
     texts = write_texts(trainer.model.model, plan, plan.validation)
-    if trainer.state.global_step == 0 and plan.process.is_main_process:
-        write_text(plan.out / BEFORE_FILE, json.dumps(texts, ensure_ascii=False))
+    keep_before(trainer, [plan.out], texts)
     references = [question.references for question in plan.validation]
     score = score_captions if plan.settings.task == "caption" else score_answers
     return score(references, texts)
@@ -192,8 +174,11 @@ def _write_run(trainer: AveragingTrainer, plan: Plan) -> None:
     replace_folder(plan.out / (MODEL_FOLDER if full else ADAPTER_FOLDER), fill)
     latest = trainer.state.log_history[-1].items()
     measured = {n.removeprefix("eval_"): v for n, v in latest if n.startswith("eval_")}
-    facts = plan.facts | {"validation": measured}
-    write_text(plan.out / RUN_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    _write_facts(plan.out, plan.facts | {"validation": measured})
+
+
+def _write_facts(out: Path, facts: dict) -> None:
+    write_text(out / RUN_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def _take_best(trainer: AveragingTrainer, plan: Plan) -> None:
@@ -225,24 +210,36 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
     _take_best(trainer, plan)
     history, questions = history_table(log, plan.metric), plan.validation
     report, probabilities, texts = plan.out / REPORT_FILE, None, []
-    named = ("base", "revision", "task", "method", "settings", "train", "dtype", "pictures")
+    named = (
+        "base",
+        "revision",
+        "layers",
+        "task",
+        "method",
+        "settings",
+        "train",
+        "dtype",
+        "pictures",
+    )
     about = {"manifest": {key: plan.facts[key] for key in named}}
     about["data"] = f"{len(questions):,} validation questions"
+    about["before"] = read_before([plan.out], len(questions))
     if plan.letters:
         probabilities = trainer.answer(questions)
+        margin = trainer.permutation_margin(questions, probabilities)
         about["blank_probabilities"] = trainer.answer(questions, Collator(plan, blank=True))
         before = history["accuracy"].dropna().iloc[0]
         write = partial(write_report, report, questions, probabilities)
         about["references"] = {"before tuning": before}
+        if plan.process.is_main_process:
+            _write_facts(plan.out, read_run(plan.out) | {"permute_below": margin})
     else:
         trainer.model.eval()
         texts = write_texts(trainer.model.model, plan, questions)
-        about["before"] = json.loads((plan.out / BEFORE_FILE).read_text(encoding="utf-8"))
         write = partial(write_text_report, report, plan.settings.task, questions, texts)
     if plan.process.is_main_process:
         facts = write(**about)
         best = max(validations(log, plan.metric)[0])
-        print(
-            f"best epoch: {plan.metric} {best:.3f}. {facts['verdict']['sentence']} More in {report}"
-        )
+        print(f"best epoch: {plan.metric} {best:.3f}")
+        print(say("verdict", sentence=facts["verdict"]["sentence"], report=report))
     return TuneResult(history, questions, probabilities, texts)

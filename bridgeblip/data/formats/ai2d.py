@@ -8,7 +8,8 @@ have no picture here: the letters must be drawn into it first.
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridgeblip.data.formats import Entry, load_json
+from bridgeblip.data.formats import load_json
+from bridgeblip.data.questions import Question
 
 FORM = (
     "AI2D's questions/0.png.json and so on, each an object with imageName and questions that have "
@@ -16,11 +17,11 @@ FORM = (
 )
 
 
-def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
+def entries(path: Path, images: Path, seed: int) -> Iterator[Question]:
     """Yield every question of a diagram."""
     diagram = load_json(path)
     for question, record in diagram["questions"].items():
         picture = None if record["abcLabel"] else images / diagram["imageName"]
         name = f"ai2d-{record['questionId']}"
         choices, answer = record["answerTexts"], record["correctAnswer"]
-        yield Entry(name, None, picture, question, choices, answer)
+        yield Question(name, picture, question, choices, answer)

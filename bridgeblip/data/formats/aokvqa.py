@@ -9,7 +9,8 @@ split, it is the one that holds the pictures as their ``path`` says.
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridgeblip.data.formats import Entry, load_json
+from bridgeblip.data.formats import load_json
+from bridgeblip.data.questions import Question
 
 FORM = (
     "A-OKVQA's aokvqa_v1p0_train.json or aokvqa_v1p0_val.json, a list of questions with split, "
@@ -17,7 +18,7 @@ FORM = (
 )
 
 
-def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
+def entries(path: Path, images: Path, seed: int) -> Iterator[Question]:
     """Yield every question; the test file's have no answer."""
     for record in load_json(path):
         name = f"aokvqa-{record['question_id']}"
@@ -28,4 +29,5 @@ def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
             picture = images / f"{split}2017" / f"{int(record['image_id']):012d}.jpg"
         else:
             picture = images / record["image"]["path"]
-        yield Entry(name, split, picture, record["question"], record["choices"], answer)
+        asked, choices = record["question"], record["choices"]
+        yield Question(name, picture, asked, choices, answer, split=split)

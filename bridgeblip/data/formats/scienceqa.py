@@ -9,7 +9,8 @@ each problem names its split.
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridgeblip.data.formats import Entry, load_json
+from bridgeblip.data.formats import load_json
+from bridgeblip.data.questions import Question
 
 FORM = (
     "ScienceQA's problems.json, an object that maps numbers to problems with question, choices, "
@@ -17,11 +18,12 @@ FORM = (
 )
 
 
-def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
+def entries(path: Path, images: Path, seed: int) -> Iterator[Question]:
     """Yield every problem; many can't be answered without the hint, which stands first."""
     for number, problem in load_json(path).items():
         split, image = problem["split"], problem["image"]
         picture = images / split / number / image if image else None
         question = f"{problem['hint']} {problem['question']}"
         answer, choices = problem["answer"], problem["choices"]
-        yield Entry(f"scienceqa-{number}", split, picture, question, choices, answer)
+        name = f"scienceqa-{number}"
+        yield Question(name, picture, question, choices, answer, split=split)

@@ -7,7 +7,8 @@ The folder of pictures is ``SEED-Bench-image/``. Questions about videos have no 
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridgeblip.data.formats import Entry, load_json
+from bridgeblip.data.formats import load_json
+from bridgeblip.data.questions import Question
 
 FORM = (
     "SEED-Bench's SEED-Bench.json, an object whose questions have data_id, data_type, question_id, "
@@ -15,11 +16,11 @@ FORM = (
 )
 
 
-def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
+def entries(path: Path, images: Path, seed: int) -> Iterator[Question]:
     """Yield every question."""
     for record in load_json(path)["questions"]:
         picture = images / record["data_id"] if record["data_type"] == "image" else None
         choices = [record[f"choice_{letter}"] for letter in "abcd"]
         answer = "ABCD".index(record["answer"])
         name = f"seedbench-{record['question_id']}"
-        yield Entry(name, None, picture, record["question"], choices, answer)
+        yield Question(name, picture, record["question"], choices, answer)

@@ -9,7 +9,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from bridgeblip.data.formats import Entry, load_json
+from bridgeblip.data.formats import load_json
+from bridgeblip.data.questions import Question
 
 FORM = (
     "Visual7W's dataset_v7w_telling.json, an object whose images have filename, split and qa_pairs "
@@ -17,7 +18,7 @@ FORM = (
 )
 
 
-def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
+def entries(path: Path, images: Path, seed: int) -> Iterator[Question]:
     """Yield every question of every picture."""
     for image in load_json(path)["images"]:
         picture = images / image["filename"]
@@ -27,4 +28,5 @@ def entries(path: Path, images: Path, seed: int) -> Iterator[Entry]:
             place = random.Random(f"{seed} {pair['qa_id']}").randrange(len(choices) + 1)
             choices.insert(place, pair["answer"])
             name = f"visual7w-{pair['qa_id']}"
-            yield Entry(name, image["split"], picture, pair["question"], choices, place)
+            split = image["split"]
+            yield Question(name, picture, pair["question"], choices, place, split=split)
