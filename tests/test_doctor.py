@@ -195,7 +195,7 @@ def bare_weights(home, monkeypatch):
 
 
 def other_prompt(home, monkeypatch):
-    monkeypatch.setattr(processing, "PROMPT_TEMPLATE", "{question} {options}")
+    monkeypatch.setattr(processing.QuestionProcessor, "template", "{question} {options}")
 
 
 def given(**changes):
