@@ -290,7 +290,7 @@ def ablate(
         identity = json.loads(json.dumps(common | {"arm": cut, "settings": asdict(seeded)}))
         path = out / "runs" / f"{arm.name.replace(' ', '-')}.{seed}.json"
         train = partial(_train_arm, loader, arm, encoded, training, validation, seeded)
-        runs.append({"arm": arm.name, "seed": seed, **_kept_run(path, identity, train)})
+        runs.append({"arm": arm.name, "seed": seed, **kept_run(path, identity, train)})
     runs = pd.DataFrame(runs)
     summary = summarise(runs, picture_groups(validation))
     verdict = judge_claim(runs, summary, guessing(validation))
@@ -313,7 +313,7 @@ def _embedded_questions() -> Path:
     return folder / "train.csv"
 
 
-def _kept_run(path: Path, identity: dict, train: Callable[[], dict]) -> dict:
+def kept_run(path: Path, identity: dict, train: Callable[[], dict]) -> dict:
     """The run that a file holds, if it is whole and of the same experiment; else a new one, kept
     there."""
     if path.is_file():
@@ -494,7 +494,7 @@ def _draw_curves(axes: Axes, runs: pd.DataFrame, arms: Sequence[Arm], title: str
     axes.legend(frameon=False)
 
 
-def _interval(found: Estimate, show: Callable[[float], str]) -> str:
+def interval(found: Estimate, show: Callable[[float], str]) -> str:
     around = "" if found.low is None else f" ({show(found.low)} to {show(found.high)})"
     return show(found.value) + around  # nothing around it where pictures are too few
 
@@ -509,8 +509,8 @@ def _page(summary: pd.DataFrame, verdict: str, facts: dict[str, str]) -> str:
             "drop": f"{arm['drop']:.3f}",
             "mean loss": f"{arm['mean']:.3f}",
             "spread": f"{arm['spread']:.3f}",
-            "accuracy after": _interval(arm["accuracy"], "{:.3f}".format),
-            f"points from {CLAIMED}": "" if name == CLAIMED else _interval(arm["against"], points),
+            "accuracy after": interval(arm["accuracy"], "{:.3f}".format),
+            f"points from {CLAIMED}": "" if name == CLAIMED else interval(arm["against"], points),
             "trained parameters": f"{arm['trained']:,.0f}",
             "seconds": f"{arm['seconds']:.0f}",
         }

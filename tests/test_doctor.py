@@ -590,7 +590,7 @@ def test_doctor_looks_at_what_it_is_told_of_the_stage(home, monkeypatch, tmp_pat
     for arguments, found in (
         (
             "--stage train --report-to nope --csv competition/train.csv --base base",
-            "report_to is 'nope'",
+            "'nope', which is not installed here",
         ),
         (
             f"--stage export --weights {weights} --dtype bfloat16",

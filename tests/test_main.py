@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,11 @@ NAMES = ("demo", "doctor", "prepare", "train", "tune", "merge", "export", "share
          "blend", "evaluate")  # fmt: skip
 
 
+def _seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_names_every_verb_loads_nothing_heavy_and_is_quick():
     script = (
         "import sys; from bridgeblip.__main__ import build_parser; "
@@ -38,9 +43,9 @@ def test_help_names_every_verb_loads_nothing_heavy_and_is_quick():
     command = [sys.executable, "-c", script]
     quickest = 9.0
     for _ in range(3):  # a busy machine may be slow once
-        began = time.perf_counter()
+        began = _seconds_of_children()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        quickest = min(quickest, time.perf_counter() - began)
+        quickest = min(quickest, _seconds_of_children() - began)
     assert tuple(VERBS) == NAMES and all(f"  {verb} " in done.stdout for verb in NAMES)
     assert done.stdout.rstrip().endswith("[]") and quickest < 0.5
     assert "130 interrupted" in done.stdout and "3 answers to rows" in done.stdout

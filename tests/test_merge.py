@@ -18,13 +18,21 @@ from bridgeblip.vlm.families import load_model, load_processor
 from bridgeblip.vlm.learner import attach_lora
 from bridgeblip.vlm.merge import logits_of, merge, parted, probe
 from bridgeblip.vlm.settings import TuneSettings
+from bridgeblip.vlm.slicing import slice_model
 
 
-def run_of(family, folder, method="lora", **facts):
-    """A run whose adapter does something, as ``tune`` leaves it; returns (run, base)."""
-    base = families.save(family, folder / "base")
+def run_of(family, folder, method="lora", layers=(), **facts):
+    """A run whose adapter does something, as ``tune`` leaves it; returns (run, base).
+
+    Args:
+        layers: those of four that stay; none: the base has two, and all stay.
+    """
+    base = source = families.save(family, folder / "base", layers=4 if layers else 2)
+    if layers:
+        source, kept = slice_model(base, None, layers)
+        facts |= {"layers": layers, "tensors": kept["tensors"]}
     bits = method == "qlora"
-    model = attach_lora(load_model(base, bits=bits), TuneSettings(rank=4))
+    model = attach_lora(load_model(source, bits=bits), TuneSettings(rank=4))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)

@@ -191,7 +191,7 @@ BAD = {
     "--method half": r"expected one of",
     "--pixels 99": r"pixels",
     "--rank -1": r"rank is -1",
-    "--report-to wandb": r"report_to is 'wandb', which is not installed here.*pip install wandb",
+    "--report-to wandb": r"report_to is 'wandb': .*pip install wandb",
     "--base /not/there": r"no model can be loaded from /not/there",
 }
 

@@ -36,7 +36,9 @@ FACTS = {"letters": LETTERS, "settings": SETTINGS, "permute_below": 0.01}
 
 @pytest.fixture(scope="module", params=["llava", "internvl"])
 def run(request, tmp_path_factory):
-    return run_of(request.param, tmp_path_factory.mktemp(request.param), **FACTS)[0]
+    """Of a base of whose four decoder layers two have stayed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return run_of(request.param, folder, layers=[0, 3], **FACTS)[0]
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,7 @@ def test_alone_it_answers_and_says_what_it_is(path, bundle, competition, tmp_pat
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert ", decoder layers [0, 3]" in done.stdout
     assert "E. e" in done.stdout and "answers     A, B, C, D, E" in done.stdout
     assert done.stdout.count("\nprompt ") == 1 and "A. {choice}\\nB. {choice}" in done.stdout
     expected = bundled.predict(bundle, read_questions(csv))

@@ -34,8 +34,8 @@ def write_files(folder: Path, pictures: int) -> dict[str, Path]:
     """Write so many pictures of four digits, a four-choice question and a caption of each."""
     (folder / "pictures").mkdir(parents=True)
     asked, captions = [], []
-    groups = digit_pictures()
-    shown = [pair for pair in groups["pretrain"] + groups["train"] if pair[1] < 4]
+    every = [pair for group in digit_pictures().values() for pair in group]
+    shown = [pair for pair in every if pair[1] < 4]
     for place, (picture, digit) in enumerate(shown[:pictures]):
         name = f"pictures/{place}.png"
         picture.save(folder / name)
@@ -60,7 +60,7 @@ def learn(family: str, task: str, data: Path, folder: Path, epochs: int, rate: f
     return tune(base, data, folder / f"run-{family}-{task}", settings, train)
 
 
-def checks(pictures: int = 600, epochs: int = 60) -> list[tuple[str, str, str, bool]]:
+def checks(pictures: int = 700, epochs: int = 60) -> list[tuple[str, str, str, bool]]:
     """What is asked and measured, a row a check, as ``verify.py`` shows it."""
     folder, rows = Path(tempfile.mkdtemp()), []
     files = write_files(folder / "data", pictures)
@@ -89,7 +89,7 @@ def checks(pictures: int = 600, epochs: int = 60) -> list[tuple[str, str, str, b
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=600)
+    parser.add_argument("--pictures", type=int, default=700)
     parser.add_argument("--epochs", type=int, default=60)
     arguments = parser.parse_args()
     found = checks(arguments.pictures, arguments.epochs)

@@ -198,11 +198,11 @@ def start_by_copying(attention: nn.Module) -> None:
 
 def augment(pixels: torch.Tensor) -> torch.Tensor:
     """Turn, scale and shift each picture a little; ``pixels`` is (B, 3, S, S), normalised."""
-    n = len(pixels)
-    angle = (torch.rand(n) - 0.5) * 0.5  # about +-14 degrees
-    scale = 1 + (torch.rand(n) - 0.5) * 0.3
+    n, device = len(pixels), pixels.device
+    angle = (torch.rand(n, device=device) - 0.5) * 0.5  # about +-14 degrees
+    scale = 1 + (torch.rand(n, device=device) - 0.5) * 0.3
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    shift = (torch.rand(n, 2) - 0.5) * 0.3
+    shift = (torch.rand(n, 2, device=device) - 0.5) * 0.3
     theta = torch.stack(
         [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
     )

@@ -19,9 +19,9 @@ from bridgeblip import InputError
 from bridgeblip.bundle.export import export_device, write_bundle
 from bridgeblip.bundle.gate import ParityGate
 from bridgeblip.data.questions import NUM_CHOICES, Question
-from bridgeblip.vlm.answer import find_tuned, load_adapter, load_batches
+from bridgeblip.vlm.answer import find_tuned, load_batches, load_tuned
 from bridgeblip.vlm.batches import LETTER_PROMPT, MARK, Batches
-from bridgeblip.vlm.families import empty_model, image_kwargs, load_model
+from bridgeblip.vlm.families import empty_model, image_kwargs
 from bridgeblip.vlm.merge import probe
 from bridgeblip.vlm.processing import ChatProcessor
 
@@ -117,16 +117,14 @@ def export_chat(
         InputError: if the family, its pictures or the task don't fit into one file.
         ParityError: if the logits part; nothing is written then.
     """
-    out, (source, revision, run, adapter) = Path(out), find_tuned(model)
+    out, (source, revision, run, _) = Path(out), find_tuned(model)
     batches = load_batches(source, revision, run)
     processor = make_processor(batches, run, model)
     batch = _compared_batch(processor, batches, model)
     config = batches.config
     stored = run.get("dtype") or str(config.dtype or torch.float32).removeprefix("torch.")
     kind = getattr(torch, dtype or stored)
-    loaded = load_model(source, revision, device=export_device(kind))
-    if adapter is not None:
-        loaded = load_adapter(loaded, adapter)
+    loaded = load_tuned(model, export_device(kind), torch.float32, bits=False).model
     gate = ParityGate(batch, AsTransformers(loaded, processor.letter_ids), torch.float32)
     merged = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
     wrapper = TraceableChat(merged, processor.letter_ids).eval()

@@ -87,10 +87,8 @@ def plan_tuning(
     require_service(train.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
     base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
-    config = whole = load_config(base, revision)
-    layers = []
-    if settings.layers:
-        config, layers = slice_config(whole, settings.layers)
+    whole = load_config(base, revision)
+    config, layers = slice_config(whole, settings.layers) if settings.layers else (whole, [])
     process.print(describe_budget(whole, config)[1])
     start = _start(continue_from, base, layers, settings)
     processor = load_processor(base, revision, settings.pixels or None)

@@ -19,7 +19,7 @@ from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
-from bridgeblip.evidence.texts import score_answers, score_captions, write_text_report
+from bridgeblip.evidence.texts import score_texts, write_text_report
 from bridgeblip.files import replace_folder, require_writable, write_text
 from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
@@ -155,9 +155,7 @@ def _score_texts(trainer: AveragingTrainer, plan: Plan, prediction: Any) -> dict
     """Measure what the model writes for the validation questions; the very first is kept."""
     texts = write_texts(trainer.model.model, plan, plan.validation)
     keep_before(trainer, [plan.out], texts)
-    references = [question.references for question in plan.validation]
-    score = score_captions if plan.settings.task == "caption" else score_answers
-    return score(references, texts)
+    return score_texts(plan.settings.task, plan.validation, texts)
 
 
 def _write_run(trainer: AveragingTrainer, plan: Plan) -> None:

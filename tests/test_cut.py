@@ -1,0 +1,91 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import cut
+from experiments.cut import WHOLE, Run
+
+
+def made(accuracies: dict[str, float], base="tiny", rank=96, seeds=2) -> list[dict]:
+    """Runs that answer so many of 200 questions, by layers."""
+    runs = []
+    for layers, accuracy in accuracies.items():
+        for seed in range(seeds if rank else 1):
+            run = Run(base, layers, rank, seed=seed)
+            right = (np.arange(200) % 100 < 100 * accuracy).astype(int)
+            fields = {"base": base, "layers": layers, "rank": rank, "questions": 0, "seed": seed}
+            found = {"kept": run.kept, "kind": run.kind, "right": right.tolist(), "trained": 9}
+            runs.append(fields | found)
+    return runs
+
+
+@pytest.fixture
+def summary() -> pd.DataFrame:
+    bridged = {WHOLE: 0.9, "even-22": 0.9, "even-20": 0.8, "even-18": 0.9, "block-22": 0.89}
+    bridged |= {"block-20": 0.89, "every-third": 0.7}
+    runs = made(bridged) + made({"even-22": 0.5, "block-22": 0.6}, rank=0)
+    return cut.summarise(pd.DataFrame(runs), np.arange(200) // 4)
+
+
+def test_every_run_has_a_file_of_its_own():
+    runs = list(cut.runs_of(list(cut.BASES), cut.PARTS, 3))
+    assert len({run.file for run in runs}) == len(runs) == len(set(runs))
+    kept = {run.kept for run in runs}
+    assert kept == {24, *cut.KEPT}
+
+
+def test_what_tells_most_runs_first():
+    runs = list(cut.runs_of(["tiny"], cut.PARTS, 3))
+    assert [run.rank for run in runs[:20]].count(0) == 19
+    assert {run.seed for run in runs[19:38]} == {0}
+
+
+def test_a_cut_is_held_against_all_layers_with_the_same_seeds(summary):
+    found = summary.set_index(["layers", "rank"])["against"]
+    assert found["even-20", 96].value == pytest.approx(-0.1)
+    assert found["even-22", 0].value == pytest.approx(-0.4)
+    assert found[WHOLE, 96].value == 0
+
+
+def test_where_all_layers_have_not_run_nothing_is_said():
+    summary = cut.summarise(pd.DataFrame(made({"even-22": 0.9})), np.arange(200) // 4)
+    assert summary["against"].isna().all()
+    assert cut.deepest(summary, "tiny", "even") == 24
+
+
+def test_a_cut_behind_one_that_does_not_hold_does_not_count(summary):
+    assert cut.deepest(summary, "tiny", "even") == 22  # 18 holds, 20 does not
+    assert cut.deepest(summary, "tiny", "block") == 20
+    verdict = cut.judge(summary, ["tiny"])
+    assert "22 of 24 layers spread evenly and 20 of 24 layers a block" in verdict
+
+
+def test_the_page_names_what_has_not_run(summary, tmp_path):
+    text = cut.page(summary, "All held.", [Run("tiny", "even-4", 384, 60, 2)], {"date": "today"})
+    assert "1 runs of the whole: tiny, rank 384, 60 questions, seeds 2: 1" in text
+    assert "unbridged" in text and "-10.0" in text
+    cut.cut_figure(summary, ["tiny"]).savefig(tmp_path / "cut.png")
+
+
+def test_a_run_is_kept_and_taken_again(tmp_path, monkeypatch, capsys):
+    class Quick(cut.Bench):
+        def __init__(self):
+            self.training, self.test, self.digest = [None] * 8, [None] * 200, "x"
+            self.groups, self.measured = np.arange(200) // 4, []
+
+        def measure(self, run):
+            self.measured.append(run)
+            return {"right": [1, 0] * 100, "trained": 5, "seconds": 1}
+
+    benches = []
+    monkeypatch.setattr(cut, "Bench", lambda: benches.append(Quick()) or benches[-1])
+    words = ["--bases", "tiny", "--parts", "depth", "--seeds", "1", "--out", str(tmp_path)]
+    assert cut.main(words) == cut.main(words) == 0
+    assert len(benches[0].measured) == 38 and not benches[1].measured
+    kept = json.loads((tmp_path / "runs" / Run("tiny", "even-4", 96).file).read_text())
+    assert kept["identity"]["run"]["layers"] == "even-4"
+    assert "holds down to 4 of 24 layers" in capsys.readouterr().out
+    assert (tmp_path / "cut.png").is_file()
+    assert "tiny, rank 96, all questions, seeds 1, 2: 38" in (tmp_path / "cut.md").read_text()
