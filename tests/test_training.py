@@ -122,12 +122,13 @@ def test_a_new_machine_gets_everything_back_from_the_copy(base, competition, tmp
 
     first = run()
     names = {"weights-0.pt", "weights-1.pt", "best.json", "report.html", "report.json", "state"}
-    assert names == {path.name for path in (tmp_path / "drive").iterdir()}
+    assert names | {"before.json"} == {path.name for path in (tmp_path / "drive").iterdir()}
     shutil.rmtree(tmp_path / "local")
     again = run()
     assert names <= {path.name for path in (tmp_path / "local").iterdir()} and first.history.equals(
         again.history
     )
+    assert json.loads((tmp_path / "local" / "report.json").read_text())["training"]
     best = choose_weights(tmp_path / "local")[0].name
     (other,) = {"weights-0.pt", "weights-1.pt"} - {best}
     for place in ("local", "drive"):
