@@ -150,7 +150,7 @@ class Bench:
         """What a kept run must agree with."""
         weights = file_digest(BASES[run.base] / "model.safetensors")
         settings = asdict(run.settings) if run.rank else {}
-        for name in (*NOT_THE_RESULT, "report_to"):
+        for name in NOT_THE_RESULT:
             settings.pop(name, None)
         facts = {"run": asdict(run), "weights": weights, "questions": self.digest}
         return json.loads(json.dumps(facts | {"settings": settings}))
