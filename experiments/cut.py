@@ -37,7 +37,7 @@ from bridgeblip.evidence.metrics import clustered_difference, clustered_mean, pi
 from bridgeblip.evidence.page import points
 from bridgeblip.files import cache_folder, digest_of, file_digest, require_writable, write_text
 from bridgeblip.training.layers import REFERENCE_RANK, decoder_layers, rank_for
-from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.trainer import (
     AveragingTrainer,
     Opening,
@@ -150,6 +150,8 @@ class Bench:
         """What a kept run must agree with."""
         weights = file_digest(BASES[run.base] / "model.safetensors")
         settings = asdict(run.settings) if run.rank else {}
+        for name in NOT_THE_RESULT:
+            settings.pop(name, None)
         facts = {"run": asdict(run), "weights": weights, "questions": self.digest}
         return json.loads(json.dumps(facts | {"settings": settings}))
 
