@@ -282,7 +282,7 @@ def cut_figure(summary: pd.DataFrame, bases: Sequence[str]) -> Figure:
         axes.set(title=base, xlabel="decoder layers kept", ylim=(0, 1.02), xticks=[*KEPT, DEPTH])
         axes.invert_xaxis()
     panels[0].set_ylabel("accuracy on the test questions")
-    panels[-1].legend(frameon=False, fontsize=8, loc="lower left")
+    panels[-1].legend(frameon=False, fontsize=8, loc="center left")
     return figure
 
 

@@ -24,8 +24,8 @@ def test_every_promised_file_is_there(demo):
         "train.csv", "test.csv", "sample_submission.csv", "train_input_images", "test_input_images"
     }  # fmt: skip
     assert {p.name for p in (out / "checkpoint").glob("*.*")} == {
-        "weights-0.pt", "weights-1.pt", "best.json", "torchscript.pt", "torchscript.pt.sha256", "report.html",
-        "report.json"
+        "weights-0.pt", "weights-1.pt", "best.json", "before.json", "torchscript.pt",
+        "torchscript.pt.sha256", "report.html", "report.json"
     }  # fmt: skip
     assert (out / "report.html").is_file()
     assert list(pd.read_csv(out / "answers.csv").columns) == ["ID", "answer"]

@@ -121,7 +121,7 @@ def test_all_weights_learn_and_the_best_epoch_is_kept(data, tmp_path, monkeypatc
     base = families.save("blip", tmp_path / "base")
     measured = iter((0.1, 0.9, 0.5))
     monkeypatch.setattr(
-        "bridgeblip.vlm.tune.score_captions", lambda *_: {"CIDEr": next(measured, 0.0)}
+        "bridgeblip.evidence.texts.score_captions", lambda *_: {"CIDEr": next(measured, 0.0)}
     )
     settings = TuneSettings(task="caption", method="full", gradient_checkpointing=True)
     run = tmp_path / "run"
@@ -191,7 +191,7 @@ BAD = {
     "--method half": r"expected one of",
     "--pixels 99": r"pixels",
     "--rank -1": r"rank is -1",
-    "--report-to wandb": r"report_to is 'wandb': .*pip install wandb",
+    "--report-to wandb": r"report_to is 'wandb', which is not installed here.*pip install wandb",
     "--base /not/there": r"no model can be loaded from /not/there",
 }
 
