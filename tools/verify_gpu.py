@@ -410,9 +410,10 @@ def parts(check: Check, bundle: Bundle, fitted: list) -> None:
     """What a window of 32 pictures takes, each part alone."""
     paths = list({picture_key(question.image): question.image for question in fitted}.values())
     with ThreadPoolExecutor(LOADERS) as pool:
-        seconds = clock(lambda: list(pool.map(bundle.processor.load_pixels, paths)))
+        loaded = []
+        seconds = clock(lambda: loaded.extend(pool.map(bundle.processor.load_pixels, paths)))
     check.row(f"decoding alone, {LOADERS} threads", "", f"{len(paths) / seconds:.0f} pictures/s")
-    pixels = torch.stack([bundle.processor.load_pixels(path) for path in paths[:32]])
+    pixels = torch.stack(loaded[:32])
     texts = bundle.processor.encode_prompts([bundle.processor.prompt(q) for q in fitted[:32]])
     texts = {name: tensor.to(check.device) for name, tensor in texts.items()}
     with torch.inference_mode(), as_traced():

@@ -7,7 +7,6 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from bridgeblip import InputError
 from bridgeblip.bundle.format import Bundle, as_traced
 from bridgeblip.data.orders import ask_in_orders
-from bridgeblip.data.pictures import LOADERS, load_ahead, picture_key
+from bridgeblip.data.pictures import load_ahead, picture_keys
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
 from bridgeblip.files import write_text
@@ -178,18 +177,8 @@ def as_answers(questions: Sequence[Question], made: Sequence[tuple], width: int)
 
 def _picture_keys(questions: Sequence[Question], quiet: bool) -> list[str]:
     """The key of each question's picture: by content, or by name for a file that can't be read."""
-
-    def key(path: Path) -> str:
-        try:
-            return picture_key(path)
-        except OSError:  # decoding it will say why
-            return str(path)
-
-    paths = list(dict.fromkeys(question.image for question in questions if question.image))
-    with ThreadPoolExecutor(LOADERS) as pool:
-        found = pool.map(key, paths)
-        shown = tqdm(found, "comparing pictures", len(paths), leave=False, disable=quiet)
-        keys = {None: BLANK, **dict(zip(paths, shown, strict=True))}
+    paths = [question.image for question in questions if question.image]
+    keys = {None: BLANK, **picture_keys(paths, quiet, strict=False)}  # decoding says why
     return [keys[question.image] for question in questions]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
+from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 
@@ -136,11 +137,27 @@ def _content_key(path: Path, size: int, changed: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def picture_keys(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return ``picture_key`` of each distinct path; threads read the files, which may lie far."""
+def picture_keys(paths: Iterable[Path], quiet: bool = True, strict: bool = True) -> dict[Path, str]:
+    """Return ``picture_key`` of each distinct path; threads read the files, which may lie far.
+
+    Args:
+        quiet: show no progress.
+        strict: raise for a file that can't be read; else its name stands for its content.
+    """
+
+    def key(path: Path) -> str:
+        try:
+            return picture_key(path)
+        except OSError:
+            if strict:
+                raise
+            return str(path)
+
     paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(LOADERS) as pool:
-        return dict(zip(paths, pool.map(picture_key, paths), strict=True))
+        found = pool.map(key, paths)
+        shown = tqdm(found, "comparing pictures", len(paths), leave=False, disable=quiet)
+        return dict(zip(paths, shown, strict=True))
 
 
 def load_ahead(load: Callable, groups: Iterable[Sequence]) -> Iterator[list[Any]]:
