@@ -172,7 +172,7 @@ def test_measures_equal_scikit_learn(run):
     assert [b["confidence"] for b in found["reliability"]] == pytest.approx(sure)
     rows = np.array([b["rows"] for b in found["reliability"]])
     assert found["calibration_error"] == pytest.approx((rows * np.abs(share - sure)).sum() / 300)
-    assert rows.sum() == 300 and found.confidence == pytest.approx(probabilities.max(1).mean())
+    assert rows.sum() == 300 and found["confidence"] == pytest.approx(probabilities.max(1).mean())
     weights = np.arange(300.0)
     weighted = measure(answers, probabilities, groups, weights)["weighted"]
     assert weighted.value == pytest.approx(accuracy_score(answers, given, sample_weight=weights))
@@ -242,7 +242,7 @@ def test_comparison_is_paired(run):
     assert (
         found["difference"].value
         == pytest.approx(12 / 300)
-        == found["second"].value - found.first.value
+        == found["second"].value - found["first"].value
     )
     assert (
         found["difference"].high - found["difference"].low

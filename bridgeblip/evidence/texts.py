@@ -4,6 +4,7 @@ them; their files, and the page that judges them."""
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.data.tables import read_table
 from bridgeblip.evidence import metrics
-from bridgeblip.evidence.answers import id_column
+from bridgeblip.evidence.answers import Answers, id_column, kept_folder
 from bridgeblip.evidence.captions import cider, meteor, score_captions, tokenized
 from bridgeblip.evidence.report import origin_of, write_page
-from bridgeblip.files import write_text
+from bridgeblip.evidence.submission import problem_lines, write_problems
+from bridgeblip.files import require_writable, write_text
 
 SHOWN = 12  # questions that a section shows with their pictures
 MAIN = {"caption": "CIDEr", "answer": "exact"}  # what a task's model is chosen by
@@ -88,14 +90,35 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_captions(path: str | Path, questions: Sequence[Question], texts: Sequence[str]) -> None:
-    """Write captions as COCO's servers take them: ``[{"image_id": ..., "caption": ...}]``."""
+def captions_path(out: str | Path, csv: str | Path) -> Path:
+    """Return where captions are to be written: ``out`` if that is a JSON file's name, else beside
+    it.
+
+    Raises:
+        InputError: if that is the input, or lies where nothing can be written.
+    """
+    out = Path(out)
+    out = out if out.suffix == ".json" else out.with_name("captions.json")
+    if out.resolve() == Path(csv).resolve():
+        raise InputError(f"{out} would be overwritten, but is the input: choose another --out")
+    require_writable(out.parent)
+    return out
+
+
+def write_captions(
+    out: Path, questions: Sequence[Question], texts: Sequence[str], answers: Answers
+) -> str:
+    """Write captions as COCO's servers take them, ``[{"image_id": ..., "caption": ...}]``, and
+    ``problems.csv`` beside them; say what was written."""
     rows = []
     for question, text in zip(questions, texts, strict=True):
         is_number = question.id.isdecimal() and str(int(question.id)) == question.id
         name = int(question.id) if is_number else question.id
         rows.append({"image_id": name, "caption": text})
-    write_text(Path(path), json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
+    write_text(out, json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
+    write_problems(questions, answers, out)
+    shutil.rmtree(kept_folder(out), ignore_errors=True)
+    return "\n".join([f"wrote {out}: {len(texts)} texts", *problem_lines(questions, answers)])
 
 
 def read_texts(path: str | Path, questions: Sequence[Question]) -> list[str]:
@@ -162,11 +185,11 @@ def write_text_report(
         "task": task,
         "questions": len(questions),
         "pictures": len(np.unique(groups)),
-        "scores": _scores(task, references, texts),
-        "before": None if before is None else _scores(task, references, before),
+        "scores": _scores(task, questions, texts),
+        "before": None if before is None else _scores(task, questions, before),
         "simpler": {
-            "the most frequent right text, always": _scores(task, references, _always(questions)),
-            "its own texts, each given to another picture": _scores(task, references, elsewhere),
+            "the most frequent right text, always": _scores(task, questions, _always(questions)),
+            "its own texts, each given to another picture": _scores(task, questions, elsewhere),
         },
         "exact": metrics.clustered_mean(exact(references, texts), groups),
         "change": None,
@@ -180,10 +203,9 @@ def write_text_report(
     return write_page(out, "texts", facts, judge_texts(facts), worst=worst, main=MAIN[task])
 
 
-def score_texts(
-    task: str, references: Sequence[Sequence[str]], texts: Sequence[str]
-) -> dict[str, float]:
+def score_texts(task: str, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
     """Return the scores of a task's texts: of ``score_captions``, or ``score_answers``."""
+    references = [question.references for question in questions]
     return (score_captions if task == "caption" else score_answers)(references, texts)
 
 
@@ -194,10 +216,11 @@ def _rows(task: str, references: Sequence[Sequence[str]], texts: Sequence[str]) 
     return np.array(cider(*tokenized(references, texts)))
 
 
-def _scores(task: str, references: Sequence[Sequence[str]], texts: Sequence[str]) -> dict:
-    harmonic = meteor(references, texts) if task == "caption" else None
+def _scores(task: str, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
+    """The scores, and METEOR where it can be had: it takes too long to be asked in every epoch."""
+    harmonic = meteor([q.references for q in questions], texts) if task == "caption" else None
     more = {} if harmonic is None else {"METEOR": harmonic}
-    return score_texts(task, references, texts) | more
+    return score_texts(task, questions, texts) | more
 
 
 def _paired(gains: np.ndarray, groups: np.ndarray) -> metrics.Estimate:

@@ -155,7 +155,7 @@ def _score_texts(trainer: AveragingTrainer, plan: Plan, prediction: Any) -> dict
     """Measure what the model writes for the validation questions; the very first is kept."""
     texts = write_texts(trainer.model.model, plan, plan.validation)
     keep_before(trainer, [plan.out], texts)
-    return score_texts(plan.settings.task, [q.references for q in plan.validation], texts)
+    return score_texts(plan.settings.task, plan.validation, texts)
 
 
 def _write_run(trainer: AveragingTrainer, plan: Plan) -> None:
