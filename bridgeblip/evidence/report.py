@@ -88,7 +88,7 @@ def write_report(
         "problems": None if problems is None else problems.to_dict("records"),
         "cost": cost,
     }
-    changed = [] if before is None else _changed(questions, before, probabilities)
+    changed = [] if before is None else _changed(questions, np.asarray(before), probabilities)
     return write_page(
         out,
         "report",
@@ -105,7 +105,7 @@ def write_report(
 
 def _gain(answers, before, after, groups) -> dict[str, Any] | None:
     """What ``metrics.compare`` says of answers; None where there are none from before."""
-    return None if before is None else metrics.compare(answers, before, after, groups)
+    return None if before is None else metrics.compare(answers, np.asarray(before), after, groups)
 
 
 def origin_of(
@@ -265,7 +265,7 @@ def write_comparison(
         "changed": [row for _, _, row, _ in cards],
     }
     verdict = judge_difference(facts["comparison"])
-    return write_page(out, "comparison", facts, verdict, cards=cards, count=SHOWN)
+    return write_page(out, "comparison", facts, verdict, shown=cards, count=SHOWN)
 
 
 def judge_difference(comparison: dict[str, Any]) -> tuple[str, str]:
