@@ -95,22 +95,19 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     path = find_bundle(path)
     with checked(path):
         header = read_header(path)
-        return replace(header, model=_load_model(path, device), device=torch.device(device))
-
-
-def _load_model(path: Path, device: str | torch.device) -> torch.jit.ScriptModule:
-    try:
-        return torch.jit.load(str(path), map_location=device).eval()
-    except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is one
-        if is_out_of_memory(error):
+        try:
+            model = torch.jit.load(str(path), map_location=device).eval()
+        except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise InputError(
+                    f"{path} is no TorchScript file ({str(error)[:200]}): export or copy it again"
+                ) from error
             size = path.stat().st_size / 1e9
             raise InputError(
                 f"no memory on {device} for {path}, {size:.1f} GB: restart this and other "
                 f"notebooks, or take a larger machine"
             ) from error
-        raise InputError(
-            f"{path} is no TorchScript file ({str(error)[:200]}): export or copy it again"
-        ) from error
+    return replace(header, model=model, device=torch.device(device))
 
 
 def read_header(path: str | Path) -> Bundle:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from bridgeblip import InputError
 from bridgeblip.bundle.export import export_device, write_bundle
-from bridgeblip.bundle.gate import ParityGate
+from bridgeblip.bundle.gate import MERGING_SHARE, TRAINED_SHARE, ParityGate
 from bridgeblip.data.questions import NUM_CHOICES, Question
 from bridgeblip.vlm.answer import find_tuned, load_batches, load_tuned
 from bridgeblip.vlm.batches import LETTER_PROMPT, MARK, Batches
@@ -130,11 +130,12 @@ def export_chat(
     wrapper = TraceableChat(merged, processor.letter_ids).eval()
     empty = TraceableChat(empty_model(config), processor.letter_ids)
     drop_dead_work(wrapper, empty, batch["pixel_values"])
-    gate.compare_merged(wrapper)
+    gate.step("merged", wrapper, MERGING_SHARE)
     if kind != torch.float32:
         for parameter in wrapper.parameters():  # buffers, such as angles, stay as they are
             parameter.data = parameter.data.to(kind)
-        gate.compare_cast(wrapper, kind)
+        gate.dtype = kind
+        gate.step(str(kind).removeprefix("torch."), wrapper, TRAINED_SHARE)
     gate.check(out)
     trained = {"base": str(source), "permute_below": None} | run
     trained["layers"] = run.get("layers") or "all"
