@@ -104,7 +104,9 @@ def test_answers_as_the_live_model_does(bundle, live, competition, monkeypatch):
     rows.append(Question("blank", None, "What?", ("a", "b", "c", "d", "e")))
     long = " ".join(["and"] * 3000)
     loaded, load = [], bundle.processor.load_pixels
-    monkeypatch.setattr(bundle.processor, "load_pixels", lambda path: loaded.append(path) or load(path))
+    monkeypatch.setattr(
+        bundle.processor, "load_pixels", lambda path: loaded.append(path) or load(path)
+    )
     ours, theirs = bundled.predict(bundle, rows), answer.predict(live, rows)
     assert len(loaded) == len({row.image.read_bytes() for row in rows[:-1]}) < len(rows) / 2
     np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-5)

@@ -34,6 +34,8 @@ from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
 from bridgeblip.training.trainer import require_service
 
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -112,7 +114,13 @@ def plan_training(
             "budget": budget | {"limit": budget_limit},
             "config": config.to_json_string(),
             "pictures": sorted({keys[q.image][:SHORT_KEY] for q in training}),
-        } | _contract(processor)
+            # What whoever uses the weights must agree on, and the versions that made them.
+            "letters": list(processor.letters),
+            "letter_ids": processor.letter_ids,
+            "prompt": PROMPT_TEMPLATE,
+            "processor": processor.fingerprint,
+            "versions": {name: version(name) for name in PACKAGES},
+        }
         identity = _identity(manifest, questions, keys, process.num_processes)
         manifest["run"] = digest_of({k: v for k, v in identity.items() if k != "versions"})
         refuse_other_run(places, identity)
@@ -195,22 +203,5 @@ def _identity(
     apart = ("config", "budget", "train", "pictures")
     kept = {key: value for key, value in manifest.items() if key not in apart}
     settings = {key: value for key, value in manifest["train"].items() if key not in NOT_THE_RESULT}
-    run = kept | {
-        "settings": settings,
-        "questions": digest_of(rows),
-        "processes": processes,
-    }
-    return json.loads(json.dumps(run))
-
-
-def _contract(processor: QuestionProcessor) -> dict:
-    """What whoever uses the weights must agree on, and the versions that made them."""
-    return {
-        "letters": list(processor.letters),
-        "letter_ids": processor.letter_ids,
-        "prompt": PROMPT_TEMPLATE,
-        "processor": processor.fingerprint,
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "peft", "accelerate")
-        },
-    }
+    more = {"settings": settings, "questions": digest_of(rows), "processes": processes}
+    return json.loads(json.dumps(kept | more))

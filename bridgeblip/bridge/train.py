@@ -2,7 +2,7 @@
 night."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,7 +124,7 @@ def train_model(
         sliced = model.get_base_model() if isinstance(model, PeftModel) else model
         pictures = _cached_pictures(features, sliced, plan)
         grey = plan.processor.blank_pixels[None].to(plan.device)
-        blank = BlankPictures(sliced.encode_image(grey).detach().cpu())
+        blank = partial(blank_pictures, sliced.encode_image(grey).detach().cpu())
         trainer, keeper = _trainer(plan, model, pictures)
         model.has_begun = True
         trainer.go(resumed, keeper)
@@ -171,7 +171,7 @@ def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor])
         )
 
 
-def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> TrainResult:
+def _conclude(trainer: AheadTrainer, plan: Plan, blank: Callable) -> TrainResult:
     """Measure the best epoch's weights, those that exporting takes, and write the report."""
     history = history_table(trainer.state.log_history)
     accuracies, losses = validations(trainer.state.log_history)
@@ -224,22 +224,16 @@ def _load_best(
     if weights.manifest.get("run") != plan.manifest["run"]:
         raise InputError(f"{best} is not this run's, so nothing is reported of it: {remedy}")
     trainer.averages.take(weights.tensors)
-    there = [path for path in paths if path.is_file()]
     for path in paths:
-        if path not in there:
+        if not path.is_file():
             plan.process.print(f"note: {path} is gone; it is not the best, so nothing hangs on it")
-    return there
+    return list(filter(Path.is_file, paths))
 
 
-class BlankPictures:
-    """Gives every question the mean grey picture, encoded once."""
-
-    def __init__(self, embeds: torch.Tensor):
-        self.embeds = embeds
-
-    def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        # Repeated, not expanded: CUDA can't pin a tensor whose rows share their place.
-        return {"image_embeds": self.embeds.repeat(len(questions), 1, 1)}
+def blank_pictures(embeds: torch.Tensor, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+    """Give every question the mean grey picture, encoded once."""
+    # Repeated, not expanded: CUDA can't pin a tensor whose rows share their place.
+    return {"image_embeds": embeds.repeat(len(questions), 1, 1)}
 
 
 def _cached_pictures(
