@@ -16,8 +16,8 @@ from test_merge import run_of
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.bundle import predict as bundled
+from bridgeblip.bundle.export import ParityError
 from bridgeblip.bundle.format import as_traced, load_bundle
-from bridgeblip.bundle.gate import ParityError
 from bridgeblip.bundle.trace import constants_of, graphs
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import NUM_CHOICES, Question, read_questions

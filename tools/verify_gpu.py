@@ -52,8 +52,8 @@ from bridgeblip.bridge.budget import held_memory
 from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
+from bridgeblip.bundle.export import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.format import Bundle, as_traced, load_bundle
-from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.predict import predict
 from bridgeblip.bundle.trace import constants_of, graphs
 from bridgeblip.data.pictures import LOADERS, picture_key

@@ -7,7 +7,7 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.processing import NUM_CHOICES
-from bridgeblip.training.layers import check_decoder_layers
+from bridgeblip.training.settings import check_decoder_layers
 
 
 class BridgeBlipConfig(InstructBlipConfig):

@@ -16,8 +16,7 @@ from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.bundle.export import export_device, write_bundle
-from bridgeblip.bundle.gate import MERGING_SHARE, ParityGate
+from bridgeblip.bundle.export import MERGING_SHARE, ParityGate, export_device, write_bundle
 from bridgeblip.files import file_digest
 from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
 

@@ -29,8 +29,7 @@ from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.files import digest_of, require_writable
 from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
-from bridgeblip.training.layers import BUDGET_LIMIT, decoder_layers
-from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
+from bridgeblip.training.settings import BUDGET_LIMIT, NOT_THE_RESULT, TrainSettings, decoder_layers
 from bridgeblip.training.state import refuse_other_run
 from bridgeblip.training.trainer import require_service
 

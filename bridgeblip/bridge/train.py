@@ -39,8 +39,7 @@ from bridgeblip.training.callbacks import (
     in_notebook,
     validations,
 )
-from bridgeblip.training.layers import BUDGET_LIMIT
-from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, newest_state
 from bridgeblip.training.stopping import copying_to, in_one_line
 from bridgeblip.training.trainer import (

@@ -20,9 +20,8 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.bundle.format import Bundle, as_traced
-from bridgeblip.data.orders import ask_in_orders
 from bridgeblip.data.pictures import load_ahead, picture_keys
-from bridgeblip.data.questions import Question
+from bridgeblip.data.questions import Question, ask_in_orders
 from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import is_out_of_memory, process_rank

@@ -24,8 +24,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bridgeblip import InputError
-from bridgeblip.data.orders import ask_in_orders
-from bridgeblip.data.questions import Question
+from bridgeblip.data.questions import Question, ask_in_orders
 from bridgeblip.evidence.answers import choose_permutation_margin
 from bridgeblip.evidence.metrics import clustered_mean
 from bridgeblip.files import read_json, write_text
