@@ -27,7 +27,7 @@ from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
-from bridgeblip.files import cache_folder, copy_missing, copy_verified, require_writable
+from bridgeblip.files import cache_folder, copy_missing, require_writable
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
     Patience,
@@ -41,7 +41,7 @@ from bridgeblip.training.callbacks import (
 )
 from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, newest_state
-from bridgeblip.training.stopping import copying_to, in_one_line
+from bridgeblip.training.stopping import in_one_line, mirror
 from bridgeblip.training.trainer import (
     TrainingQuestions,
     measure_letters,
@@ -49,7 +49,7 @@ from bridgeblip.training.trainer import (
     read_before,
     training_arguments,
 )
-from bridgeblip.training.weights import best_epoch, load_weights, save_best, weights_path
+from bridgeblip.training.weights import BEST_FILE, best_epoch, load_weights, save_best, weights_path
 
 PROBE_SIZE = 3  # questions whose logits travel with the weights
 REPORT_FILE = "report.html"
@@ -193,11 +193,7 @@ def _conclude(trainer: AheadTrainer, plan: Plan, blank: Callable) -> TrainResult
             data=f"{len(questions):,} validation questions",
         )
         save_best(plan.places[0], accuracies, losses, margin)
-        for place in plan.places[1:]:
-            with copying_to(place):
-                save_best(place, accuracies, losses, margin)
-                for path in (report, report.with_suffix(".json")):
-                    copy_verified(path, place / path.name)
+        mirror(plan.places, [BEST_FILE, REPORT_FILE, report.with_suffix(".json").name])
         print(say("verdict", sentence=facts["verdict"]["sentence"], report=report))
     return TrainResult(history, questions, once, unseen, weights)
 

@@ -20,7 +20,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bridgeblip import InputError
@@ -30,7 +30,7 @@ from bridgeblip.evidence.metrics import clustered_mean
 from bridgeblip.files import read_json, write_text
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.messages import say
-from bridgeblip.training.callbacks import Averages, StateKeeper, tensorboard
+from bridgeblip.training.callbacks import AVERAGES_FILE, Averages, StateKeeper
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, read_state
 from bridgeblip.training.stopping import TrainingStopped
@@ -166,7 +166,7 @@ class AveragingTrainer(Trainer):
             TrainingStopped: if it ends because it was asked to; all is saved.
         """
         if resumed:
-            self.averages.load(resumed)
+            self.averages.take(load_file(resumed / AVERAGES_FILE))
         if self.args.should_save:  # in one process of several
             print(say("resume", state=resumed) if resumed else say("begin"))
             shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a killed save has left
@@ -176,7 +176,10 @@ class AveragingTrainer(Trainer):
             self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             return
         if self.args.should_save:
-            self.add_callback(tensorboard(keeper.folders[0]))
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            folder = keeper.folders[0] / "tensorboard"
+            self.add_callback(TensorBoardCallback(SummaryWriter(str(folder))))
         try:
             with keeper.stopper.listening():
                 self.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -278,8 +281,7 @@ def training_arguments(
 def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over the trainable tensors."""
     trained = list(trainable(model).values())
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    return torch.optim.AdamW(trained, **rates)
+    return torch.optim.AdamW(trained, settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def keep_before(trainer: Trainer, places: Sequence[Path], answers: list) -> None:
