@@ -100,7 +100,11 @@ def in_windows(
     paths = [question.image for question in questions if question.image]
     key_of = {None: BLANK, **picture_keys(paths, rank > 0, strict=False)}  # decoding says why
     keys = [key_of[question.image] for question in questions]
-    windows = _windows(keys)
+    rows_of = {}
+    for row, key in enumerate(keys):
+        rows_of.setdefault(key, []).append(row)
+    groups = list(rows_of.values())
+    windows = [groups[i : i + PICTURES_A_WINDOW] for i in range(0, len(groups), PICTURES_A_WINDOW)]
 
     # What an interrupted run has left is taken only if the same would be done again.
     fingerprint = _fingerprint(questions, keys, settings)
@@ -142,15 +146,6 @@ def _join_processes():
             f"({str(error).splitlines()[0][:200]}): start all with accelerate launch, or unset "
             f"WORLD_SIZE and RANK"
         ) from error
-
-
-def _windows(keys: Sequence[str]) -> list[list[list[int]]]:
-    """Return the rows of each picture, so many pictures a window."""
-    rows_of: dict[str, list[int]] = {}
-    for row, key in enumerate(keys):
-        rows_of.setdefault(key, []).append(row)
-    groups = list(rows_of.values())
-    return [groups[i : i + PICTURES_A_WINDOW] for i in range(0, len(groups), PICTURES_A_WINDOW)]
 
 
 def _fingerprint(questions: Sequence[Question], keys, settings: list) -> str:

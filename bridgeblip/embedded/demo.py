@@ -146,24 +146,18 @@ def run_demo(
     width = scores["answers by"].map(len).max()
     for name, accuracy in scores.itertuples(index=False):
         print(f"{name:{width}}  {accuracy:.3f}  {'█' * round(BAR * accuracy)}")
+    question = read_questions(competition / "test.csv")[0]
+    files = map(os.path.relpath, (out / BUNDLE, question.image))
+    asked = [*files, question.question, *question.choices]
     print(
         f"\nthe bridged model's {len(read_table(out / 'submission.csv'))} answers: {verdict}\n"
         f"next: open {out / 'report.html'} in a browser; the executed notebooks lie beside it.\n"
         "For your own questions put the organiser's files into competition/ "
         "(competition/README.md names the columns)\n"
         "and open train.ipynb on a GPU; without one, ask the model that was just made:\n"
-        f"  {_example(out)}"
+        f"  python -m bridgeblip ask {shlex.join(asked)}"
     )
     return scores
-
-
-def _example(out: Path) -> str:
-    """A command that asks the demo's bundle about one of its pictures."""
-    question = read_questions(out / "competition" / "test.csv")[0]
-    files = map(os.path.relpath, (out / BUNDLE, question.image))
-    return shlex.join(
-        ["python", "-m", "bridgeblip", "ask", *files, question.question, *question.choices]
-    )
 
 
 def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> tuple[pd.DataFrame, str]:

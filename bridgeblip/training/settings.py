@@ -146,27 +146,22 @@ class TrainSettings(Settings):
         """
         if few not in FEW_CHOICES:
             raise InputError(f"few is {few!r}: expected one of {', '.join(FEW_CHOICES)}")
-        profile = FEW if few == "yes" else {}
-        count = _count_pictures(questions) if few == "auto" else FEW_PICTURES
-        if count < FEW_PICTURES:
-            profile = FEW
-            from bridgeblip.machine import process_rank  # slow to import, and the parser waits
+        if few == "auto":
+            # Slow to import, and the parser waits.
+            from bridgeblip.data.pictures import picture_keys
+            from bridgeblip.data.questions import read_questions
+            from bridgeblip.machine import process_rank
 
-            if process_rank()[0] == 0:
+            if isinstance(questions, str | Path):
+                questions = read_questions(questions, strict=False)
+            there = [question.image for question in questions if question.image is not None]
+            count = len(set(picture_keys(there).values()))
+            few = "yes" if count < FEW_PICTURES else "no"
+            if few == "yes" and process_rank()[0] == 0:
                 words = ", ".join(f"{name} {value}" for name, value in FEW.items())
                 print(say("few", count=count, words=words))
+        profile = FEW if few == "yes" else {}
         return cls.given(**profile | {k: v for k, v in changes.items() if v is not None})
-
-
-def _count_pictures(questions: str | Path | Sequence) -> int:
-    """How many distinct pictures there are; those that are missing don't count."""
-    from bridgeblip.data.pictures import picture_keys
-    from bridgeblip.data.questions import read_questions
-
-    if isinstance(questions, str | Path):
-        questions = read_questions(questions, strict=False)
-    there = [question.image for question in questions if question.image is not None]
-    return len(set(picture_keys(there).values()))
 
 
 BUDGET_LIMIT = 3_000_000_000
