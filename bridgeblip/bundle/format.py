@@ -14,7 +14,7 @@ import torch
 from bridgeblip import InputError
 from bridgeblip.bundle.processing import Processor
 from bridgeblip.bundle.whole import checked
-from bridgeblip.machine import is_out_of_memory
+from bridgeblip.machine import FORMATS, is_out_of_memory
 
 BUNDLE_FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -37,7 +37,7 @@ MANIFEST = {
     "letters": _is(list),
     "letter_ids": _is(list),
     "prompt": _is(str),
-    "dtype": lambda name: isinstance(getattr(torch, str(name), None), torch.dtype),
+    "dtype": lambda name: name in FORMATS,
     "config": _is(dict),
     "trained": lambda it: isinstance(it, dict) and _is(float | int)(it.get("permute_below") or 0),
 }
