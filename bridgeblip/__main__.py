@@ -1,9 +1,20 @@
 """The command line, ``bridgeblip VERB``; each verb calls what its notebook calls."""
 
-import argparse
 import os
 import signal
 import sys
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "bridgeblip":
+
+    def _leave(number, frame):
+        """Be quiet where a Ctrl-C comes while what is below is imported."""
+        os.write(2, b"error: interrupted: run the same again\n")
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background
+        signal.signal(signal.SIGINT, _leave)
+
+import argparse
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -81,8 +92,8 @@ NO_CACHE = option("--no-cache", action="store_true", help="keep no image feature
 WEIGHTS = option(
     "--weights",
     type=Path,
-    help="what train wrote, for export a run of tune or a model folder too; by default the best "
-    "beside --out",
+    help="what train wrote, or its folder for the best of it; for export a run of tune or a model "
+    "folder too; by default the best beside --out",
 )
 MODEL = option(
     "--model",
@@ -232,8 +243,9 @@ def merge(args):
 def export(args):
     """Turn weights or a run into the one-file bundle; writes torchscript.pt."""
     from bridgeblip.hosting.ask import is_bundle
+    from bridgeblip.training.weights import weights_in
 
-    if args.weights and not is_bundle(args.weights):
+    if args.weights and not is_bundle(args.weights) and not weights_in(args.weights):
         from bridgeblip.vlm.export import export_chat
 
         if args.base:
@@ -264,10 +276,12 @@ def share(args):
 
 
 def _weights(doing, args):
-    """The weights that were asked for, or the best ones beside ``--out``."""
+    """The weights that were asked for, or the best ones of the folder; by default ``--out``'s."""
     from bridgeblip.training.weights import choose_weights
 
-    weights, why = (args.weights, "as asked") if args.weights else choose_weights(args.out.parent)
+    weights, why = args.weights or args.out.parent, "as asked"
+    if weights.is_dir() or not args.weights:
+        weights, why = choose_weights(weights)
     print(f"{doing} {weights}: {why}")
     return weights
 
@@ -584,7 +598,7 @@ def _press(number, frame):
 
 def run() -> None:
     """The command: it exits with ``main``'s code, and a Ctrl-C then ends it without a traceback."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in the background
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background
         signal.signal(signal.SIGINT, _press)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -18,6 +18,7 @@ from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle.export import MERGING_SHARE, ParityGate, export_device, write_bundle
 from bridgeblip.files import file_digest
+from bridgeblip.machine import number_format
 from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
 
 INPUTS = (
@@ -67,7 +68,7 @@ def restore(
         raise InputError(
             f"{weights} was trained with another tokenizer or image processor than {base} has"
         )
-    dtype = getattr(torch, dtype or manifest.get("dtype", "float32"))
+    dtype = number_format(dtype or manifest.get("dtype", "float32"))
     device = device or export_device(dtype)
     sliced = load_sliced(
         base,

@@ -18,7 +18,7 @@ import torch
 from bridgeblip import InputError
 from bridgeblip.bundle.processing import Processor
 from bridgeblip.files import cache_folder, write_text
-from bridgeblip.machine import is_out_of_memory
+from bridgeblip.machine import FORMATS, is_out_of_memory
 
 # In a process of their own: loading TorchScript keeps Python's lock from all threads.
 SHA256 = (
@@ -46,7 +46,7 @@ MANIFEST = {
     "letters": _is(list),
     "letter_ids": _is(list),
     "prompt": _is(str),
-    "dtype": lambda name: isinstance(getattr(torch, str(name), None), torch.dtype),
+    "dtype": lambda name: name in FORMATS,
     "config": _is(dict),
     "trained": lambda it: isinstance(it, dict) and _is(float | int)(it.get("permute_below") or 0),
 }
@@ -268,8 +268,10 @@ def read_digests(path: Path) -> list[str]:
 
 def recall(path: Path) -> str | None:
     """Return the SHA-256 that a file had when it was last read; None if it has changed since."""
-    state, digest = _memory().get(str(path.resolve()), (None, None))
-    return digest if state == _state(path) else None
+    match _memory().get(str(path.resolve())):
+        case [state, str(digest)] if state == _state(path):
+            return digest
+    return None
 
 
 def remember(path: Path, digest: str) -> None:
@@ -281,8 +283,8 @@ def remember(path: Path, digest: str) -> None:
 
 def _memory() -> dict[str, list]:
     try:
-        return json.loads(_memory_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or damaged
+        return dict(json.loads(_memory_path().read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # not there, or damaged
         return {}
 
 

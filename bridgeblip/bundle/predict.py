@@ -177,11 +177,12 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            content = {}  # torn
-        if content.get("fingerprint") == fingerprint:
-            kept[index] = content["answers"]
-        else:
-            strangers += 1
+            content = None  # torn
+        match content:
+            case {"fingerprint": known, "answers": answers} if known == fingerprint:
+                kept[index] = answers
+            case _:
+                strangers += 1
     if strangers:
         print(
             f"passing over {strangers} windows in {folder}: torn, or of another bundle, question "

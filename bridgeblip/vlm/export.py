@@ -24,6 +24,7 @@ from bridgeblip.bundle.export import (
     write_bundle,
 )
 from bridgeblip.data.questions import NUM_CHOICES, Question
+from bridgeblip.machine import number_format
 from bridgeblip.vlm.answer import find_tuned, load_batches, load_tuned
 from bridgeblip.vlm.batches import LETTER_PROMPT, MARK, Batches
 from bridgeblip.vlm.families import empty_model, image_kwargs
@@ -128,7 +129,7 @@ def export_chat(
     batch = _compared_batch(processor, batches, model)
     config = batches.config
     stored = run.get("dtype") or str(config.dtype or torch.float32).removeprefix("torch.")
-    kind = getattr(torch, dtype or stored)
+    kind = number_format(dtype or stored)
     loaded = load_tuned(model, export_device(kind), torch.float32, bits=False).model
     gate = ParityGate(batch, AsTransformers(loaded, processor.letter_ids), torch.float32)
     merged = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded

@@ -13,7 +13,7 @@ from torch import nn
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.files import replace_folder, require_writable
-from bridgeblip.machine import best_device
+from bridgeblip.machine import best_device, number_format
 from bridgeblip.vlm.answer import load_tuned
 from bridgeblip.vlm.batches import to_model
 from bridgeblip.vlm.settings import MODEL_FOLDER, RUN_FILE, read_run
@@ -84,7 +84,7 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
         bits = _distance_to_bits(run, batch, logits_of(merged, batch))
 
     def fill(folder: Path) -> None:
-        merged.to(getattr(torch, facts["dtype"])).save_pretrained(folder)
+        merged.to(number_format(facts["dtype"])).save_pretrained(folder)
         tuned.batches.processor.save_pretrained(folder)
         shutil.copy(run / RUN_FILE, folder / RUN_FILE)
 
@@ -121,5 +121,5 @@ def _distance_to_bits(run: Path, batch: dict, merged: torch.Tensor) -> float | N
     if importlib.util.find_spec("bitsandbytes") is None:
         print("the distance to the run in 4 bits is not measured: bitsandbytes is not installed")
         return None
-    tuned = load_tuned(run, best_device(), getattr(torch, read_run(run)["dtype"]))
+    tuned = load_tuned(run, best_device(), number_format(read_run(run)["dtype"]))
     return parted(merged, logits_of(tuned.model, batch))

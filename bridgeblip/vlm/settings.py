@@ -73,6 +73,7 @@ class TuneSettings(Settings):
 
 
 RUN_FILE = "run.json"
+NAMED = {"base", "method", "dtype"}  # that it needs to say
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 
@@ -87,6 +88,10 @@ def read_run(folder: str | Path) -> dict:
     if not (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} is no run of tune: it has no {RUN_FILE}")
     run = read_json(folder / RUN_FILE)
+    if lacking := sorted(NAMED - run.keys()):
+        raise InputError(
+            f"{folder / RUN_FILE} lacks {', '.join(lacking)}: copy it again, or tune again"
+        )
     weights = folder / (MODEL_FOLDER if run.get("method") == "full" else ADAPTER_FOLDER)
     if not weights.is_dir():
         raise InputError(f"{weights} is gone: copy the whole folder of the run, or tune again")
