@@ -58,7 +58,7 @@ def slice_config(
     """Return the config of the model with only these layers of its decoder, and their indices.
 
     Args:
-        layers: what ``training.layers.decoder_layers`` takes.
+        layers: what ``training.settings.decoder_layers`` takes.
 
     Raises:
         InputError: if they can't be kept, or anything but the number of layers would change.
