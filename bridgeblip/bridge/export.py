@@ -17,7 +17,7 @@ from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle.export import MERGING_SHARE, ParityGate, export_device, write_bundle
-from bridgeblip.files import file_digest
+from bridgeblip.files import file_digest, without
 from bridgeblip.machine import number_format
 from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
 
@@ -155,7 +155,7 @@ def export_bundle(
     merged = merge_bridge(restored.model)
     gate.step("merged", merged, MERGING_SHARE)
     gate.check(out)
-    trained = {k: v for k, v in restored.manifest.items() if k not in ("probe", "config")}
+    trained = without(restored.manifest, "probe", "config")
     made_from = {"file": weights.name, "sha256": file_digest(weights)}
     about = {
         "kind": "instructblip",

@@ -26,7 +26,7 @@ from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
-from bridgeblip.files import digest_of, require_writable
+from bridgeblip.files import digest_of, require_writable, without
 from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import BUDGET_LIMIT, NOT_THE_RESULT, TrainSettings, decoder_layers
@@ -107,7 +107,7 @@ def plan_training(
             "base": str(base),
             "revision": revision,
             "layers": layers,
-            "bridge": {key: value for key, value in asdict(bridge).items() if key != "layers"},
+            "bridge": without(asdict(bridge), "layers"),
             "train": asdict(settings),
             "dtype": str(precision.dtype).removeprefix("torch."),
             "budget": budget | {"limit": budget_limit},
@@ -121,7 +121,7 @@ def plan_training(
             "versions": {name: version(name) for name in PACKAGES},
         }
         identity = _identity(manifest, questions, keys, process.num_processes)
-        manifest["run"] = digest_of({k: v for k, v in identity.items() if k != "versions"})
+        manifest["run"] = digest_of(without(identity, "versions"))
         refuse_other_run(places, identity)
         return Plan(
             base, revision, layers, settings, bridge, places, training, validation, keys, processor,
@@ -199,8 +199,7 @@ def _identity(
     """What must be the same for a run to go on: its weights' manifest, its questions, its
     processes; and its versions, of which a difference is only named."""
     rows = [[q.id, keys[q.image], q.question, q.choices, q.answer] for q in questions]
-    apart = ("config", "budget", "train", "pictures")
-    kept = {key: value for key, value in manifest.items() if key not in apart}
-    settings = {key: value for key, value in manifest["train"].items() if key not in NOT_THE_RESULT}
+    kept = without(manifest, "config", "budget", "train", "pictures")
+    settings = without(manifest["train"], *NOT_THE_RESULT)
     more = {"settings": settings, "questions": digest_of(rows), "processes": processes}
     return json.loads(json.dumps(kept | more))

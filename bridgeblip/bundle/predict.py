@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.bundle.format import Bundle, as_traced
-from bridgeblip.data.pictures import load_ahead, picture_keys
-from bridgeblip.data.questions import Question, ask_in_orders
+from bridgeblip.data.pictures import load_ahead
+from bridgeblip.data.questions import Question, ask_in_orders, content_keys
 from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import is_out_of_memory, process_rank
@@ -31,7 +31,6 @@ from bridgeblip.messages import say
 PICTURES_A_WINDOW = 32
 # Of the language model, padding included: long prompts come in smaller batches.
 TOKENS_A_BATCH = 8192
-BLANK = "blank"  # key of the picture that stands for a missing one
 PATIENCE = timedelta(minutes=10)  # for the other processes to appear
 WORK = timedelta(days=1)  # for the slowest of them to finish
 
@@ -97,9 +96,7 @@ def in_windows(
     """
     rank, world = process_rank()
     processes = _join_processes() if world > 1 else None
-    paths = [question.image for question in questions if question.image]
-    key_of = {None: BLANK, **picture_keys(paths, rank > 0, strict=False)}  # decoding says why
-    keys = [key_of[question.image] for question in questions]
+    keys = content_keys(questions, quiet=rank > 0, strict=False)  # decoding says what is wrong
     rows_of = {}
     for row, key in enumerate(keys):
         rows_of.setdefault(key, []).append(row)
@@ -213,9 +210,9 @@ def _answer_window(
 ) -> list[tuple[list[float], list[str], str]]:
     """Answer questions grouped by picture: probabilities, flags and problem of each, in order."""
     processor, (pixels, faults) = bundle.processor, zip(*pictures, strict=True)
-    asked = [question for group in groups for question in group]
+    asked = list(chain(*groups))
     places = [place for place, group in enumerate(groups) for _ in group]  # among the pictures
-    fitted = [processor.fit(question) for question in asked]
+    fitted = list(map(processor.fit, asked))
 
     def encode(rows: Sequence[int]) -> torch.Tensor:
         stacked = torch.stack([pixels[row] for row in rows])
@@ -226,7 +223,7 @@ def _answer_window(
     embeds = torch.cat(embeds)  # (pictures, patches + 1, vision width)
 
     def score(rows: Sequence[int], shown: Sequence[Question], bar: tqdm | None = None):
-        shown = [processor.fit(question) for question in shown]
+        shown = list(map(processor.fit, shown))
         prompts = list(map(processor.prompt, shown))
 
         def run(batch: Sequence[int]) -> torch.Tensor:

@@ -293,6 +293,16 @@ def check_pictures(
         )
 
 
+def content_keys(
+    questions: Sequence[Question], quiet: bool = True, strict: bool = True
+) -> list[str | None]:
+    """Return the content key of each question's picture, None where it has none; see
+    ``picture_keys``."""
+    images = [question.image for question in questions]
+    keys = picture_keys(filter(None, images), quiet, strict)
+    return list(map(keys.get, images))
+
+
 def split_by_picture(
     questions: Sequence[Question], fraction: float, seed: int
 ) -> tuple[list[Question], list[Question]]:
@@ -305,8 +315,7 @@ def split_by_picture(
     from sklearn.model_selection import StratifiedGroupKFold
 
     folds = round(1 / fraction)
-    keys = picture_keys(q.image for q in questions)
-    groups = [keys[q.image] for q in questions]
+    groups = content_keys(questions)
     if len(set(groups)) < folds:
         raise InputError(
             f"{len(set(groups))} distinct pictures can't be split {folds} ways: give more pictures"

@@ -148,14 +148,12 @@ class TrainSettings(Settings):
             raise InputError(f"few is {few!r}: expected one of {', '.join(FEW_CHOICES)}")
         if few == "auto":
             # Slow to import, and the parser waits.
-            from bridgeblip.data.pictures import picture_keys
-            from bridgeblip.data.questions import read_questions
+            from bridgeblip.data.questions import content_keys, read_questions
             from bridgeblip.machine import process_rank
 
             if isinstance(questions, str | Path):
                 questions = read_questions(questions, strict=False)
-            there = [question.image for question in questions if question.image is not None]
-            count = len(set(picture_keys(there).values()))
+            count = len(set(content_keys(questions)) - {None})
             few = "yes" if count < FEW_PICTURES else "no"
             if few == "yes" and process_rank()[0] == 0:
                 words = ", ".join(f"{name} {value}" for name, value in FEW.items())

@@ -3,8 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +102,15 @@ class AveragingTrainer(Trainer):
 
     def training_step(self, model, inputs, *args):
         self.inputs = inputs
-        with tensor_floats():
+        products = torch.backends.cuda.matmul  # of fp32 matrices, here the adapters': in TF32
+        before = getattr(products, "fp32_precision", None)  # torch before 2.9 stays in fp32
+        if before is not None:
+            products.fp32_precision = "tf32"
+        try:
             return super().training_step(model, inputs, *args)
+        finally:
+            if before is not None:
+                products.fp32_precision = before
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self.trained:
@@ -200,20 +206,6 @@ class AveragingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_trained(self.model, load_file(Path(resume_from_checkpoint) / TRAINED_FILE))
-
-
-@contextmanager
-def tensor_floats() -> Iterator[None]:
-    """Let a GPU multiply fp32 matrices, here the adapters', in TF32 for the time of a block."""
-    products = torch.backends.cuda.matmul
-    if not hasattr(products, "fp32_precision"):  # torch before 2.9: it stays in fp32
-        yield
-        return
-    before, products.fp32_precision = products.fp32_precision, "tf32"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
 
 
 def require_service(name: str) -> None:
