@@ -30,13 +30,8 @@ from bridgeblip.evidence.report import write_report
 from bridgeblip.files import cache_folder, copy_missing, require_writable
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
-    Patience,
-    Progress,
-    SelfCheck,
-    StateKeeper,
     WeightsKeeper,
     history_table,
-    in_notebook,
     validations,
 )
 from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
@@ -124,15 +119,13 @@ def train_model(
         pictures = _cached_pictures(features, sliced, plan)
         grey = plan.processor.blank_pixels[None].to(plan.device)
         blank = partial(blank_pictures, sliced.encode_image(grey).detach().cpu())
-        trainer, keeper = _trainer(plan, model, pictures)
+        trainer = _trainer(plan, model, pictures)
         model.has_begun = True
-        trainer.go(resumed, keeper)
+        trainer.go(plan.settings, plan.places, plan.identity, resumed)
         return _conclude(trainer, plan, blank)
 
 
-def _trainer(
-    plan: Plan, model: nn.Module, pictures: CachedPictures | None
-) -> tuple[AheadTrainer, StateKeeper]:
+def _trainer(plan: Plan, model: nn.Module, pictures: CachedPictures | None) -> AheadTrainer:
     settings, collate = plan.settings, partial(plan.processor.collate, pictures=pictures)
     require_shared_memory(settings, collate(plan.training[:1]))
     trainer = AheadTrainer(
@@ -148,14 +141,8 @@ def _trainer(
     groups = picture_groups(plan.validation)
     trainer.compute_metrics = partial(measure_letters, trainer, plan.places, groups)
     probe = plan.processor.collate(plan.validation[:PROBE_SIZE])
-    keeper = StateKeeper(plan.places, plan.identity, trainer.averages, settings.save_minutes)
-    trainer.add_callback(SelfCheck(model))
-    trainer.add_callback(Progress(live=in_notebook()))
     trainer.add_callback(WeightsKeeper(plan.places, plan.manifest, probe))
-    trainer.add_callback(keeper)
-    if settings.patience:
-        trainer.add_callback(Patience(settings.patience))
-    return trainer, keeper
+    return trainer
 
 
 def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor]) -> None:

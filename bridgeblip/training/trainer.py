@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,15 @@ from bridgeblip.evidence.metrics import clustered_mean
 from bridgeblip.files import read_json, write_text
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.messages import say
-from bridgeblip.training.callbacks import AVERAGES_FILE, Averages, StateKeeper
+from bridgeblip.training.callbacks import (
+    AVERAGES_FILE,
+    Averages,
+    Patience,
+    Progress,
+    SelfCheck,
+    StateKeeper,
+    in_notebook,
+)
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, read_state
 from bridgeblip.training.stopping import TrainingStopped
@@ -165,8 +174,19 @@ class AveragingTrainer(Trainer):
             print(say("orders_pay", margin=margin) if margin else say("orders_idle"))
         return margin
 
-    def go(self, resumed: Path | None, keeper: StateKeeper) -> None:
-        """Train, from a saved state if there is one.
+    def go(
+        self,
+        settings: TrainSettings,
+        places: list[Path],
+        run: dict[str, Any],
+        resumed: Path | None,
+        metric: str = "accuracy",
+    ) -> None:
+        """Train, from a saved state if there is one; its states go to ``places`` and belong to
+        ``run``.
+
+        Args:
+            metric: what is validated.
 
         Raises:
             TrainingStopped: if it ends because it was asked to; all is saved.
@@ -181,11 +201,17 @@ class AveragingTrainer(Trainer):
             self._load_from_checkpoint(resumed)
             self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             return
+        keeper = StateKeeper(places, run, self.averages, settings.save_minutes)
+        live = in_notebook() and metric == "accuracy"
+        for callback in (SelfCheck(self.model), Progress(live), keeper):
+            self.add_callback(callback)
+        if settings.patience:
+            self.add_callback(Patience(settings.patience, metric))
         if self.args.should_save:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            folder = keeper.folders[0] / "tensorboard"
-            self.add_callback(TensorBoardCallback(SummaryWriter(str(folder))))
+            writer = SummaryWriter(str(places[0] / "tensorboard"))
+            self.add_callback(TensorBoardCallback(writer))
         try:
             with keeper.stopper.listening():
                 self.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -195,7 +221,7 @@ class AveragingTrainer(Trainer):
         if keeper.leaving:
             raise TrainingStopped(
                 f"stopped on request after step {self.state.global_step} of "
-                f"{self.state.max_steps}; all is saved in {keeper.folders[0] / STATE_FOLDER}: run "
+                f"{self.state.max_steps}; all is saved in {places[0] / STATE_FOLDER}: run "
                 f"the same again to go on"
             )
 
