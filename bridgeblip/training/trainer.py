@@ -191,6 +191,12 @@ class AveragingTrainer(Trainer):
         Raises:
             TrainingStopped: if it ends because it was asked to; all is saved.
         """
+        keeper = StateKeeper(places, run, self.averages, settings.save_minutes)
+        live = in_notebook() and metric == "accuracy"
+        for callback in (SelfCheck(self.model), Progress(live), keeper):
+            self.add_callback(callback)
+        if settings.patience:
+            self.add_callback(Patience(settings.patience, metric))
         if resumed:
             self.averages.take(load_file(resumed / AVERAGES_FILE))
         if self.args.should_save:  # in one process of several
@@ -201,12 +207,6 @@ class AveragingTrainer(Trainer):
             self._load_from_checkpoint(resumed)
             self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             return
-        keeper = StateKeeper(places, run, self.averages, settings.save_minutes)
-        live = in_notebook() and metric == "accuracy"
-        for callback in (SelfCheck(self.model), Progress(live), keeper):
-            self.add_callback(callback)
-        if settings.patience:
-            self.add_callback(Patience(settings.patience, metric))
         if self.args.should_save:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
