@@ -63,37 +63,44 @@ def predict(
         InputError: if a question has more choices than the model has letters, the model gives no
             finite number for a row, or other processes that the environment names do not come.
     """
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}: expected at least 1")
     bundle.processor.check_choices(questions)
     if permute_below is None:
         permute_below = bundle.manifest.get("trained", {}).get("permute_below") or 0
-    if blank_images:
-        questions = [replace(question, image=None) for question in questions]
     width = len(bundle.processor.letters)
     answer = partial(_answer_window, bundle, batch_size, permute_below)
-    load = partial(or_blank, bundle.processor.load_pixels, bundle.processor.blank_pixels)
+    load, blank = bundle.processor.load_pixels, bundle.processor.blank_pixels
     settings = [bundle.fingerprint, batch_size, permute_below]
-    return as_answers(questions, in_windows(questions, load, answer, settings, out), width)
+    made = in_windows(questions, load, blank, answer, settings, batch_size, blank_images, out)
+    return as_answers(questions, made, width)
 
 
 def in_windows(
     questions: Sequence[Question],
-    load: Callable[[Path | None], Any],
+    load: Callable[[Path], Any],
+    blank: Any,
     answer: Callable[[list[list[Question]], list[Any], tqdm], list],
     settings: list,
-    out: str | Path | None = None,
+    batch_size: int,
+    blank_images: bool,
+    out: str | Path | None,
 ) -> list:
     """Return what ``answer`` makes of each question, in order; each distinct picture is loaded
     once.
 
     Args:
-        load: gives what the model takes of a picture's file, or of none.
+        load: gives what the model takes of a picture's file; of none, it takes ``blank``.
         answer: answers questions grouped by picture, beside the pictures; what it makes of each,
             in order, must be fit for JSON. It moves the bar on.
         settings: what tells this run from another that would answer otherwise.
-        out: as for ``predict``.
+        batch_size, blank_images, out: as for ``predict``.
+
+    Raises:
+        InputError: as ``predict`` does.
     """
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}: expected at least 1")
+    if blank_images:
+        questions = [replace(question, image=None) for question in questions]
     rank, world = process_rank()
     processes = _join_processes() if world > 1 else None
     keys = content_keys(questions, quiet=rank > 0, strict=False)  # decoding says what is wrong
@@ -110,7 +117,7 @@ def in_windows(
     to_do = [index for index in mine if index not in done]
 
     pictures = [[questions[rows[0]].image for rows in windows[index]] for index in to_do]
-    loaded = load_ahead(load, pictures)
+    loaded = load_ahead(partial(_or_blank, load, blank), pictures)
     rows_to_do = sum(len(rows) for index in to_do for rows in windows[index])
     with tqdm(total=rows_to_do, desc=say("answering"), unit="row", disable=rank > 0) as bar:
         for index, group in zip(to_do, loaded, strict=True):
@@ -190,7 +197,7 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
     return kept
 
 
-def or_blank(load: Callable[[Path], Any], blank: Any, path: Path | None) -> tuple[Any, str]:
+def _or_blank(load: Callable[[Path], Any], blank: Any, path: Path | None) -> tuple[Any, str]:
     """What ``load`` makes of a picture's file, and what is wrong with it: then it is blank."""
     try:
         return load(path) if path else blank, ""
