@@ -94,7 +94,9 @@ def read_task(
         questions = _labelled(path, questions, task)
     check_ids(questions, path)
     if strict:
-        check_pictures(questions, path, f"name their folder by --images, not {folder}")
+        check_pictures(
+            questions, path, f"name the folder of the pictures by --images, not {folder}"
+        )
     return task, list(map(_placed, questions))
 
 
