@@ -11,7 +11,7 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.config import BridgeBlipConfig, compare_configs
+from bridgeblip.bridge.config import BridgeBlipConfig
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
@@ -88,8 +88,15 @@ def config_changes(weights: str | Path, base: str | Path | None = None) -> list[
     file."""
     manifest = load_weights(weights).manifest
     folder = resolve_base(base or manifest["base"], manifest["revision"])
-    sliced = BridgeBlipConfig.from_dict(json.loads(manifest["config"]))
-    return compare_configs(InstructBlipConfig.from_pretrained(folder), sliced)
+    sliced = BridgeBlipConfig.from_dict(json.loads(manifest["config"])).to_dict()
+    whole = InstructBlipConfig.from_pretrained(folder).to_dict()
+    before, after = pd.json_normalize(whole).loc[0], pd.json_normalize(sliced).loc[0]
+    return [
+        f"{key}: {before.get(key, 'not there')} -> {after.get(key, 'not there')}"
+        for key in before.index.union(after.index)
+        if before.get(key) != after.get(key)
+        and key.split(".")[-1] not in ("architectures", "transformers_version")
+    ]
 
 
 class TraceableModel(nn.Module):

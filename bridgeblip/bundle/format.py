@@ -206,37 +206,34 @@ def checked(path: Path):
         InputError: on leaving, if the file is damaged; also in place of an InputError within.
     """
     named = read_digests(path)
-    found = recall(path) if named else None
-    process = None
-    if found is None:
-        command = [sys.executable, "-I", "-c", SHA256 if named else CHECKSUMS, str(path)]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-    failure = None
+    if recall(path) in named:
+        yield
+        return
+    command = [sys.executable, "-I", "-c", SHA256 if named else CHECKSUMS, str(path)]
+    pipe, failure = subprocess.PIPE, None
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
     try:
         yield
     except InputError as error:
         failure = error
     except BaseException:
-        if process:
-            process.kill()
+        process.kill()
         raise
-    if process:
-        found = process.communicate()[0].strip()  # empty if the file can't be read to its end
+    found = process.communicate()[0].strip()  # empty if the file can't be read to its end
     if named and found not in named:
         raise InputError(
             f"{path} has not the SHA-256 that {digest_path(path)} names: copy both again, or "
             f"export again"
         ) from failure
-    if not named and (found or process.returncode) and not failure:
+    if failure:
+        raise failure
+    if named:
+        remember(path, found)
+    elif found or process.returncode:
         raise InputError(
             f"{path} is no whole TorchScript file ({found or 'unreadable'} is damaged): export or "
             f"copy it again"
         )
-    if failure:
-        raise failure
-    if named and process:
-        remember(path, found)
 
 
 def digest_path(path: Path) -> Path:
