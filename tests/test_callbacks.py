@@ -19,7 +19,7 @@ from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.training.callbacks import Averages, Patience, SelfCheck, TrainingError
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.stopping import in_one_line
+from bridgeblip.training.state import in_one_line
 from bridgeblip.training.trainer import TrainingQuestions
 from bridgeblip.training.weights import load_weights
 

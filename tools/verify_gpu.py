@@ -64,7 +64,7 @@ from bridgeblip.hosting import checks
 from bridgeblip.machine import best_device, choose_precision, is_out_of_memory
 from bridgeblip.training import trainer
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.stopping import TrainingStopped
+from bridgeblip.training.state import TrainingStopped
 from bridgeblip.training.weights import load_weights
 from experiments.bench import EACH, count_floor, write_photo_questions
 from experiments.contenders import Generating, PeakMemory, clock, markdown

@@ -35,8 +35,7 @@ from bridgeblip.training.callbacks import (
     validations,
 )
 from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, newest_state
-from bridgeblip.training.stopping import in_one_line, mirror
+from bridgeblip.training.state import STATE_FOLDER, in_one_line, mirror, newest_state
 from bridgeblip.training.trainer import (
     TrainingQuestions,
     measure_letters,

@@ -18,8 +18,7 @@ from transformers import ProgressCallback, TrainerCallback
 from bridgeblip.evidence.figures import training_figure
 from bridgeblip.machine import peak_memory
 from bridgeblip.messages import say
-from bridgeblip.training.state import copy_state, publish_state
-from bridgeblip.training.stopping import Stopper, copying_to, mirror
+from bridgeblip.training.state import Stopper, copy_state, copying_to, mirror, publish_state
 from bridgeblip.training.weights import (
     BEST_FILE,
     best_epoch,

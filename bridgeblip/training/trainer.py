@@ -40,8 +40,7 @@ from bridgeblip.training.callbacks import (
     in_notebook,
 )
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, read_state
-from bridgeblip.training.stopping import TrainingStopped
+from bridgeblip.training.state import STATE_FOLDER, TrainingStopped, read_state
 from bridgeblip.training.weights import load_trained, trainable, trained_tensors
 
 TRAINED_FILE = "trained.safetensors"

@@ -30,8 +30,7 @@ from bridgeblip.training.callbacks import (
 )
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, newest_state
-from bridgeblip.training.stopping import in_one_line
+from bridgeblip.training.state import STATE_FOLDER, in_one_line, newest_state
 from bridgeblip.training.trainer import (
     AveragingTrainer,
     TrainingQuestions,
