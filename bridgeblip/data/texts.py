@@ -150,8 +150,7 @@ def _dialogues(path: Path, folder: Path) -> Iterator[Question]:
                 number += 1
                 image = folder / cells[picture].removeprefix(f"{FRAMES}/")
                 name = f"{cells[picture]}-{number}"
-                question = _question(name, image, asked, [answer], row.line)
-                yield replace(question, history=history)
+                yield _question(name, image, asked, [answer], row.line, history)
                 history += ((asked, answer),)
 
 
@@ -262,16 +261,17 @@ def _conversations(path: Path, rows: Sequence[dict[str, Any]], folder: Path) -> 
         for asked, answer in zip(texts[::2], texts[1::2], strict=True):
             seen[name] += 1
             unique = name if seen[name] == 1 else f"{name}-{seen[name]}"
-            question = _question(unique, folder / row["image"], asked, [answer], line)
-            yield replace(question, history=history)
+            yield _question(unique, folder / row["image"], asked, [answer], line, history)
             history += ((asked, answer),)
     _say_left_out(path, left_out)
 
 
-def _question(name: Any, image: Path, asked: str, right: Sequence[Any], line: int = 0) -> Question:
+def _question(
+    name: Any, image: Path, asked: str, right: Sequence[Any], line: int = 0, history: tuple = ()
+) -> Question:
     """A question without choices; empty texts are no references."""
     texts = tuple(filter(None, map(str.strip, map(str, right))))
-    return Question(str(name), image, asked, (), line=line, references=texts)
+    return Question(str(name), image, asked, (), line=line, references=texts, history=history)
 
 
 def _picture_id(name: str) -> str:

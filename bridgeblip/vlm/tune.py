@@ -17,7 +17,6 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
-from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
 from bridgeblip.evidence.texts import score_texts, write_text_report
 from bridgeblip.files import replace_folder, require_writable, write_text
@@ -35,7 +34,6 @@ from bridgeblip.training.trainer import (
     AveragingTrainer,
     TrainingQuestions,
     keep_before,
-    measure_letters,
     optimizer,
     read_before,
     training_arguments,
@@ -131,8 +129,6 @@ def _trainer(plan: Plan, teacher: Teacher) -> AveragingTrainer:
     )
     # The mean over a batch's rows is divided by the accumulated steps, not by their tokens.
     trainer.model_accepts_loss_kwargs = False
-    groups = picture_groups(plan.validation)
-    trainer.compute_metrics = partial(measure_letters, trainer, [plan.out], groups)
     if not plan.letters:
         trainer.compute_metrics = partial(_score_texts, trainer, plan)
     trainer.add_callback(BestKeeper(partial(_write_run, trainer, plan), plan.metric))
