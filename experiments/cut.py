@@ -49,7 +49,7 @@ from bridgeblip.vlm.learner import Collator, Teacher, load_learner
 from bridgeblip.vlm.plan import plan_tuning
 from bridgeblip.vlm.settings import TuneSettings
 from experiments.ablation import Arm, SlicedLoader, encode_questions, interval, kept_run
-from experiments.contenders import markdown
+from tools.rows import markdown
 
 BASES = {"tiny": TINY_BASE, "tiny-chat": TINY_BASE.with_name("tiny_chat")}
 PARTS = ("depth", "ranks", "questions")
