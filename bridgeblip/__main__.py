@@ -301,7 +301,7 @@ def _weights(doing, args):
 )  # fmt: skip
 def predict(args):
     """Answer a CSV with a model; writes submission.csv and probabilities.csv, or captions.json."""
-    from bridgeblip.evidence import submission, texts
+    from bridgeblip.evidence import submission
     from bridgeblip.machine import process_rank
 
     task, questions = _read_for(args.model, args, need_answers=False, strict=False)
@@ -316,7 +316,7 @@ def predict(args):
         how |= {"permute_below": args.permute_below, "out": args.out}
         answers = answering.predict(model, questions, **how)
     else:
-        out = texts.captions_path(args.out, args.csv)
+        out = submission.captions_path(args.out, args.csv)
         model, answering = _load(args.model)
         written, answers = answering.answer_texts(model, questions, out=out, **how)
     if process_rank()[0] > 0:
@@ -325,7 +325,7 @@ def predict(args):
         submission.write_submission(questions, answers, sample, args.out)
         print(submission.describe(questions, answers, args.out))
     else:
-        print(texts.write_captions(out, questions, written, answers))
+        print(submission.write_captions(out, questions, written, answers))
     return 3 if any(answers.problems) and not args.allow_problems else 0
 
 

@@ -17,7 +17,7 @@ from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.training.callbacks import Averages, Patience, SelfCheck, TrainingError
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.stopping import in_one_line
+from bridgeblip.training.state import in_one_line
 from bridgeblip.training.trainer import TrainingQuestions
 from bridgeblip.training.weights import load_weights
 
@@ -197,12 +197,13 @@ def test_asked_to_stop_it_saves_and_goes_on_later(base, competition, tmp_path, w
 
 LAST_STEP = """
 import os, signal
-step = training.StateKeeper.on_step_end
+from bridgeblip.training import trainer
+step = trainer.StateKeeper.on_step_end
 def on_step_end(self, args, state, *rest, **kwargs):
     if state.epoch == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     step(self, args, state, *rest, **kwargs)
-training.StateKeeper.on_step_end = on_step_end
+trainer.StateKeeper.on_step_end = on_step_end
 """
 
 
@@ -291,21 +292,23 @@ def test_a_folder_that_cannot_be_written_is_refused_first(base, competition, tmp
 
 CACHE_GONE = """
 import pathlib, shutil
-step = training.StateKeeper.on_step_end
+from bridgeblip.training import trainer
+step = trainer.StateKeeper.on_step_end
 def on_step_end(self, args, state, *rest, **kwargs):
     step(self, args, state, *rest, **kwargs)
     if state.global_step == 3:
         shutil.rmtree(pathlib.Path(features))
-training.StateKeeper.on_step_end = on_step_end
+trainer.StateKeeper.on_step_end = on_step_end
 """
 COPY_GONE = """
 import shutil
-save = training.StateKeeper.on_save
+from bridgeblip.training import trainer
+save = trainer.StateKeeper.on_save
 def on_save(self, args, state, *rest, **kwargs):
     if state.global_step == 5:
         shutil.rmtree(self.folders[1])
     save(self, args, state, *rest, **kwargs)
-training.StateKeeper.on_save = on_save
+trainer.StateKeeper.on_save = on_save
 """
 
 

@@ -9,7 +9,8 @@ from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence import captions, texts
 from bridgeblip.evidence.answers import Answers
-from bridgeblip.evidence.texts import read_texts, score_answers, score_captions, write_captions
+from bridgeblip.evidence.submission import write_captions
+from bridgeblip.evidence.texts import read_texts, score_answers, score_captions
 from bridgeblip.evidence.texts import write_text_report as report
 
 RIGHT = [["a cat on a mat", "one cat lies there"], ["a big dog runs"], ["two red cars in a street"]]

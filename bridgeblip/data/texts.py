@@ -17,7 +17,13 @@ from typing import Any
 
 from bridgeblip import InputError
 from bridgeblip.data.formats import load_json
-from bridgeblip.data.questions import Question, check_ids, known_names, read_questions
+from bridgeblip.data.questions import (
+    Question,
+    check_ids,
+    check_pictures,
+    known_names,
+    read_questions,
+)
 from bridgeblip.data.tables import read_csv
 
 EXPECTED = (
@@ -71,7 +77,8 @@ def read_task(
     if names:
         kind, rows = _table(path, folder)
     elif path.suffix.lower() == ".txt":
-        kind, rows = "answer", _dialogues(path, Path(images) if images else _frames(path))
+        frames = path.parent / FRAMES
+        kind, rows = "answer", _dialogues(path, folder if images or not frames.is_dir() else frames)
     else:
         kind, rows = _published(path, folder, split)
     _check_task(path, kind, task)
@@ -83,9 +90,14 @@ def read_task(
     task = task or kind
     if task == "caption":
         questions = _one_a_picture(questions)
-    questions = _labelled(path, questions, task, need_answers)
+    if need_answers:
+        questions = _labelled(path, questions, task)
     check_ids(questions, path)
-    return task, _placed(path, questions, folder, strict)
+    if strict:
+        check_pictures(
+            questions, path, f"name the folder of the pictures by --images, not {folder}"
+        )
+    return task, list(map(_placed, questions))
 
 
 def _check_task(path: Path, kind: str, task: str | None) -> None:
@@ -113,11 +125,6 @@ def _table(path: Path, folder: Path) -> tuple[str, Iterator[Question]]:
             yield _question(name, folder / image, cells.get("question", ""), [answer], row.line)
 
     return kind, questions()
-
-
-def _frames(path: Path) -> Path:
-    inside = path.parent / FRAMES
-    return inside if inside.is_dir() else path.parent
 
 
 def _dialogues(path: Path, folder: Path) -> Iterator[Question]:
@@ -284,50 +291,30 @@ def _one_a_picture(questions: Sequence[Question]) -> list[Question]:
     return list(merged.values())
 
 
-def _labelled(
-    path: Path, questions: Sequence[Question], task: str, need_answers: bool
-) -> list[Question]:
+def _labelled(path: Path, questions: Sequence[Question], task: str) -> list[Question]:
     """Refuse rows without an answer; pictures without a caption are left out."""
     bare = [question for question in questions if not question.references]
-    if not bare or not need_answers:
-        return list(questions)
     if len(bare) == len(questions):
         raise InputError(f"{path} has no {task}s: give a file that has")
-    if task == "answer":
+    if bare and task == "answer":
         raise InputError(
             f"{path}: {len(bare)} of {len(questions)} rows have no answer, the first is "
-            f"{_where(bare[0])}: fill them in or take them out"
+            f"ID {bare[0].id}{f', line {bare[0].line}' * bool(bare[0].line)}: fill them in or take "
+            f"them out"
         )
     _say_left_out(path, Counter({"pictures without a caption": len(bare)}))
     return [question for question in questions if question.references]
 
 
-def _placed(
-    path: Path, questions: Sequence[Question], folder: Path, strict: bool
-) -> list[Question]:
-    """Refuse the file if pictures are missing, or take them from their rows."""
-    placed = []
-    for question in questions:
-        if not os.path.isfile(question.image):
-            problem = f"picture {question.image} not found"
-            question = replace(question, image=None, problem=problem)
-        placed.append(question)
-    missing = [question for question in placed if question.image is None]
-    if missing and strict:
-        raise InputError(
-            f"{path}: {len(missing)} of {len(placed)} pictures not found, the first is "
-            f"{_where(missing[0])}: {missing[0].problem}; name the folder of the pictures by "
-            f"--images, not {folder}"
-        )
-    return placed
-
-
-def _where(question: Question) -> str:
-    return f"ID {question.id}" + f", line {question.line}" * bool(question.line)
+def _placed(question: Question) -> Question:
+    """Take away a picture that is not there."""
+    if os.path.isfile(question.image):
+        return question
+    return replace(question, image=None, problem=f"picture {question.image} not found")
 
 
 def _say_left_out(path: Path, left_out: Counter) -> None:
-    if left_out:
+    if left_out.total():
         counted = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
         warnings.warn(f"{path}: left out {counted}", stacklevel=4)
 

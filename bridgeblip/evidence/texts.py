@@ -4,7 +4,6 @@ them; their files, and the page that judges them."""
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +15,9 @@ from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.data.tables import read_table
 from bridgeblip.evidence import metrics
-from bridgeblip.evidence.answers import Answers, id_column, kept_folder
+from bridgeblip.evidence.answers import id_column
 from bridgeblip.evidence.captions import cider, meteor, score_captions, tokenized
 from bridgeblip.evidence.report import origin_of, write_page
-from bridgeblip.evidence.submission import problem_lines, write_problems
-from bridgeblip.files import require_writable, write_text
 
 SHOWN = 12  # questions that a section shows with their pictures
 MAIN = {"caption": "CIDEr", "answer": "exact"}  # what a task's model is chosen by
@@ -88,37 +85,6 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def captions_path(out: str | Path, csv: str | Path) -> Path:
-    """Return where captions are to be written: ``out`` if that is a JSON file's name, else beside
-    it.
-
-    Raises:
-        InputError: if that is the input, or lies where nothing can be written.
-    """
-    out = Path(out)
-    out = out if out.suffix == ".json" else out.with_name("captions.json")
-    if out.resolve() == Path(csv).resolve():
-        raise InputError(f"{out} would be overwritten, but is the input: choose another --out")
-    require_writable(out.parent)
-    return out
-
-
-def write_captions(
-    out: Path, questions: Sequence[Question], texts: Sequence[str], answers: Answers
-) -> str:
-    """Write captions as COCO's servers take them, ``[{"image_id": ..., "caption": ...}]``, and
-    ``problems.csv`` beside them; say what was written."""
-    rows = []
-    for question, text in zip(questions, texts, strict=True):
-        is_number = question.id.isdecimal() and str(int(question.id)) == question.id
-        name = int(question.id) if is_number else question.id
-        rows.append({"image_id": name, "caption": text})
-    write_text(out, json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
-    write_problems(questions, answers, out)
-    shutil.rmtree(kept_folder(out), ignore_errors=True)
-    return "\n".join([f"wrote {out}: {len(texts)} texts", *problem_lines(questions, answers)])
 
 
 def read_texts(path: str | Path, questions: Sequence[Question]) -> list[str]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from bridgeblip.bundle.predict import (
     batches_of,
     in_halves,
     in_windows,
-    or_blank,
     probabilities_of,
     weigh,
 )
@@ -165,16 +164,10 @@ def predict(
         permute_below = tuned.run.get("permute_below") or 0
     answer = partial(_answer_window, tuned, letter_ids, batch_size, permute_below)
     settings = [tuned.fingerprint, batch_size, permute_below, width]
-    made = _in_windows(questions, blank_images, answer, settings, batch_size, out)
+    made = in_windows(
+        questions, open_picture, BLANK, answer, settings, batch_size, blank_images, out
+    )
     return as_answers(questions, made, width)
-
-
-def _in_windows(questions, blank_images, answer, settings, batch_size, out) -> list:
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}: expected at least 1")
-    if blank_images:
-        questions = [replace(question, image=None) for question in questions]
-    return in_windows(questions, partial(or_blank, open_picture, BLANK), answer, settings, out)
 
 
 def _laid_out(groups, pictures) -> tuple[list[Question], list[Image.Image], list[str]]:
@@ -243,7 +236,9 @@ def answer_texts(
         beams = BEAMS["answer" if any(question.question for question in questions) else "caption"]
     write = partial(_write_window, tuned, batch_size, beams, most)
     settings = [tuned.fingerprint, batch_size, beams, most]
-    made = _in_windows(questions, blank_images, write, settings, batch_size, out)
+    made = in_windows(
+        questions, open_picture, BLANK, write, settings, batch_size, blank_images, out
+    )
     texts = [text for text, *_ in made]
     return texts, as_answers(questions, [([], *noted) for _, *noted in made], 0)
 
