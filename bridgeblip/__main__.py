@@ -481,7 +481,7 @@ def _evaluate_texts(args, task, questions, out):
             raise InputError(f"{args.model} answers choices only: give a model that writes texts")
         tuned, answering = _load(args.model)
         found, manifest = (
-            [answering.write_texts(tuned, questions)],
+            [answering.answer_texts(tuned, questions)[0]],
             tuned.run or {"base": str(args.model)},
         )
     if process_rank()[0] > 0:

@@ -276,15 +276,18 @@ def _check_place(question: Question, folder: Path) -> Question:
     )
 
 
-def check_pictures(questions: Sequence[Question], path: Path) -> None:
+def check_pictures(
+    questions: Sequence[Question],
+    path: Path,
+    remedy: str = "unpack the organiser's pictures beside the CSV",
+) -> None:
     """Refuse a file whose pictures are not there, before any long work starts."""
     # False, too, for names that no disk can hold.
     missing = [question for question in questions if not os.path.isfile(question.image)]
     if missing:
         raise InputError(
             f"{path}: {len(missing)} of {len(questions)} pictures not found, the first is "
-            f"{missing[0].image} "
-            f"(ID {missing[0].id}): unpack the organiser's pictures beside the CSV"
+            f"{missing[0].image} (ID {missing[0].id}): {remedy}"
         )
 
 

@@ -69,23 +69,21 @@ def score_answers(references: Sequence[Sequence[str]], texts: Sequence[str]) -> 
     the ``mean error`` of the answers that are numbers, and the ``numbers missed``: how many are
     none."""
     scores = {"exact": float(exact(references, texts).mean())}
-    errors, missed = [], 0
-    for row, text in zip(references, texts, strict=True):
-        right, given = _number(row[0]), _number(text)
-        if right is not None and given is not None:
-            errors.append(abs(right - given))
-        missed += right is not None and given is None
-    if errors or missed:
-        scores["numbers missed"] = missed
-    return scores | ({"mean error": float(np.mean(errors))} if errors else {})
+    right = np.array([_number(row[0]) for row in references])
+    errors = np.abs(right - np.array(list(map(_number, texts))))[~np.isnan(right)]
+    missed = np.isnan(errors)
+    if len(errors):
+        scores["numbers missed"] = int(missed.sum())
+    return scores | ({} if missed.all() else {"mean error": float(errors[~missed].mean())})
 
 
-def _number(text: str) -> float | None:
+def _number(text: str) -> float:
+    """The number that a text is; NaN if it is none."""
     try:
         value = float(normalized(text) if not re.fullmatch(r"\s*-.*", text) else text)
     except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def write_captions(path: str | Path, questions: Sequence[Question], texts: Sequence[str]) -> None:
@@ -110,14 +108,11 @@ def read_texts(path: str | Path, questions: Sequence[Question]) -> list[str]:
         table = read_table(path)
         rows = list(zip(table[id_column(table)], table.iloc[:, -1], strict=True))
     else:
+        rows = []
         try:
-            rows = [
-                (
-                    str(row.get("image_id", row.get("question_id"))),
-                    row.get("caption", row.get("answer")),
-                )
-                for row in json.loads(path.read_text(encoding="utf-8-sig"))
-            ]
+            for row in json.loads(path.read_text(encoding="utf-8-sig")):
+                name = str(row.get("image_id", row.get("question_id")))
+                rows.append((name, row.get("caption", row.get("answer"))))
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise InputError(
                 f"{path} can't be read ({error}); expected a list of image_id and caption"
@@ -252,39 +247,41 @@ def judge_texts(facts: dict[str, Any]) -> dict[str, str]:
     """Say in one sentence whether to believe the scores, and of what kind that is: good, doubt or
     bad."""
     pictures, rows, notes = facts["pictures"], facts["questions"], facts["notes"]
-    main = MAIN[facts["task"]]
+    main, learned, looking, change = (
+        MAIN[facts["task"]],
+        *map(facts.get, ("learned", "looking", "change")),
+    )
     score = f"{main} {facts['scores'][main]:.3f}"
     if pictures < 2:
         return _verdict(
             "doubt", "Nothing can be concluded from one picture: CIDEr of it is always 0."
         )
+    fault = ""
     if rows == notes["empty texts"]:
-        return _verdict("bad", f"Don't believe this score: all {rows:,} texts are empty.")
-    if notes["different texts"] == 1:
-        return _verdict("bad", f"Don't believe this score: all {rows:,} texts are the same one.")
-    learned = facts["learned"]
-    if learned:
-        known = f"the model has learned from {learned} of the {pictures} pictures"
-        return _verdict("bad", f"Don't believe this score: {known}.")
+        fault = f"all {rows:,} texts are empty"
+    elif notes["different texts"] == 1:
+        fault = f"all {rows:,} texts are the same one"
+    elif learned:
+        fault = f"the model has learned from {learned} of the {pictures} pictures"
+    if fault:
+        return _verdict("bad", f"Don't believe this score: {fault}.")
     doubts = []
     if notes["empty texts"]:
         doubts.append(f"{notes['empty texts']} texts are empty")
-    looking = facts["looking"]
     if looking.low is None:
         doubts.append(f"{pictures} pictures are few")
+    elif looking.low <= 0:
+        doubts.append("its texts fit other pictures as well")
     for name, simpler in facts["simpler"].items():
         if simpler[main] >= facts["scores"][main]:
             doubts.append(f"no better than '{name}' ({simpler[main]:.3f})")
-    if looking.low is not None and looking.low <= 0:
-        doubts.append("its texts fit other pictures as well")
-    change = facts["change"]
     if change is not None:
         gain = f"{facts['scores'][main] - facts['before'][main]:+.3f} against before"
-        noise = change.low is None or change.low <= 0 <= change.high
-        doubts += [f"{gain} may be noise"] if noise else []
-        if change.low is not None and change.high < 0:
-            return _verdict("bad", f"{score}, {gain}: worse, and that is more than noise.")
         score += f", {gain}"
+        if change.low is not None and change.high < 0:
+            return _verdict("bad", f"{score}: worse, and that is more than noise.")
+        if change.low is None or change.low <= 0:
+            doubts.append(f"{gain} may be noise")
     if doubts:
         return _verdict("doubt", f"{score}; believe it with care: {'; '.join(doubts)}.")
     return _verdict(

@@ -20,20 +20,9 @@ from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
 from bridgeblip.training.trainer import require_service
 from bridgeblip.vlm.batches import Batches
-from bridgeblip.vlm.families import (
-    decoder_linears,
-    empty_model,
-    load_config,
-    load_processor,
-)
-from bridgeblip.vlm.settings import (
-    ADAPTER_FOLDER,
-    METRICS,
-    MODEL_FOLDER,
-    TuneSettings,
-    read_run,
-)
-from bridgeblip.vlm.slicing import describe_budget, slice_config, slice_model
+from bridgeblip.vlm.families import decoder_linears, empty_model, load_config, load_processor
+from bridgeblip.vlm.settings import FOLDERS, METRICS, TuneSettings, read_run
+from bridgeblip.vlm.slicing import describe_budget, slice_empty, slice_model
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -42,26 +31,26 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate")
 class Plan:
     """All that is decided before anything long starts."""
 
+    # What is loaded: the model as published, or a folder with some of its layers.
     base: str
-    """What is loaded: the model as published, or a folder with some of its layers."""
     revision: str | None
     settings: TuneSettings
     train: TrainSettings
     out: Path
+    # The run whose weights this one begins with.
     start: Path | None
-    """The run whose weights this one begins with."""
     training: list[Question]
     validation: list[Question]
     batches: Batches
+    # How many letters the choices have; 0 for texts.
     letters: int
-    """How many the choices have; 0 for texts."""
     process: PartialState
     device: torch.device
     dtype: torch.dtype
+    # What ``run.json`` says, but for the validation.
     facts: dict[str, Any]
-    """What ``run.json`` says, but for the validation."""
+    # What a saved state must agree with.
     identity: dict[str, Any]
-    """What a saved state must agree with."""
 
     @property
     def metric(self) -> str:
@@ -87,9 +76,11 @@ def plan_tuning(
     require_service(train.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
     base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
-    whole = load_config(base, revision)
-    config, layers = slice_config(whole, settings.layers) if settings.layers else (whole, [])
-    process.print(describe_budget(whole, config)[1])
+    whole = empty_model(load_config(base, revision))
+    model, layers = slice_empty(whole, settings.layers) if settings.layers else (whole, [])
+    process.print(describe_budget(whole, model)[1])
+    decoder_linears(model, settings.targets)  # refuses what is not there
+    config = model.config
     start = _start(continue_from, base, layers, settings)
     processor = load_processor(base, revision, settings.pixels or None)
     task, questions = read_task(data, images, settings.task or None, split)
@@ -108,9 +99,7 @@ def plan_tuning(
         process.print(f"warning: the model's vocabulary can't read {unread} questions whole")
     # accelerate may say cpu:0
     device = process.device if process.device.type == "cuda" else torch.device("cpu")
-    empty = empty_model(config)
-    decoder_linears(empty, settings.targets)
-    dtype = choose_precision(device, empty.num_parameters()).dtype
+    dtype = choose_precision(device, model.num_parameters()).dtype
     keys = picture_keys(question.image for question in questions)
     facts = {
         "base": base,
@@ -129,7 +118,8 @@ def plan_tuning(
         folder, sliced = slice_model(base, revision, layers)
         facts |= {"revision": sliced["revision"], "tensors": sliced["tensors"]}
         base, revision = str(folder), None
-    more = {"start": _digest_of_run(start), "processes": process.num_processes}
+    begun = [file_digest(path) for path in sorted(start.glob("*.safetensors"))] if start else []
+    more = {"start": begun, "processes": process.num_processes}
     identity = _identity(facts | more, questions, keys)
     facts["run"] = digest_of({key: identity[key] for key in identity if key != "versions"})
     refuse_other_run([out], identity)
@@ -171,7 +161,7 @@ def _start(
             f"{folder} was tuned by {run['method']}, which {settings.method} can't continue: merge "
             f"it, and give the merged folder as the base"
         )
-    return Path(folder) / (MODEL_FOLDER if settings.method == "full" else ADAPTER_FOLDER)
+    return Path(folder) / FOLDERS[settings.method]
 
 
 def _one_a_text(questions: Sequence[Question]) -> list[Question]:
@@ -181,7 +171,3 @@ def _one_a_text(questions: Sequence[Question]) -> list[Question]:
         for text in dict.fromkeys(question.references):
             rows.append(replace(question, references=(text,)))
     return rows
-
-
-def _digest_of_run(folder: Path | None) -> list[str]:
-    return [] if folder is None else [file_digest(p) for p in sorted(folder.glob("*.safetensors"))]
