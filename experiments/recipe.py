@@ -72,7 +72,7 @@ def main():
         probabilities = predict(Bundle(*kept), test, batch_size=64).probabilities
         found = measure(right, probabilities, groups)
         learned |= (found.accuracy.low or 0) > guessing(test)
-        rows.append((name, found.accuracy.value, found.calibration_error))
+        rows.append((name, found["accuracy"].value, found["calibration_error"]))
     table = pd.DataFrame(rows, columns=["settings", "accuracy", "error"])
     found = table.groupby("settings", sort=False).agg(
         **{

@@ -296,13 +296,13 @@ def check_zero_shot(run: Run) -> tuple[list[Check], dict]:
         probabilities = predict(bundle, questions, permute_below=0).probabilities
         seconds = time.perf_counter() - began
     found = measure([q.answer for q in questions], probabilities, picture_groups(questions))
-    asked, ok = judge(found.accuracy) if run.is_real else ("a score", True)
-    what = f"unsliced, zero-shot, {found.questions:,} A-OKVQA questions"
-    return [Check(what, asked, str(found.accuracy), ok)], {
-        "questions": found.questions,
-        "pictures": found.pictures,
-        "right": found.right,
-        "accuracy": asdict(found.accuracy),
+    asked, ok = judge(found["accuracy"]) if run.is_real else ("a score", True)
+    what = f"unsliced, zero-shot, {found['questions']:,} A-OKVQA questions"
+    return [Check(what, asked, str(found["accuracy"]), ok)], {
+        "questions": found["questions"],
+        "pictures": found["pictures"],
+        "right": found["right"],
+        "accuracy": asdict(found["accuracy"]),
         "left out": {why: len(rows) for why, rows in summary.left_out.items()},
         "seconds": seconds,
         "gpu_gb": peak.gpu,

@@ -17,8 +17,9 @@ from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle.export import export_device, write_bundle
-from bridgeblip.bundle.gate import ParityGate
+from bridgeblip.bundle.gate import MERGING_SHARE, ParityGate
 from bridgeblip.files import file_digest
+from bridgeblip.machine import number_format
 from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
 
 INPUTS = (
@@ -68,7 +69,7 @@ def restore(
         raise InputError(
             f"{weights} was trained with another tokenizer or image processor than {base} has"
         )
-    dtype = getattr(torch, dtype or manifest.get("dtype", "float32"))
+    dtype = number_format(dtype or manifest.get("dtype", "float32"))
     device = device or export_device(dtype)
     sliced = load_sliced(
         base,
@@ -153,7 +154,7 @@ def export_bundle(
     gate = ParityGate(inputs, restored.model, restored.dtype)
     gate.compare_trained(probe["logits"], restored.manifest["dtype"])
     merged = merge_bridge(restored.model)
-    gate.compare_merged(merged)
+    gate.step("merged", merged, MERGING_SHARE)
     gate.check(out)
     trained = {k: v for k, v in restored.manifest.items() if k not in ("probe", "config")}
     made_from = {"file": weights.name, "sha256": file_digest(weights)}

@@ -15,7 +15,7 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.bundle.format import BUNDLE_FORMAT, MANIFEST_FILE, load_bundle
-from bridgeblip.bundle.gate import ParityGate
+from bridgeblip.bundle.gate import RELOADING_SHARE, ParityGate
 from bridgeblip.bundle.processing import Processor
 from bridgeblip.bundle.trace import trace
 from bridgeblip.bundle.whole import digest_path, read_digests, remember
@@ -77,7 +77,7 @@ def write_bundle(
         gc.collect()
 
     def verify(partial: Path) -> str:
-        gate.compare_reloaded(load_bundle(partial, device).model)
+        gate.step("reloaded", load_bundle(partial, device).model, RELOADING_SHARE)
         gate.check(out)
         digest = file_digest(partial)
         if beside.is_file():  # until the file is replaced, both are right

@@ -14,7 +14,7 @@ import torch
 from bridgeblip import InputError
 from bridgeblip.bundle.processing import Processor
 from bridgeblip.bundle.whole import checked
-from bridgeblip.machine import is_out_of_memory
+from bridgeblip.machine import FORMATS, is_out_of_memory
 
 BUNDLE_FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -37,7 +37,7 @@ MANIFEST = {
     "letters": _is(list),
     "letter_ids": _is(list),
     "prompt": _is(str),
-    "dtype": lambda name: isinstance(getattr(torch, str(name), None), torch.dtype),
+    "dtype": lambda name: name in FORMATS,
     "config": _is(dict),
     "trained": lambda it: isinstance(it, dict) and _is(float | int)(it.get("permute_below") or 0),
 }
@@ -95,22 +95,19 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     path = find_bundle(path)
     with checked(path):
         header = read_header(path)
-        return replace(header, model=_load_model(path, device), device=torch.device(device))
-
-
-def _load_model(path: Path, device: str | torch.device) -> torch.jit.ScriptModule:
-    try:
-        return torch.jit.load(str(path), map_location=device).eval()
-    except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is one
-        if is_out_of_memory(error):
+        try:
+            model = torch.jit.load(str(path), map_location=device).eval()
+        except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise InputError(
+                    f"{path} is no TorchScript file ({str(error)[:200]}): export or copy it again"
+                ) from error
             size = path.stat().st_size / 1e9
             raise InputError(
                 f"no memory on {device} for {path}, {size:.1f} GB: restart this and other "
                 f"notebooks, or take a larger machine"
             ) from error
-        raise InputError(
-            f"{path} is no TorchScript file ({str(error)[:200]}): export or copy it again"
-        ) from error
+    return replace(header, model=model, device=torch.device(device))
 
 
 def read_header(path: str | Path) -> Bundle:

@@ -64,14 +64,9 @@ class ParityGate:
             best = expected.topk(2).values
             clear = best[:, 0] - best[:, 1] > 2 * bound
             changed = int(((logits.argmax(-1) != expected.argmax(-1)) & clear).sum())
-            row = {
-                "form": form,
-                "case": case,
-                "difference": difference,
-                "bound": bound,
-                "letters changed": changed,
-            }
-            self.rows.append(row | {"ok": difference <= bound and not changed})
+            row = {"form": form, "case": case, "difference": difference, "bound": bound}
+            row |= {"letters changed": changed, "ok": difference <= bound and not changed}
+            self.rows.append(row)
 
     def compare_trained(self, logits: torch.Tensor, dtype: str) -> None:
         """Compare the model with what it gave for the probe when it was trained, in ``dtype`` and
@@ -83,30 +78,18 @@ class ParityGate:
         """
         case, expected = next(iter(self.reference.items()))
         logits = torch.where(logits.isfinite(), logits, expected)
-        self.compare("as trained", {case: logits}, self._share(TRAINED_SHARE, dtype == "float32"))
+        exact = dtype == "float32" and self.dtype == torch.float32
+        self.compare("as trained", {case: logits}, None if exact else TRAINED_SHARE)
 
-    def compare_merged(self, merged: nn.Module) -> None:
-        """Compare the merged model with the adapters; from now on it is what the file must answer
-        like."""
-        logits = _logits_by_case(merged, self.probe)
-        self.compare("merged", logits, self._share(MERGING_SHARE))
-        self.reference = logits
+    def step(self, form: str, model: nn.Module, share: float) -> None:
+        """Compare the model in its next form, which is what the file must answer like from now on.
 
-    def compare_cast(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Compare the model in another number format with what it was in float32; from now on it is
-        what the file must answer like."""
+        Args:
+            share: as for ``compare``, but in float32, which rounds nothing.
+        """
         logits = _logits_by_case(model, self.probe)
-        self.compare(str(dtype).removeprefix("torch."), logits, TRAINED_SHARE)
-        self.reference, self.dtype = logits, dtype
-
-    def compare_reloaded(self, reloaded: nn.Module) -> None:
-        """Compare what was read back from the file with the merged model."""
-        self.compare(
-            "reloaded", _logits_by_case(reloaded, self.probe), self._share(RELOADING_SHARE)
-        )
-
-    def _share(self, of_half_precision: float, exact: bool = True) -> float | None:
-        return None if exact and self.dtype == torch.float32 else of_half_precision
+        self.compare(form, logits, None if self.dtype == torch.float32 else share)
+        self.reference = logits
 
     @property
     def table(self) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def in_windows(
     """
     rank, world = process_rank()
     processes = _join_processes() if world > 1 else None
-    keys = _picture_keys(questions, quiet=rank > 0)
+    paths = [question.image for question in questions if question.image]
+    key_of = {None: BLANK, **picture_keys(paths, rank > 0, strict=False)}  # decoding says why
+    keys = [key_of[question.image] for question in questions]
     windows = _windows(keys)
 
     # What an interrupted run has left is taken only if the same would be done again.
@@ -117,17 +120,14 @@ def in_windows(
                 content = {"fingerprint": fingerprint, "answers": done[index]}
                 write_text(kept_folder(out) / f"{index}.json", json.dumps(content))
 
-    parts = [done]
+    parts = [done] * world
     if world > 1:
-        parts = [None] * world
         torch.distributed.all_gather_object(parts, done, processes)
-    answers = [None] * len(questions)
+    answers = {}
     for part in parts:
         for index, made in part.items():
-            rows = [row for rows in windows[index] for row in rows]
-            for row, one in zip(rows, made, strict=True):
-                answers[row] = one
-    return answers
+            answers |= zip(chain(*windows[index]), made, strict=True)
+    return [answers[row] for row in range(len(questions))]
 
 
 def _join_processes():
@@ -166,20 +166,11 @@ def _fingerprint(questions: Sequence[Question], keys, settings: list) -> str:
 
 def as_answers(questions: Sequence[Question], made: Sequence[tuple], width: int) -> Answers:
     """Put probabilities, flags and problem of each question together, in so many columns."""
-    probabilities = np.zeros((len(made), width), dtype=np.float32)
-    flags, problems = [], []
-    for row, (question, (given, words, problem)) in enumerate(zip(questions, made, strict=True)):
-        probabilities[row] = given
-        flags.append(words)
-        problems.append("; ".join(filter(None, [question.problem, problem])))
-    return Answers(probabilities, flags, problems)
-
-
-def _picture_keys(questions: Sequence[Question], quiet: bool) -> list[str]:
-    """The key of each question's picture: by content, or by name for a file that can't be read."""
-    paths = [question.image for question in questions if question.image]
-    keys = {None: BLANK, **picture_keys(paths, quiet, strict=False)}  # decoding says why
-    return [keys[question.image] for question in questions]
+    probabilities, flags, problems = zip(*made, strict=True) if made else ([], [], [])
+    probabilities = np.array(probabilities, dtype=np.float32).reshape(len(made), width)
+    both = zip((question.problem for question in questions), problems, strict=True)
+    problems = ["; ".join(filter(None, pair)) for pair in both]
+    return Answers(probabilities, list(flags), problems)
 
 
 def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[int, list]:
@@ -192,11 +183,12 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            content = {}  # torn
-        if content.get("fingerprint") == fingerprint:
-            kept[index] = content["answers"]
-        else:
-            strangers += 1
+            content = None  # torn
+        match content:
+            case {"fingerprint": known, "answers": answers} if known == fingerprint:
+                kept[index] = answers
+            case _:
+                strangers += 1
     if strangers:
         print(
             f"passing over {strangers} windows in {folder}: torn, or of another bundle, question "
@@ -226,16 +218,31 @@ def _answer_window(
     bar: tqdm,
 ) -> list[tuple[list[float], list[str], str]]:
     """Answer questions grouped by picture: probabilities, flags and problem of each, in order."""
-    processor = bundle.processor
-    pixels, faults = zip(*pictures, strict=True)
-    embeds = _encode_pictures(bundle, pixels, batch_size)
+    processor, (pixels, faults) = bundle.processor, zip(*pictures, strict=True)
     asked = [question for group in groups for question in group]
-    places = [place for place, group in enumerate(groups) for _ in group]  # in embeds
+    places = [place for place, group in enumerate(groups) for _ in group]  # among the pictures
     fitted = [processor.fit(question) for question in asked]
+
+    def encode(rows: Sequence[int]) -> torch.Tensor:
+        stacked = torch.stack([pixels[row] for row in rows])
+        return bundle.model.encode_image(stacked.to(bundle.device))
+
+    rows = range(len(pixels))
+    embeds = [in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]]
+    embeds = torch.cat(embeds)  # (pictures, patches + 1, vision width)
 
     def score(rows: Sequence[int], shown: Sequence[Question], bar: tqdm | None = None):
         shown = [processor.fit(question) for question in shown]
-        return _score(bundle, embeds, [places[row] for row in rows], shown, batch_size, bar)
+        prompts = list(map(processor.prompt, shown))
+
+        def run(batch: Sequence[int]) -> torch.Tensor:
+            texts = processor.encode_prompts([prompts[n] for n in batch])
+            texts = {name: tensor.to(bundle.device) for name, tensor in texts.items()}
+            seen = embeds[[places[rows[n]] for n in batch]]
+            return bundle.model.score(seen, **texts).float().cpu()
+
+        masks, lengths = map(processor.choice_mask, shown), processor.count_tokens(prompts)
+        return probabilities_of(shown, lengths, list(masks), run, batch_size, bar)
 
     def note(row: int) -> tuple[set[str], str]:
         question, shown = asked[row], fitted[row]
@@ -251,8 +258,7 @@ def _answer_window(
             words.add("shortened")
         return words, problem
 
-    faults = [faults[place] for place in places]
-    return weigh(asked, faults, score, permute_below, note, bar)
+    return weigh(asked, [faults[place] for place in places], score, permute_below, note, bar)
 
 
 def weigh(
@@ -288,45 +294,6 @@ def weigh(
         flags = [flag for flag in FLAGS if flag in words]
         answers.append((np.mean(seen, axis=0).tolist(), flags, problem))
     return answers
-
-
-def _encode_pictures(
-    bundle: Bundle, pixels: Sequence[torch.Tensor], batch_size: int
-) -> torch.Tensor:
-    """Return (pictures, patches + 1, vision width)."""
-
-    def encode(rows: Sequence[int]) -> torch.Tensor:
-        return bundle.model.encode_image(
-            torch.stack([pixels[row] for row in rows]).to(bundle.device)
-        )
-
-    rows = range(len(pixels))
-    return torch.cat(
-        [in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]]
-    )
-
-
-def _score(
-    bundle: Bundle,
-    embeds: torch.Tensor,
-    places: Sequence[int],
-    shown: Sequence[Question],
-    batch_size: int,
-    bar: tqdm | None = None,
-) -> np.ndarray:
-    """Return the probabilities (rows, choices) of questions whose pictures stand at ``places`` of
-    ``embeds``."""
-
-    def score(rows: Sequence[int]) -> torch.Tensor:
-        texts = bundle.processor.encode_prompts(
-            [bundle.processor.prompt(shown[row]) for row in rows]
-        )
-        texts = {name: tensor.to(bundle.device) for name, tensor in texts.items()}
-        return bundle.model.score(embeds[[places[row] for row in rows]], **texts).float().cpu()
-
-    lengths = bundle.processor.count_tokens([bundle.processor.prompt(q) for q in shown])
-    masks = [bundle.processor.choice_mask(q) for q in shown]
-    return probabilities_of(shown, lengths, masks, score, batch_size, bar)
 
 
 def probabilities_of(

@@ -90,8 +90,10 @@ def read_digests(path: Path) -> list[str]:
 
 def recall(path: Path) -> str | None:
     """Return the SHA-256 that a file had when it was last read; None if it has changed since."""
-    state, digest = _memory().get(str(path.resolve()), (None, None))
-    return digest if state == _state(path) else None
+    match _memory().get(str(path.resolve())):
+        case [state, str(digest)] if state == _state(path):
+            return digest
+    return None
 
 
 def remember(path: Path, digest: str) -> None:
@@ -103,8 +105,8 @@ def remember(path: Path, digest: str) -> None:
 
 def _memory() -> dict[str, list]:
     try:
-        return json.loads(_memory_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or damaged
+        return dict(json.loads(_memory_path().read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # not there, or damaged
         return {}
 
 

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from bridgeblip import InputError
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question, letter, letters
-from bridgeblip.evidence.metrics import Bin, accuracy_of
+from bridgeblip.evidence.metrics import accuracy_of
 
 RIGHT, WRONG, NEUTRAL = "#1a7f37", "#cf222e", "#57606a"
 BLUE, LIGHT = "#0969da", "#54aeff"
@@ -157,16 +158,13 @@ def answer_figure(probabilities: np.ndarray) -> Figure:
     return figure
 
 
-def reliability_figure(bins: Sequence[Bin]) -> Figure:
+def reliability_figure(bins: Sequence[dict[str, Any]]) -> Figure:
     """How often answers are right against how sure they are; below, how many are so sure."""
     figure = Figure(figsize=(4.2, 4.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color=NEUTRAL, linestyle=":", label="as often right as sure")
-    table = (
-        pd.DataFrame([vars(b) | vars(b.accuracy) for b in bins])
-        .drop(columns="accuracy")
-        .astype(float)
-    )
+    table = pd.DataFrame([one | vars(one["accuracy"]) for one in bins])
+    table = table.drop(columns="accuracy").astype(float)
     if table["low"].notna().any():
         upper.vlines(
             table["confidence"], table["low"], table["high"], color=BLUE, label="95% interval"

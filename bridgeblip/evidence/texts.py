@@ -4,6 +4,7 @@ them; their files, and the page that judges them."""
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.data.tables import read_table
 from bridgeblip.evidence import metrics
-from bridgeblip.evidence.answers import id_column
+from bridgeblip.evidence.answers import Answers, id_column, kept_folder
 from bridgeblip.evidence.captions import cider, meteor, score_captions, tokenized
-from bridgeblip.evidence.report import learned_pictures, model_and_data, write_page
-from bridgeblip.files import write_text
+from bridgeblip.evidence.report import origin_of, write_page
+from bridgeblip.evidence.submission import problem_lines, write_problems
+from bridgeblip.files import require_writable, write_text
 
 SHOWN = 12  # questions that a section shows with their pictures
 MAIN = {"caption": "CIDEr", "answer": "exact"}  # what a task's model is chosen by
@@ -69,31 +71,54 @@ def score_answers(references: Sequence[Sequence[str]], texts: Sequence[str]) -> 
     the ``mean error`` of the answers that are numbers, and the ``numbers missed``: how many are
     none."""
     scores = {"exact": float(exact(references, texts).mean())}
-    right = np.array([_number(row[0]) for row in references])
-    errors = np.abs(right - np.array(list(map(_number, texts))))[~np.isnan(right)]
-    missed = np.isnan(errors)
-    if len(errors):
-        scores["numbers missed"] = int(missed.sum())
-    return scores | ({} if missed.all() else {"mean error": float(errors[~missed].mean())})
+    errors, missed = [], 0
+    for row, text in zip(references, texts, strict=True):
+        right, given = _number(row[0]), _number(text)
+        if right is not None and given is not None:
+            errors.append(abs(right - given))
+        missed += right is not None and given is None
+    if errors or missed:
+        scores["numbers missed"] = missed
+    return scores | ({"mean error": float(np.mean(errors))} if errors else {})
 
 
-def _number(text: str) -> float:
-    """The number that a text is; NaN if it is none."""
+def _number(text: str) -> float | None:
     try:
         value = float(normalized(text) if not re.fullmatch(r"\s*-.*", text) else text)
     except ValueError:
-        return math.nan
-    return value if math.isfinite(value) else math.nan
+        return None
+    return value if math.isfinite(value) else None
 
 
-def write_captions(path: str | Path, questions: Sequence[Question], texts: Sequence[str]) -> None:
-    """Write captions as COCO's servers take them: ``[{"image_id": ..., "caption": ...}]``."""
+def captions_path(out: str | Path, csv: str | Path) -> Path:
+    """Return where captions are to be written: ``out`` if that is a JSON file's name, else beside
+    it.
+
+    Raises:
+        InputError: if that is the input, or lies where nothing can be written.
+    """
+    out = Path(out)
+    out = out if out.suffix == ".json" else out.with_name("captions.json")
+    if out.resolve() == Path(csv).resolve():
+        raise InputError(f"{out} would be overwritten, but is the input: choose another --out")
+    require_writable(out.parent)
+    return out
+
+
+def write_captions(
+    out: Path, questions: Sequence[Question], texts: Sequence[str], answers: Answers
+) -> str:
+    """Write captions as COCO's servers take them, ``[{"image_id": ..., "caption": ...}]``, and
+    ``problems.csv`` beside them; say what was written."""
     rows = []
     for question, text in zip(questions, texts, strict=True):
         is_number = question.id.isdecimal() and str(int(question.id)) == question.id
         name = int(question.id) if is_number else question.id
         rows.append({"image_id": name, "caption": text})
-    write_text(Path(path), json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
+    write_text(out, json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
+    write_problems(questions, answers, out)
+    shutil.rmtree(kept_folder(out), ignore_errors=True)
+    return "\n".join([f"wrote {out}: {len(texts)} texts", *problem_lines(questions, answers)])
 
 
 def read_texts(path: str | Path, questions: Sequence[Question]) -> list[str]:
@@ -108,11 +133,14 @@ def read_texts(path: str | Path, questions: Sequence[Question]) -> list[str]:
         table = read_table(path)
         rows = list(zip(table[id_column(table)], table.iloc[:, -1], strict=True))
     else:
-        rows = []
         try:
-            for row in json.loads(path.read_text(encoding="utf-8-sig")):
-                name = str(row.get("image_id", row.get("question_id")))
-                rows.append((name, row.get("caption", row.get("answer"))))
+            rows = [
+                (
+                    str(row.get("image_id", row.get("question_id"))),
+                    row.get("caption", row.get("answer")),
+                )
+                for row in json.loads(path.read_text(encoding="utf-8-sig"))
+            ]
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise InputError(
                 f"{path} can't be read ({error}); expected a list of image_id and caption"
@@ -153,33 +181,26 @@ def write_text_report(
     groups = metrics.picture_groups(questions)
     values = _rows(task, references, texts)
     elsewhere = _elsewhere(groups, texts)
-    manifest, learned = learned_pictures(manifest, questions)
-    facts = {
-        "about": model_and_data(manifest, questions, data),
+    facts = origin_of(manifest, questions, data) | {
         "task": task,
         "questions": len(questions),
         "pictures": len(np.unique(groups)),
-        "scores": _scores(task, references, texts),
-        "before": None if before is None else _scores(task, references, before),
+        "scores": _scores(task, questions, texts),
+        "before": None if before is None else _scores(task, questions, before),
         "simpler": {
-            "the most frequent right text, always": _scores(task, references, _always(questions)),
-            "its own texts, each given to another picture": _scores(task, references, elsewhere),
+            "the most frequent right text, always": _scores(task, questions, _always(questions)),
+            "its own texts, each given to another picture": _scores(task, questions, elsewhere),
         },
         "exact": metrics.clustered_mean(exact(references, texts), groups),
         "change": None,
         "looking": _paired(values - _rows(task, references, elsewhere), groups),
-        "learned": learned,
         "notes": _notes(questions, texts),
-        "manifest": manifest,
     }
     if before is not None:
         facts["change"] = _paired(values - _rows(task, references, before), groups)
-    facts = {"verdict": judge_texts(facts)} | facts
     order = np.argsort(values, kind="stable")[:SHOWN]
     worst = [(questions[i], texts[i], before[i] if before is not None else None) for i in order]
-    title = f"{facts['about']['model']} on {facts['about']['data']}, {facts['about']['date']}"
-    write_page(out, "texts", facts, title=title, worst=worst, main=MAIN[task])
-    return facts
+    return write_page(out, "texts", facts, judge_texts(facts), worst=worst, main=MAIN[task])
 
 
 def score_texts(task: str, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
@@ -195,12 +216,11 @@ def _rows(task: str, references: Sequence[Sequence[str]], texts: Sequence[str]) 
     return np.array(cider(*tokenized(references, texts)))
 
 
-def _scores(task: str, references: Sequence[Sequence[str]], texts: Sequence[str]) -> dict:
-    if task == "answer":
-        return score_answers(references, texts)
-    harmonic = meteor(references, texts)
-    scores = score_captions(references, texts)
-    return scores if harmonic is None else scores | {"METEOR": harmonic}
+def _scores(task: str, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
+    """The scores, and METEOR where it can be had: it takes too long to be asked in every epoch."""
+    harmonic = meteor([q.references for q in questions], texts) if task == "caption" else None
+    more = {} if harmonic is None else {"METEOR": harmonic}
+    return score_texts(task, questions, texts) | more
 
 
 def _paired(gains: np.ndarray, groups: np.ndarray) -> metrics.Estimate:
@@ -239,51 +259,39 @@ def _notes(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, int
     }
 
 
-def _verdict(kind: str, sentence: str) -> dict[str, str]:
-    return {"kind": kind, "sentence": sentence}
-
-
-def judge_texts(facts: dict[str, Any]) -> dict[str, str]:
-    """Say in one sentence whether to believe the scores, and of what kind that is: good, doubt or
-    bad."""
+def judge_texts(facts: dict[str, Any]) -> tuple[str, str]:
+    """Return of what kind scores are, good, doubt or bad, and in one sentence whether to believe
+    them."""
     pictures, rows, notes = facts["pictures"], facts["questions"], facts["notes"]
-    main, learned, looking, change = (
-        MAIN[facts["task"]],
-        *map(facts.get, ("learned", "looking", "change")),
-    )
-    score = f"{main} {facts['scores'][main]:.3f}"
+    looking, change, learned = facts["looking"], facts["change"], facts["learned"]
+    main, scores = MAIN[facts["task"]], facts["scores"]
     if pictures < 2:
-        return _verdict(
-            "doubt", "Nothing can be concluded from one picture: CIDEr of it is always 0."
-        )
-    fault = ""
-    if rows == notes["empty texts"]:
-        fault = f"all {rows:,} texts are empty"
-    elif notes["different texts"] == 1:
-        fault = f"all {rows:,} texts are the same one"
-    elif learned:
-        fault = f"the model has learned from {learned} of the {pictures} pictures"
-    if fault:
-        return _verdict("bad", f"Don't believe this score: {fault}.")
-    doubts = []
+        return "doubt", "Nothing can be concluded from one picture: CIDEr of it is always 0."
+    spoiled = {
+        f"all {rows:,} texts are empty": notes["empty texts"] == rows,
+        f"all {rows:,} texts are the same one": notes["different texts"] == 1,
+        f"the model has learned from {learned} of the {pictures} pictures": learned,
+    }
+    for reason, found in spoiled.items():
+        if found:
+            return "bad", f"Don't believe this score: {reason}."
+    doubts, score = [], f"{main} {scores[main]:.3f}"
     if notes["empty texts"]:
         doubts.append(f"{notes['empty texts']} texts are empty")
     if looking.low is None:
         doubts.append(f"{pictures} pictures are few")
-    elif looking.low <= 0:
-        doubts.append("its texts fit other pictures as well")
     for name, simpler in facts["simpler"].items():
-        if simpler[main] >= facts["scores"][main]:
+        if simpler[main] >= scores[main]:
             doubts.append(f"no better than '{name}' ({simpler[main]:.3f})")
+    if looking.low is not None and looking.low <= 0:
+        doubts.append("its texts fit other pictures as well")
     if change is not None:
-        gain = f"{facts['scores'][main] - facts['before'][main]:+.3f} against before"
-        score += f", {gain}"
-        if change.low is not None and change.high < 0:
-            return _verdict("bad", f"{score}: worse, and that is more than noise.")
-        if change.low is None or change.low <= 0:
+        gain = f"{scores[main] - facts['before'][main]:+.3f} against before"
+        if change.low is None or change.low <= 0 <= change.high:
             doubts.append(f"{gain} may be noise")
+        elif change.high < 0:
+            return "bad", f"{score}, {gain}: worse, and that is more than noise."
+        score += f", {gain}"
     if doubts:
-        return _verdict("doubt", f"{score}; believe it with care: {'; '.join(doubts)}.")
-    return _verdict(
-        "good", f"Believe it, for pictures like these: {score}; looking at them matters."
-    )
+        return "doubt", f"{score}; believe it with care: {'; '.join(doubts)}."
+    return "good", f"Believe it, for pictures like these: {score}; looking at them matters."

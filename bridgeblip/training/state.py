@@ -104,7 +104,8 @@ def refuse_other_run(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any])
             if other and not record["done"]:
                 raise InputError(
                     f"{folder} belongs to another run (other {', '.join(other)}) that has not "
-                    f"ended. Set that back to go on with it; to start anew, delete the folder "
+                    f"ended. Set that back to go on with it, with the version of bridgeblip that "
+                    f"began it if this one has no such setting; to start anew, delete the folder "
                     f"{STATE_FOLDER}, or take another checkpoint folder"
                 )
             break  # those before it are the same run's
@@ -156,6 +157,12 @@ def _fault_of_state(folder: Path, run: dict[str, Any]) -> str | None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys in which two runs differ."""
-    keys = (before.keys() | now.keys()) - {"versions"}
-    return sorted(key for key in keys if before.get(key) != now.get(key))
+    """The keys in which two runs differ, and of settings which."""
+    found = []
+    for key in sorted((before.keys() | now.keys()) - {"versions"}):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += [f"{key}: {name}" for name in _differences(one, other)]
+        elif one != other:
+            found.append(key)
+    return found

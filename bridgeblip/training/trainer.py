@@ -294,7 +294,7 @@ def read_before(places: Sequence[Path], rows: int) -> list | None:
     """Return what ``keep_before`` has kept; None if it is gone."""
     for place in places:
         path = place / BEFORE_FILE
-        if path.is_file() and len(kept := read_json(path)) == rows:
+        if path.is_file() and len(kept := read_json(path, list)) == rows:
             return kept
     return None
 

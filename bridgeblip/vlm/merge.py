@@ -13,7 +13,7 @@ from torch import nn
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.files import replace_folder, require_writable
-from bridgeblip.machine import best_device
+from bridgeblip.machine import best_device, number_format
 from bridgeblip.vlm.answer import load_tuned
 from bridgeblip.vlm.batches import to_model
 from bridgeblip.vlm.settings import FOLDERS, RUN_FILE, read_run
@@ -83,11 +83,11 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     if facts["method"] == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         print("the distance to the run in 4 bits is not measured: bitsandbytes is not installed")
     elif facts["method"] == "qlora":
-        as_tuned = load_tuned(run, best_device(), getattr(torch, facts["dtype"])).model
+        as_tuned = load_tuned(run, best_device(), number_format(facts["dtype"])).model
         bits = parted(logits_of(merged, batch), logits_of(as_tuned, batch))
 
     def fill(folder: Path) -> None:
-        merged.to(getattr(torch, facts["dtype"])).save_pretrained(folder)
+        merged.to(number_format(facts["dtype"])).save_pretrained(folder)
         tuned.batches.processor.save_pretrained(folder)
         shutil.copy(run / RUN_FILE, folder / RUN_FILE)
 

@@ -14,6 +14,7 @@ METRICS = {"choice": "accuracy", "caption": "CIDEr", "answer": "exact"}
 # Where a run keeps what it has learned, by method.
 FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
 RUN_FILE = "run.json"
+NAMED = {"base", "method", "dtype"}  # that it needs to say
 RANK, ALPHA = 16, 32  # without a cut
 
 
@@ -84,7 +85,11 @@ def read_run(folder: str | Path) -> dict:
     if not (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} is no run of tune: it has no {RUN_FILE}")
     run = read_json(folder / RUN_FILE)
-    weights = folder / FOLDERS.get(run.get("method"), "adapter")
+    if lacking := sorted(NAMED - run.keys()):
+        raise InputError(
+            f"{folder / RUN_FILE} lacks {', '.join(lacking)}: copy it again, or tune again"
+        )
+    weights = folder / FOLDERS.get(run["method"], FOLDERS["lora"])
     if not weights.is_dir():
         raise InputError(f"{weights} is gone: copy the whole folder of the run, or tune again")
     return run
