@@ -121,6 +121,11 @@ def digest_of(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def without(facts: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The facts but for those of these names."""
+    return {name: fact for name, fact in facts.items() if name not in names}
+
+
 def copy_verified(source: Path, target: Path) -> None:
     """Copy a file to another place, such as a mounted Drive; the source is read once, the copy
     read back.

@@ -55,8 +55,8 @@ from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, empty_model, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
+from bridgeblip.bundle.export import PARITY_BOUND, RELOADING_SHARE
 from bridgeblip.bundle.format import load_bundle
-from bridgeblip.bundle.gate import PARITY_BOUND, RELOADING_SHARE
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import read_questions

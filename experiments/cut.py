@@ -36,8 +36,13 @@ from bridgeblip.evidence.figures import NEUTRAL
 from bridgeblip.evidence.metrics import clustered_difference, clustered_mean, picture_groups
 from bridgeblip.evidence.page import points
 from bridgeblip.files import cache_folder, digest_of, file_digest, require_writable, write_text
-from bridgeblip.training.layers import REFERENCE_RANK, decoder_layers, rank_for
-from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
+from bridgeblip.training.settings import (
+    NOT_THE_RESULT,
+    REFERENCE_RANK,
+    TrainSettings,
+    decoder_layers,
+    rank_for,
+)
 from bridgeblip.training.trainer import (
     AveragingTrainer,
     Opening,

@@ -200,12 +200,13 @@ def test_asked_to_stop_it_saves_and_goes_on_later(number, base, competition, tmp
 
 LAST_STEP = """
 import os, signal
-step = training.StateKeeper.on_step_end
+from bridgeblip.training import trainer
+step = trainer.StateKeeper.on_step_end
 def on_step_end(self, args, state, *rest, **kwargs):
     if state.epoch == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     step(self, args, state, *rest, **kwargs)
-training.StateKeeper.on_step_end = on_step_end
+trainer.StateKeeper.on_step_end = on_step_end
 """
 
 
@@ -294,21 +295,23 @@ def test_a_folder_that_cannot_be_written_is_refused_first(base, competition, tmp
 
 CACHE_GONE = """
 import pathlib, shutil
-step = training.StateKeeper.on_step_end
+from bridgeblip.training import trainer
+step = trainer.StateKeeper.on_step_end
 def on_step_end(self, args, state, *rest, **kwargs):
     step(self, args, state, *rest, **kwargs)
     if state.global_step == 3:
         shutil.rmtree(pathlib.Path(features))
-training.StateKeeper.on_step_end = on_step_end
+trainer.StateKeeper.on_step_end = on_step_end
 """
 COPY_GONE = """
 import shutil
-save = training.StateKeeper.on_save
+from bridgeblip.training import trainer
+save = trainer.StateKeeper.on_save
 def on_save(self, args, state, *rest, **kwargs):
     if state.global_step == 5:
         shutil.rmtree(self.folders[1])
     save(self, args, state, *rest, **kwargs)
-training.StateKeeper.on_save = on_save
+trainer.StateKeeper.on_save = on_save
 """
 
 

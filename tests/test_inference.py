@@ -24,8 +24,7 @@ from bridgeblip.bridge.export import export_bundle, restore
 from bridgeblip.bundle import predict as inference
 from bridgeblip.bundle.format import Bundle, load_bundle
 from bridgeblip.bundle.predict import predict
-from bridgeblip.data.orders import cyclic_orders
-from bridgeblip.data.questions import read_questions
+from bridgeblip.data.questions import cyclic_orders, read_questions
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.answers import (
     choose_permutation_margin,

@@ -73,10 +73,10 @@ def test_training_is_compared_and_resumed(whole):
 
 
 def test_pictures_that_cannot_be_pinned_are_a_red_row(tmp_path, work, monkeypatch):
-    def expanded(self, questions):
-        return {"image_embeds": self.embeds.expand(len(questions), -1, -1)}
+    def expanded(embeds, questions):
+        return {"image_embeds": embeds.expand(len(questions), -1, -1)}
 
-    monkeypatch.setattr(training.BlankPictures, "__call__", expanded)
+    monkeypatch.setattr(training, "blank_pictures", expanded)
     code, rows = run(tmp_path / "out", tmp_path / "work", "--only", "train")
     assert code == 1 and rows[-1]["verdict"] == "FAIL"
     assert "more than one element" in rows[-1]["measured"]

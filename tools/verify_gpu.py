@@ -52,8 +52,8 @@ from bridgeblip.bridge.budget import held_memory
 from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
+from bridgeblip.bundle.export import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.format import Bundle, as_traced, load_bundle
-from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.predict import predict
 from bridgeblip.bundle.trace import constants_of, graphs
 from bridgeblip.data.pictures import LOADERS, picture_key
@@ -62,6 +62,7 @@ from bridgeblip.data.tables import read_table
 from bridgeblip.files import write_text
 from bridgeblip.hosting import checks
 from bridgeblip.machine import best_device, choose_precision, is_out_of_memory
+from bridgeblip.training import trainer
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.stopping import TrainingStopped
 from bridgeblip.training.weights import load_weights
@@ -194,7 +195,7 @@ class Check:
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
 
-        class Watching(training.Progress):
+        class Watching(trainer.Progress):
             def on_step_end(self, *args, **kwargs):
                 ends.append(time.perf_counter())
                 if watched and len(ends) in (4, 6):
@@ -204,7 +205,7 @@ class Check:
                 super().on_step_end(*args, **kwargs)
 
         self.peak()
-        with patch.object(training, "Progress", Watching), PeakMemory() as memory:
+        with patch.object(trainer, "Progress", Watching), PeakMemory() as memory:
             chosen, features = TrainSettings(**settings), self.work / "features"
             result = training.train(csv, self.base, folder, chosen, features=features)
         weights, gaps = result.weights[-1], np.diff(ends[6:])  # before that it warms up

@@ -51,8 +51,8 @@ from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, SMALL_FILES, resolv
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import NUM_CHOICES, QuestionProcessor, render_prompt
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
+from bridgeblip.bundle.export import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.format import Bundle
-from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.prepare import prepare
 from bridgeblip.data.questions import read_questions

@@ -20,9 +20,8 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.bundle.format import Bundle, as_traced
-from bridgeblip.data.orders import ask_in_orders
-from bridgeblip.data.pictures import load_ahead, picture_keys
-from bridgeblip.data.questions import Question
+from bridgeblip.data.pictures import load_ahead
+from bridgeblip.data.questions import Question, ask_in_orders, content_keys
 from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import is_out_of_memory, process_rank
@@ -32,7 +31,6 @@ from bridgeblip.messages import say
 PICTURES_A_WINDOW = 32
 # Of the language model, padding included: long prompts come in smaller batches.
 TOKENS_A_BATCH = 8192
-BLANK = "blank"  # key of the picture that stands for a missing one
 PATIENCE = timedelta(minutes=10)  # for the other processes to appear
 WORK = timedelta(days=1)  # for the slowest of them to finish
 
@@ -65,43 +63,52 @@ def predict(
         InputError: if a question has more choices than the model has letters, the model gives no
             finite number for a row, or other processes that the environment names do not come.
     """
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}: expected at least 1")
     bundle.processor.check_choices(questions)
     if permute_below is None:
         permute_below = bundle.manifest.get("trained", {}).get("permute_below") or 0
-    if blank_images:
-        questions = [replace(question, image=None) for question in questions]
     width = len(bundle.processor.letters)
     answer = partial(_answer_window, bundle, batch_size, permute_below)
-    load = partial(or_blank, bundle.processor.load_pixels, bundle.processor.blank_pixels)
+    load, blank = bundle.processor.load_pixels, bundle.processor.blank_pixels
     settings = [bundle.fingerprint, batch_size, permute_below]
-    return as_answers(questions, in_windows(questions, load, answer, settings, out), width)
+    made = in_windows(questions, load, blank, answer, settings, batch_size, blank_images, out)
+    return as_answers(questions, made, width)
 
 
 def in_windows(
     questions: Sequence[Question],
-    load: Callable[[Path | None], Any],
+    load: Callable[[Path], Any],
+    blank: Any,
     answer: Callable[[list[list[Question]], list[Any], tqdm], list],
     settings: list,
-    out: str | Path | None = None,
+    batch_size: int,
+    blank_images: bool,
+    out: str | Path | None,
 ) -> list:
     """Return what ``answer`` makes of each question, in order; each distinct picture is loaded
     once.
 
     Args:
-        load: gives what the model takes of a picture's file, or of none.
+        load: gives what the model takes of a picture's file; of none, it takes ``blank``.
         answer: answers questions grouped by picture, beside the pictures; what it makes of each,
             in order, must be fit for JSON. It moves the bar on.
         settings: what tells this run from another that would answer otherwise.
-        out: as for ``predict``.
+        batch_size, blank_images, out: as for ``predict``.
+
+    Raises:
+        InputError: as ``predict`` does.
     """
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}: expected at least 1")
+    if blank_images:
+        questions = [replace(question, image=None) for question in questions]
     rank, world = process_rank()
     processes = _join_processes() if world > 1 else None
-    paths = [question.image for question in questions if question.image]
-    key_of = {None: BLANK, **picture_keys(paths, rank > 0, strict=False)}  # decoding says why
-    keys = [key_of[question.image] for question in questions]
-    windows = _windows(keys)
+    keys = content_keys(questions, quiet=rank > 0, strict=False)  # decoding says what is wrong
+    rows_of = {}
+    for row, key in enumerate(keys):
+        rows_of.setdefault(key, []).append(row)
+    groups = list(rows_of.values())
+    windows = [groups[i : i + PICTURES_A_WINDOW] for i in range(0, len(groups), PICTURES_A_WINDOW)]
 
     # What an interrupted run has left is taken only if the same would be done again.
     fingerprint = _fingerprint(questions, keys, settings)
@@ -110,7 +117,7 @@ def in_windows(
     to_do = [index for index in mine if index not in done]
 
     pictures = [[questions[rows[0]].image for rows in windows[index]] for index in to_do]
-    loaded = load_ahead(load, pictures)
+    loaded = load_ahead(partial(_or_blank, load, blank), pictures)
     rows_to_do = sum(len(rows) for index in to_do for rows in windows[index])
     with tqdm(total=rows_to_do, desc=say("answering"), unit="row", disable=rank > 0) as bar:
         for index, group in zip(to_do, loaded, strict=True):
@@ -143,15 +150,6 @@ def _join_processes():
             f"({str(error).splitlines()[0][:200]}): start all with accelerate launch, or unset "
             f"WORLD_SIZE and RANK"
         ) from error
-
-
-def _windows(keys: Sequence[str]) -> list[list[list[int]]]:
-    """Return the rows of each picture, so many pictures a window."""
-    rows_of: dict[str, list[int]] = {}
-    for row, key in enumerate(keys):
-        rows_of.setdefault(key, []).append(row)
-    groups = list(rows_of.values())
-    return [groups[i : i + PICTURES_A_WINDOW] for i in range(0, len(groups), PICTURES_A_WINDOW)]
 
 
 def _fingerprint(questions: Sequence[Question], keys, settings: list) -> str:
@@ -199,7 +197,7 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
     return kept
 
 
-def or_blank(load: Callable[[Path], Any], blank: Any, path: Path | None) -> tuple[Any, str]:
+def _or_blank(load: Callable[[Path], Any], blank: Any, path: Path | None) -> tuple[Any, str]:
     """What ``load`` makes of a picture's file, and what is wrong with it: then it is blank."""
     try:
         return load(path) if path else blank, ""
@@ -219,9 +217,9 @@ def _answer_window(
 ) -> list[tuple[list[float], list[str], str]]:
     """Answer questions grouped by picture: probabilities, flags and problem of each, in order."""
     processor, (pixels, faults) = bundle.processor, zip(*pictures, strict=True)
-    asked = [question for group in groups for question in group]
+    asked = list(chain(*groups))
     places = [place for place, group in enumerate(groups) for _ in group]  # among the pictures
-    fitted = [processor.fit(question) for question in asked]
+    fitted = list(map(processor.fit, asked))
 
     def encode(rows: Sequence[int]) -> torch.Tensor:
         stacked = torch.stack([pixels[row] for row in rows])
@@ -232,7 +230,7 @@ def _answer_window(
     embeds = torch.cat(embeds)  # (pictures, patches + 1, vision width)
 
     def score(rows: Sequence[int], shown: Sequence[Question], bar: tqdm | None = None):
-        shown = [processor.fit(question) for question in shown]
+        shown = list(map(processor.fit, shown))
         prompts = list(map(processor.prompt, shown))
 
         def run(batch: Sequence[int]) -> torch.Tensor:

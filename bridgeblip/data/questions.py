@@ -1,4 +1,5 @@
-"""Question files: reading, checking, and splits by picture content."""
+"""Question files: reading, checking, splits by picture content; asking in every order of the
+choices."""
 
 import functools
 import os
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from bridgeblip import InputError
@@ -291,6 +293,16 @@ def check_pictures(
         )
 
 
+def content_keys(
+    questions: Sequence[Question], quiet: bool = True, strict: bool = True
+) -> list[str | None]:
+    """Return the content key of each question's picture, None where it has none; see
+    ``picture_keys``."""
+    images = [question.image for question in questions]
+    keys = picture_keys(filter(None, images), quiet, strict)
+    return list(map(keys.get, images))
+
+
 def split_by_picture(
     questions: Sequence[Question], fraction: float, seed: int
 ) -> tuple[list[Question], list[Question]]:
@@ -303,8 +315,7 @@ def split_by_picture(
     from sklearn.model_selection import StratifiedGroupKFold
 
     folds = round(1 / fraction)
-    keys = picture_keys(q.image for q in questions)
-    groups = [keys[q.image] for q in questions]
+    groups = content_keys(questions)
     if len(set(groups)) < folds:
         raise InputError(
             f"{len(set(groups))} distinct pictures can't be split {folds} ways: give more pictures"
@@ -315,3 +326,39 @@ def split_by_picture(
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     kept, held_out = next(splitter.split(questions, answers, groups))
     return [questions[i] for i in kept], [questions[i] for i in held_out]
+
+
+def ask_in_orders(
+    questions: Sequence[Question],
+    single: np.ndarray,
+    rows: Sequence[int],
+    ask: Callable[[Sequence[int], Sequence[Question]], np.ndarray],
+) -> list[list[np.ndarray]]:
+    """Return the probabilities (choices,) that each question was given: as written, and ``rows`` in
+    every cyclic order of their choices, too, put back to the choices as written.
+
+    Args:
+        single: probabilities (questions, choices), asked as written.
+        ask: gives the probabilities of rows whose choices stand in another order, shown beside
+            them.
+    """
+    turns = [(row, turn) for row in rows for turn in cyclic_orders(questions[row].choices)[1:]]
+    views = [[probabilities] for probabilities in single]
+    if not turns:
+        return views
+    scores = ask([row for row, _ in turns], [questions[row].reordered(turn) for row, turn in turns])
+    for (row, turn), seen in zip(turns, scores, strict=True):
+        view = seen.copy()
+        view[list(turn.values())] = seen[list(turn.keys())]
+        views[row].append(view)
+    return views
+
+
+def cyclic_orders(choices: Sequence[str]) -> list[dict[int, int]]:
+    """Return every cyclic order of the filled choices, the one as written first, as ``reordered``
+    takes it."""
+    filled = [i for i, choice in enumerate(choices) if choice]
+    return [
+        dict(zip(filled, filled[shift:] + filled[:shift], strict=True))
+        for shift in range(max(1, len(filled)))
+    ]

@@ -78,8 +78,8 @@ def read_task(
     if names:
         kind, rows = _table(path, folder)
     elif path.suffix.lower() == ".txt":
-        inside = folder if images or not (folder / FRAMES).is_dir() else folder / FRAMES
-        kind, rows = "answer", _dialogues(path, inside)
+        frames = path.parent / FRAMES
+        kind, rows = "answer", _dialogues(path, folder if images or not frames.is_dir() else frames)
     else:
         kind, rows = _published(path, folder, split)
     _check_task(path, kind, task)
@@ -91,11 +91,13 @@ def read_task(
     task = task or kind
     if task == "caption":
         questions = _one_a_picture(questions)
-    questions = _labelled(path, questions, task, need_answers)
+    if need_answers:
+        questions = _labelled(path, questions, task)
     check_ids(questions, path)
     if strict:
-        remedy = f"name the folder of the pictures by --images, not {folder}"
-        check_pictures(questions, path, remedy)
+        check_pictures(
+            questions, path, f"name the folder of the pictures by --images, not {folder}"
+        )
     return task, list(map(_placed, questions))
 
 
@@ -287,34 +289,30 @@ def _one_a_picture(questions: Sequence[Question]) -> list[Question]:
     return list(merged.values())
 
 
-def _labelled(
-    path: Path, questions: Sequence[Question], task: str, need_answers: bool
-) -> list[Question]:
+def _labelled(path: Path, questions: Sequence[Question], task: str) -> list[Question]:
     """Refuse rows without an answer; pictures without a caption are left out."""
     bare = [question for question in questions if not question.references]
-    if not bare or not need_answers:
-        return list(questions)
     if len(bare) == len(questions):
         raise InputError(f"{path} has no {task}s: give a file that has")
-    if task == "answer":
-        where = f"ID {bare[0].id}" + f", line {bare[0].line}" * bool(bare[0].line)
+    if bare and task == "answer":
         raise InputError(
-            f"{path}: {len(bare)} of {len(questions)} rows have no answer, the first is {where}: "
-            f"fill them in or take them out"
+            f"{path}: {len(bare)} of {len(questions)} rows have no answer, the first is "
+            f"ID {bare[0].id}{f', line {bare[0].line}' * bool(bare[0].line)}: fill them in or take "
+            f"them out"
         )
     _say_left_out(path, Counter({"pictures without a caption": len(bare)}))
     return [question for question in questions if question.references]
 
 
 def _placed(question: Question) -> Question:
-    """Take a picture that is not there from its row."""
+    """Take away a picture that is not there."""
     if os.path.isfile(question.image):
         return question
     return replace(question, image=None, problem=f"picture {question.image} not found")
 
 
 def _say_left_out(path: Path, left_out: Counter) -> None:
-    if left_out:
+    if left_out.total():
         counted = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
         warnings.warn(f"{path}: left out {counted}", stacklevel=4)
 

@@ -12,8 +12,7 @@ import numpy as np
 from scipy.special import betaincinv, ndtri, stdtrit
 from sklearn.metrics import confusion_matrix
 
-from bridgeblip.data.pictures import picture_keys
-from bridgeblip.data.questions import Question, letter, letters
+from bridgeblip.data.questions import Question, content_keys, letter, letters
 
 TAIL = 0.025  # on either side of a 95% interval
 FEWEST_GROUPS = 10  # with an interval: fewer say nothing
@@ -128,8 +127,7 @@ def _interval(value: float, draws: float | None) -> Estimate:
 def picture_groups(questions: Sequence[Question]) -> np.ndarray:
     """Return (N,) numbers, equal where the pictures are; a question without a picture has one of
     its own."""
-    keys = picture_keys(q.image for q in questions if q.image is not None)
-    names = [f"row {row}" if q.image is None else keys[q.image] for row, q in enumerate(questions)]
+    names = [key or f"row {row}" for row, key in enumerate(content_keys(questions))]
     return np.unique(names, return_inverse=True)[1]
 
 
@@ -213,7 +211,7 @@ def accuracy_by(
 
 def openers(questions: Sequence[Question]) -> list[str]:
     """Return the first two words of each question, small; rare ones are put together."""
-    first = np.array([" ".join(q.question.lower().split()[:2]).rstrip("?,.:") for q in questions])
+    first = [" ".join(q.question.lower().split()[:2]).rstrip("?,.:") for q in questions]
     names, counts = np.unique(first, return_counts=True)
     common = names[np.argsort(-counts, kind="stable")][:OPENERS_SHOWN]
     common = set(common) & set(names[counts >= OPENER_ROWS])

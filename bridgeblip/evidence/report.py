@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bridgeblip.data.pictures import SHORT_KEY, picture_keys
-from bridgeblip.data.questions import Question, letter
+from bridgeblip.data.pictures import SHORT_KEY
+from bridgeblip.data.questions import Question, content_keys, letter
 from bridgeblip.evidence import metrics
 from bridgeblip.evidence.answers import margins
 from bridgeblip.evidence.figures import confusion_figure, reliability_figure
@@ -118,7 +118,7 @@ def origin_of(
     trained = manifest.get("trained", manifest)
     if "pictures" in trained:
         known = set(trained["pictures"])
-        keys = picture_keys(q.image for q in questions if q.image is not None).values()
+        keys = set(content_keys(questions)) - {None}
         learned = len({key[:SHORT_KEY] for key in keys} & known)
         trained = trained | {"pictures": len(known)}
     about = {
@@ -205,23 +205,22 @@ def _data_notes(
     learned: int | None,
 ) -> dict[str, int]:
     """Count what a reader should know of the questions, by what it is."""
-    table = pd.DataFrame({"picture": groups, "question": [q.question for q in questions]})
-    table["choices"] = ["\n".join(sorted(q.choices)) for q in questions]
+    table = pd.DataFrame(map(vars, questions)).assign(picture=groups)
     table["right"] = [q.choices[q.answer] for q in questions]
-    table["file"] = [q.image for q in questions]
-    filled = pd.Series([[c for c in q.choices if c] for q in questions])
-    most = max(len(q.choices) for q in questions)
+    most = table["choices"].map(len).max()
+    filled = table["choices"].map(lambda choices: list(filter(None, choices)))
+    table["choices"] = table["choices"].map(sorted).map("\n".join)
     asked = ["picture", "question", "choices"]
     answers = table[[*asked, "right"]].drop_duplicates()
     notes = {
         "questions": len(questions),
         "distinct pictures": table["picture"].nunique(),
-        "picture files; the same picture may lie under several names": table["file"].nunique(),
+        "picture files; the same picture may lie under several names": table["image"].nunique(),
         "questions asked again, word for word, of the same picture": table.duplicated(asked).sum(),
         "of these, with another right answer": answers.duplicated(asked).sum(),
         f"questions with fewer than {most} choices": (filled.map(len) < most).sum(),
         "questions with the same choice twice": (filled.map(set).map(len) < filled.map(len)).sum(),
-        "questions without a usable picture in the file": table["file"].isna().sum(),
+        "questions without a usable picture in the file": table["image"].isna().sum(),
     }
     if learned is not None:
         notes["pictures that the model has learned from"] = learned

@@ -6,8 +6,7 @@ from bridgeblip.data.texts import read_task
 from bridgeblip.hosting.checks import Findings, check_memory, check_pictures
 from bridgeblip.hosting.runtime import installed
 from bridgeblip.machine import best_device, choose_precision
-from bridgeblip.training.layers import BUDGET_LIMIT
-from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
 from bridgeblip.vlm.settings import TuneSettings, find_source
 
 LEARNING = 20

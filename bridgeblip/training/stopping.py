@@ -6,14 +6,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from bridgeblip import InputError
-from bridgeblip.files import FULL
+from bridgeblip.files import FULL, copy_verified
 from bridgeblip.machine import NonFiniteError, is_out_of_memory
 from bridgeblip.training.state import STATE_FOLDER
 
@@ -137,6 +137,14 @@ def _remedy(error: Exception) -> str | None:
     if isinstance(error, RuntimeError):
         return None
     return "see that the file can be reached again"
+
+
+def mirror(places: Sequence[Path], names: Sequence[str]) -> None:
+    """Copy files of the first place to the others, verified; errors as ``copying_to``."""
+    for place in places[1:]:
+        with copying_to(place):
+            for name in names:
+                copy_verified(places[0] / name, place / name)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from bridgeblip.bundle.predict import (
     batches_of,
     in_halves,
     in_windows,
-    or_blank,
     probabilities_of,
     weigh,
 )
@@ -151,10 +150,9 @@ def predict(
     letter_ids = tuned.batches.letter_ids(width)
     if permute_below is None:
         permute_below = tuned.run.get("permute_below") or 0
-    if blank_images:
-        questions = [replace(question, image=None) for question in questions]
     answer = partial(_answer_window, tuned, letter_ids, batch_size, permute_below)
-    made = _made(tuned, questions, answer, 1, batch_size, [permute_below, width], out)
+    settings = [permute_below, width]
+    made = _made(tuned, questions, answer, 1, settings, batch_size, blank_images, out)
     for row, question in enumerate(questions):
         if made[row][0] is None:
             evenly = np.array(question.choice_mask) / sum(question.choice_mask)
@@ -167,19 +165,18 @@ def _made(
     questions: Sequence[Question],
     answer: Callable[..., list],
     room: int,
-    batch_size: int,
     settings: list,
+    batch_size: int,
+    blank_images: bool,
     out: str | Path | None,
 ) -> list[tuple]:
     """What ``answer`` makes of each question with its picture, flags and problem; None, and the
     problem, of one that leaves no ``room`` for its answer in the context."""
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}: expected at least 1")
     problems = [tuned.batches.problem(question, room) for question in questions]
     fit = [question for question, problem in zip(questions, problems, strict=True) if not problem]
-    load = partial(or_blank, open_picture, BLANK)
     settings = [tuned.fingerprint, batch_size, *settings]
-    made = iter(in_windows(fit, load, answer, settings, out))
+    found = in_windows(fit, open_picture, BLANK, answer, settings, batch_size, blank_images, out)
+    made = iter(found)
     return [(None, [], problem) if problem else next(made) for problem in problems]
 
 
@@ -240,7 +237,7 @@ def answer_texts(
     if beams is None:
         beams = BEAMS["answer" if any(question.question for question in questions) else "caption"]
     write = partial(_write_window, tuned, batch_size, beams, most)
-    made = _made(tuned, questions, write, most, batch_size, [beams, most], out)
+    made = _made(tuned, questions, write, most, [beams, most], batch_size, False, out)
     texts = [text or "" for text, *_ in made]
     return texts, as_answers(questions, [([], *noted) for _, *noted in made], 0)
 

@@ -16,8 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from bridgeblip import InputError
-from bridgeblip.bundle.export import export_device, write_bundle
-from bridgeblip.bundle.gate import MERGING_SHARE, TRAINED_SHARE, ParityGate
+from bridgeblip.bundle.export import (
+    MERGING_SHARE,
+    TRAINED_SHARE,
+    ParityGate,
+    export_device,
+    write_bundle,
+)
 from bridgeblip.data.questions import NUM_CHOICES, Question
 from bridgeblip.machine import number_format
 from bridgeblip.vlm.answer import find_tuned, load_batches, load_tuned

@@ -6,8 +6,7 @@ from typing import Self
 
 from bridgeblip import InputError
 from bridgeblip.files import read_json
-from bridgeblip.training.layers import REFERENCE_RANK, rank_for
-from bridgeblip.training.settings import Settings, setting
+from bridgeblip.training.settings import REFERENCE_RANK, Settings, rank_for, setting
 
 # What decides which epoch is best, by task.
 METRICS = {"choice": "accuracy", "caption": "CIDEr", "answer": "exact"}

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from bridgeblip import InputError
 from bridgeblip.files import cache_folder, digest_of, read_json, replace_folder, write_text
-from bridgeblip.training.layers import BUDGET_LIMIT, check_decoder_layers, decoder_layers
+from bridgeblip.training.settings import BUDGET_LIMIT, check_decoder_layers, decoder_layers
 from bridgeblip.training.tensors import INDEX_FILE, SMALL_FILES, TensorReader, download
 from bridgeblip.vlm.families import decoder_name, empty_model, load_config
 
@@ -58,7 +58,7 @@ def slice_empty(
     """Return an ``empty_model`` with only these layers of its decoder, and their indices.
 
     Args:
-        layers: what ``training.layers.decoder_layers`` takes.
+        layers: what ``training.settings.decoder_layers`` takes.
 
     Raises:
         InputError: if they can't be kept, or anything but the number of layers would change.

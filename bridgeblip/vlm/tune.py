@@ -25,12 +25,7 @@ from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
     BestKeeper,
-    Patience,
-    Progress,
-    SelfCheck,
-    StateKeeper,
     history_table,
-    in_notebook,
     validations,
 )
 from bridgeblip.training.hold import holding
@@ -105,8 +100,8 @@ def tune(
         )
         resumed = newest_state([out], plan.identity)
         teacher = Teacher(load_learner(plan), plan)
-        trainer, keeper = _trainer(plan, teacher)
-        trainer.go(resumed, keeper)
+        trainer = _trainer(plan, teacher)
+        trainer.go(plan.train, [plan.out], plan.identity, resumed, plan.metric)
         return _conclude(trainer, plan)
 
 
@@ -116,7 +111,7 @@ def write_texts(model: nn.Module, plan: Plan, questions: Sequence[Question]) -> 
     return answer_texts(Tuned(model, plan.batches), questions, *how)[0]
 
 
-def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeeper]:
+def _trainer(plan: Plan, teacher: Teacher) -> AveragingTrainer:
     settings, train = plan.settings, plan.train
     bf16 = plan.dtype == torch.bfloat16 and settings.method == "full"
     trainer = AveragingTrainer(
@@ -134,14 +129,8 @@ def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeepe
     trainer.compute_metrics = partial(measure_letters, trainer, [plan.out], groups)
     if not plan.letters:
         trainer.compute_metrics = partial(_score_texts, trainer, plan)
-    keeper = StateKeeper([plan.out], plan.identity, trainer.averages, train.save_minutes)
-    trainer.add_callback(SelfCheck(teacher))
-    trainer.add_callback(Progress(live=in_notebook() and plan.letters > 0))
     trainer.add_callback(BestKeeper(partial(_write_run, trainer, plan), plan.metric))
-    trainer.add_callback(keeper)
-    if train.patience:
-        trainer.add_callback(Patience(train.patience, plan.metric))
-    return trainer, keeper
+    return trainer
 
 
 def _score_texts(trainer: AveragingTrainer, plan: Plan, prediction: Any) -> dict[str, float]:
