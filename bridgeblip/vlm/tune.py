@@ -44,8 +44,7 @@ from bridgeblip.training.trainer import (
 from bridgeblip.vlm.answer import Tuned, answer_texts
 from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT
 from bridgeblip.vlm.families import load_model
-from bridgeblip.vlm.learner import Collator, Teacher, load_learner
-from bridgeblip.vlm.plan import Plan, plan_tuning
+from bridgeblip.vlm.plan import Collator, Plan, Teacher, load_learner, plan_tuning
 from bridgeblip.vlm.settings import FOLDERS, RUN_FILE, TuneSettings, read_run
 
 REPORT_FILE = "report.html"
