@@ -50,8 +50,7 @@ from bridgeblip.training.trainer import (
     optimizer,
     training_arguments,
 )
-from bridgeblip.vlm.learner import Collator, Teacher, load_learner
-from bridgeblip.vlm.plan import plan_tuning
+from bridgeblip.vlm.plan import Collator, Teacher, load_learner, plan_tuning
 from bridgeblip.vlm.settings import TuneSettings
 from experiments.ablation import Arm, SlicedLoader, encode_questions, interval, kept_run
 from tools.rows import markdown

@@ -21,7 +21,7 @@ from bridgeblip.training.callbacks import TrainingError
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, STEP_FOLDER
 from bridgeblip.vlm.families import decoder_name
-from bridgeblip.vlm.learner import attach_lora, check_places
+from bridgeblip.vlm.plan import attach_lora, check_places
 from bridgeblip.vlm.settings import TuneSettings, read_run
 from bridgeblip.vlm.tune import tune
 
