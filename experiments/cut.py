@@ -50,11 +50,10 @@ from bridgeblip.training.trainer import (
     optimizer,
     training_arguments,
 )
-from bridgeblip.vlm.learner import Collator, Teacher, load_learner
-from bridgeblip.vlm.plan import plan_tuning
+from bridgeblip.vlm.plan import Collator, Teacher, load_learner, plan_tuning
 from bridgeblip.vlm.settings import TuneSettings
 from experiments.ablation import Arm, SlicedLoader, encode_questions, interval, kept_run
-from experiments.contenders import markdown
+from tools.rows import markdown
 
 BASES = {"tiny": TINY_BASE, "tiny-chat": TINY_BASE.with_name("tiny_chat")}
 PARTS = ("depth", "ranks", "questions")

@@ -30,7 +30,7 @@ from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.answers import with_answers
 from bridgeblip.evidence.metrics import guessing, measure, picture_groups
 from bridgeblip.training.settings import TrainSettings
-from experiments.contenders import markdown
+from tools.rows import markdown
 
 DEFAULT = TrainSettings(epochs=TINY_EPOCHS, batch_size=TINY_BATCH, learning_rate=TINY_RATE)
 NONE = {"shuffle_choices": False, "label_smoothing": 0.0, "average": 0.0}

@@ -474,14 +474,14 @@ def memory(check: Check) -> None:
 
 def resume(check: Check) -> None:
     """Twice the same, and stopped in the middle and resumed; by default and deterministic."""
-    rows = 48 if check.small else 256
+    rows = 24 if check.small else 256
     for strict in (False, True):
         name = "deterministic" if strict else "default"
         train = partial(check.train, rows=rows, batch_size=8, deterministic=strict)
         whole = train(f"whole-{name}").tensors
         others = {"twice": train(f"again-{name}").tensors}
         try:
-            train(f"cut-{name}", stop=3)
+            train(f"cut-{name}", stop=2)
             raise RuntimeError("the signal did not stop the training")
         except TrainingStopped:
             others["stopped and resumed"] = train(f"cut-{name}", fresh=False).tensors

@@ -34,7 +34,8 @@ PICTURE_COLUMNS = ("image", "img_path", "frame", "file", "filename", "file_name"
 LABELS_FILE = "labels.csv"
 FRAMES = "frames"  # the folder of the pictures of labels.csv
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-TASKS = ("choice", "caption", "answer")
+LEFT_OUT = {"is_rejected": "rejected captions", "is_precanned": "canned captions"}  # of VizWiz
+HOLDS = {"choice": "choices", "caption": "captions", "answer": "answers in free text"}  # by task
 
 
 def read_task(
@@ -45,7 +46,7 @@ def read_task(
     need_answers: bool = True,
     strict: bool = True,
 ) -> tuple[str, list[Question]]:
-    """Return what a file asks for, one of ``TASKS``, and its questions.
+    """Return what a file asks for, one of ``HOLDS``, and its questions.
 
     A caption's question may be empty: then the model's own prompt asks. All captions of a picture
     are the ``references`` of one question, whose ID is COCO's ``image_id`` where there is one.
@@ -103,8 +104,7 @@ def read_task(
 def _check_task(path: Path, kind: str, task: str | None) -> None:
     """Refuse choices in a caption task and the like; questions with answers may be captions."""
     if task not in (None, kind) and (kind, task) != ("answer", "caption"):
-        holds = {"choice": "choices", "caption": "captions", "answer": "answers in free text"}
-        raise InputError(f"{path} holds {holds[kind]}: expected --task {kind}, not {task}")
+        raise InputError(f"{path} holds {HOLDS[kind]}: expected --task {kind}, not {task}")
 
 
 def _table(path: Path, folder: Path) -> tuple[str, Iterator[Question]]:
@@ -141,14 +141,15 @@ def _dialogues(path: Path, folder: Path) -> Iterator[Question]:
     dialogues = _json(path)
     for row in rows:
         cells = dict(zip(names, map(str.strip, row.cells), strict=True))
+        image = folder / cells[picture].removeprefix(f"{FRAMES}/")
         number = 0
         for dialogue in dialogues:
             history = ()
             for turn in dialogue if isinstance(dialogue, list) else [dialogue]:
-                asked = _filled(turn["question"], cells, path)
-                answer = _filled(turn["answer"], cells, path)
+                asked, answer = (
+                    _filled(turn[part], cells, path) for part in ("question", "answer")
+                )
                 number += 1
-                image = folder / cells[picture].removeprefix(f"{FRAMES}/")
                 name = f"{cells[picture]}-{number}"
                 yield _question(name, image, asked, [answer], row.line, history)
                 history += ((asked, answer),)
@@ -190,11 +191,9 @@ def _coco(path: Path, content: dict[str, Any], folder: Path) -> Iterator[Questio
     left out."""
     captions, left_out = {}, Counter()
     for row in content.get("annotations", []):
-        if row.get("is_rejected"):
-            left_out["rejected captions"] += 1
-        elif row.get("is_precanned"):
-            left_out["canned captions"] += 1
-        else:
+        marks = [word for mark, word in LEFT_OUT.items() if row.get(mark)]
+        left_out.update(marks[:1])
+        if not marks:
             captions.setdefault(row["image_id"], []).append(row["caption"])
     _say_left_out(path, left_out)
     for image in content["images"]:
@@ -256,13 +255,12 @@ def _conversations(path: Path, rows: Sequence[dict[str, Any]], folder: Path) -> 
             )
         name = str(row.get("id", number))
         texts = [turn["value"].replace("<image>", "").strip() for turn in turns]
-        history = ()
+        pairs = tuple(zip(texts[::2], texts[1::2], strict=True))
         line = number if path.suffix.lower() == ".jsonl" else 0
-        for asked, answer in zip(texts[::2], texts[1::2], strict=True):
+        for place, (asked, answer) in enumerate(pairs):
             seen[name] += 1
             unique = name if seen[name] == 1 else f"{name}-{seen[name]}"
-            yield _question(unique, folder / row["image"], asked, [answer], line, history)
-            history += ((asked, answer),)
+            yield _question(unique, folder / row["image"], asked, [answer], line, pairs[:place])
     _say_left_out(path, left_out)
 
 

@@ -21,15 +21,15 @@ CAPTION_PROMPT = "Describe the picture in one sentence."
 MARK = "\ue000"  # stands for the answer in a template: private use, and no space to be stripped
 BEAMS = {"caption": 3, "answer": 1}
 LONGEST_TEXT = 64  # tokens of a caption or an answer; a longer one is cut off there
+# Families whose positions count from the first column, padding or not.
 PADS_RIGHT = ("blip",)
-"""Families whose positions count from the first column, padding or not."""
+# Sizes of pictures, some of which take as many tokens as any: small ones are rounded up.
 SHAPES = ((2048, 2048), (2048, 1536), (2048, 1365), (60, 60), (60, 34), (60, 20))
-"""Sizes of pictures, some of which take as many tokens as any: small ones are rounded up."""
+# By the mask of its padding: what a model reads of a text's tokens.
 TEXTS = {
     "attention_mask": ("input_ids", "token_type_ids", "mm_token_type_ids", "labels"),
     "qformer_attention_mask": ("qformer_input_ids",),
 }
-"""By the mask of its padding: what a model reads of a text's tokens."""
 
 
 class Batches:

@@ -44,11 +44,11 @@ def llava_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor
     return model.multi_modal_projector(torch.cat(chosen, dim=-1))
 
 
+# By family: what the language model reads of pictures, (B, tokens, width).
 FEATURES = {
     "llava": llava_features,
     "internvl": lambda model, pixels: model.get_image_features(pixels).pooler_output,
 }
-"""By family: what the language model reads of pictures, (B, tokens, width)."""
 
 
 class TraceableChat(nn.Module):
