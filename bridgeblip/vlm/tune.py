@@ -19,7 +19,7 @@ from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.report import write_report
 from bridgeblip.evidence.texts import score_texts, write_text_report
-from bridgeblip.files import replace_folder, require_writable, write_text
+from bridgeblip.files import replacing, require_writable, write_text
 from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
@@ -138,13 +138,10 @@ def _write_run(trainer: AveragingTrainer, plan: Plan) -> None:
     """Store the model as it is, and say what it is."""
     method = plan.settings.method
     how = {} if method == "full" else {"save_embedding_layers": False}
-
-    def fill(folder: Path) -> None:
+    with replacing(plan.out / FOLDERS[method]) as folder:
         trainer.model.model.save_pretrained(folder, **how)
         if method == "full":
             plan.batches.processor.save_pretrained(folder)
-
-    replace_folder(plan.out / FOLDERS[method], fill)
     latest = trainer.state.log_history[-1].items()
     measured = {n.removeprefix("eval_"): v for n, v in latest if n.startswith("eval_")}
     _write_facts(plan.out, plan.facts | {"validation": measured})
