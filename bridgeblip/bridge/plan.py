@@ -20,9 +20,8 @@ from torch import nn
 from transformers import InstructBlipConfig, enable_full_determinism, set_seed
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import resolve_base
+from bridgeblip.bridge.base import resolve_base, slice_config
 from bridgeblip.bridge.budget import certify_budget, count_parts
-from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor

@@ -12,8 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import pinned_revision
-from bridgeblip.bridge.config import BridgeBlipConfig
+from bridgeblip.bridge.base import BridgeBlipConfig, pinned_revision
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import empty_model
 from bridgeblip.bridge.settings import BridgeSettings

@@ -200,7 +200,6 @@ class Stopper:
         if threading.current_thread() is not threading.main_thread():
             yield  # signals reach the main thread only
             return
-        kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def restore():
             for number, handler in kept.items():
@@ -211,8 +210,7 @@ class Stopper:
             restore()
             print("stopping after this step; once more to stop at once", file=sys.stderr)
 
-        for number in kept:
-            signal.signal(number, ask)
+        kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         Stopper.listeners += 1
         try:
             yield
