@@ -200,6 +200,7 @@ class Stopper:
         if threading.current_thread() is not threading.main_thread():
             yield  # signals reach the main thread only
             return
+        kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def restore():
             for number, handler in kept.items():
@@ -210,7 +211,8 @@ class Stopper:
             restore()
             print("stopping after this step; once more to stop at once", file=sys.stderr)
 
-        kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in kept:
+            signal.signal(number, ask)
         Stopper.listeners += 1
         try:
             yield
