@@ -43,9 +43,6 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate")
 class Plan:
     """All that is decided before anything long starts."""
 
-    base: str | Path
-    revision: str | None
-    layers: list[int]
     settings: TrainSettings
     bridge: BridgeSettings
     # The checkpoint folder, and perhaps a second one for copies.
@@ -127,7 +124,7 @@ def plan_training(
         manifest["run"] = digest_of(without(identity, "versions"))
         refuse_other_run(places, identity)
         return Plan(
-            base, revision, layers, settings, bridge, places, training, validation, keys, processor,
+            settings, bridge, places, training, validation, keys, processor,
             process, device, precision.dtype, manifest, identity,
         )  # fmt: skip
 
@@ -171,13 +168,13 @@ def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:
     torch.use_deterministic_algorithms(False)
     (enable_full_determinism if plan.settings.deterministic else set_seed)(plan.settings.seed)
     sliced = load_sliced(
-        plan.base,
+        plan.manifest["base"],
         plan.processor.letter_ids,
-        plan.layers,
+        plan.manifest["layers"],
         plan.bridge.head_init,
         plan.dtype,
         plan.device,
-        plan.revision,
+        plan.manifest["revision"],
     )
     sliced.label_smoothing = plan.settings.label_smoothing
     sliced.random_state = torch.get_rng_state()
