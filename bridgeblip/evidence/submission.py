@@ -135,9 +135,8 @@ def write_problems(questions: Sequence[Question], answers: Answers, out: Path) -
 
 def problem_table(questions: Sequence[Question], answers: Answers) -> pd.DataFrame:
     """ID, line and reason of every row that could not be answered as it stands."""
-    ids = [question.id for question in questions]
-    lines = [str(question.line) for question in questions]
-    table = pd.DataFrame({"ID": ids, "line": lines, "reason": answers.problems})
+    table = pd.DataFrame(map(vars, questions))[["id", "line"]].astype(str)
+    table = table.rename(columns={"id": "ID"}).assign(reason=answers.problems)
     return table[table["reason"] != ""]
 
 
