@@ -361,13 +361,13 @@ def _predict_texts(args, questions, how):
     from bridgeblip.evidence.answers import kept_folder
     from bridgeblip.evidence.submission import problem_lines, write_problems
     from bridgeblip.evidence.texts import write_captions
-    from bridgeblip.files import require_writable
+    from bridgeblip.files import require_place
     from bridgeblip.machine import process_rank
 
     out = args.out if args.out.suffix == ".json" else args.out.with_name("captions.json")
     if out.resolve() == args.csv.resolve():
         raise InputError(f"{out} would be overwritten, but is the input: choose another --out")
-    require_writable(out.parent)
+    require_place(out)
     tuned, answering = _load(args.model)
     texts, answers = answering.answer_texts(tuned, questions, out=out, **how)
     if process_rank()[0] > 0:
@@ -445,7 +445,7 @@ def evaluate(args):
     from bridgeblip.data.texts import read_task
     from bridgeblip.evidence.answers import read_probabilities, read_weights, with_answers
     from bridgeblip.evidence.report import write_comparison, write_report
-    from bridgeblip.files import require_writable
+    from bridgeblip.files import require_place
     from bridgeblip.machine import process_rank
 
     out = args.out or Path("comparison.html" if len(args.results) == 2 else "report.html")
@@ -454,7 +454,7 @@ def evaluate(args):
             f"got {len(args.results)} results and --out {out}: expected at most two, and a name in "
             f".html"
         )
-    require_writable(out.parent)
+    require_place(out)
     wanted = None if args.results else find_source(args.model)[0].get("task")
     task, questions = read_task(args.csv, args.images, wanted, args.split, not args.answers)
     if task != "choice":

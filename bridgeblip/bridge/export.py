@@ -18,7 +18,7 @@ from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle.export import export_device, write_bundle
 from bridgeblip.bundle.gate import ParityGate
-from bridgeblip.files import file_digest
+from bridgeblip.files import file_digest, require_place
 from bridgeblip.machine import number_format
 from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
 
@@ -69,7 +69,7 @@ def restore(
         raise InputError(
             f"{weights} was trained with another tokenizer or image processor than {base} has"
         )
-    dtype = number_format(dtype or manifest.get("dtype", "float32"))
+    dtype = number_format(dtype or manifest["dtype"])
     device = device or export_device(dtype)
     sliced = load_sliced(
         base,
@@ -79,7 +79,7 @@ def restore(
         device=device,
         revision=revision,
     )
-    model = attach_bridge(sliced, BridgeSettings(**manifest["bridge"]))
+    model = attach_bridge(sliced, BridgeSettings.recorded(manifest["bridge"]))
     load_trained(model, loaded.tensors)
     return Restored(model.eval(), processor, manifest, dtype)
 
@@ -148,6 +148,7 @@ def export_bundle(
             written then.
     """
     out, weights = Path(out), Path(weights)
+    require_place(out)
     restored = restore(weights, base, dtype=dtype, device=None)
     probe = restored.manifest["probe"]
     inputs = {name: probe["inputs"][name] for name in INPUTS}

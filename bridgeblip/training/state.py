@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from bridgeblip import InputError
-from bridgeblip.files import copy_verified, file_digest, numbered, replace_folder, write_text
+from bridgeblip.files import (
+    copy_verified,
+    file_digest,
+    holds,
+    numbered,
+    replace_folder,
+    write_text,
+)
 
 STATE_FOLDER = "state"
 STEP_FOLDER = "step-{}"  # in it
@@ -78,10 +85,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         kinds = {"run": dict, "files": dict, "done": bool}
-        if all(isinstance(record[key], kind) for key, kind in kinds.items()):
+        if holds(record, kinds):
             return record
         reason = "other values than expected"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise ValueError(f"it is torn ({STATE_FILE}, {reason})")
 

@@ -20,6 +20,7 @@ from bridgeblip import InputError
 from bridgeblip.bundle.predict import (
     as_answers,
     batches_of,
+    check_asking,
     in_halves,
     in_windows,
     or_blank,
@@ -159,19 +160,18 @@ def predict(
     Raises:
         InputError: as that function does; or if letters share a token.
     """
+    check_asking(batch_size, permute_below)
     width = max(len(question.choices) for question in questions)
     letter_ids = tuned.batches.letter_ids(width)
     if permute_below is None:
         permute_below = tuned.run.get("permute_below") or 0
     answer = partial(_answer_window, tuned, letter_ids, batch_size, permute_below)
     settings = [tuned.fingerprint, batch_size, permute_below, width]
-    made = _in_windows(questions, blank_images, answer, settings, batch_size, out)
+    made = _in_windows(questions, blank_images, answer, settings, out)
     return as_answers(questions, made, width)
 
 
-def _in_windows(questions, blank_images, answer, settings, batch_size, out) -> list:
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}: expected at least 1")
+def _in_windows(questions, blank_images, answer, settings, out) -> list:
     if blank_images:
         questions = [replace(question, image=None) for question in questions]
     return in_windows(questions, partial(or_blank, open_picture, BLANK), answer, settings, out)
@@ -239,11 +239,12 @@ def answer_texts(
             for a caption.
         most: tokens of a text.
     """
+    check_asking(batch_size)
     if beams is None:
         beams = BEAMS["answer" if any(question.question for question in questions) else "caption"]
     write = partial(_write_window, tuned, batch_size, beams, most)
     settings = [tuned.fingerprint, batch_size, beams, most]
-    made = _in_windows(questions, blank_images, write, settings, batch_size, out)
+    made = _in_windows(questions, blank_images, write, settings, out)
     texts = [text for text, *_ in made]
     return texts, as_answers(questions, [([], *noted) for _, *noted in made], 0)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from bridgeblip import InputError
-from bridgeblip.files import read_json
+from bridgeblip.files import holds, read_json
 from bridgeblip.training.layers import REFERENCE_RANK, rank_for
 from bridgeblip.training.settings import Settings, setting
 
@@ -74,7 +74,7 @@ class TuneSettings(Settings):
 
 
 RUN_FILE = "run.json"
-NAMED = {"base", "method", "dtype"}  # that it needs to say
+NAMED = {"base": str, "method": str, "dtype": str, "settings": dict}  # that it needs to say
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 
@@ -89,9 +89,9 @@ def read_run(folder: str | Path) -> dict:
     if not (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} is no run of tune: it has no {RUN_FILE}")
     run = read_json(folder / RUN_FILE)
-    if lacking := sorted(NAMED - run.keys()):
+    if not holds({"settings": {}} | run, NAMED):
         raise InputError(
-            f"{folder / RUN_FILE} lacks {', '.join(lacking)}: copy it again, or tune again"
+            f"{folder / RUN_FILE} lacks some of {', '.join(NAMED)}: copy it again, or tune again"
         )
     weights = folder / (MODEL_FOLDER if run.get("method") == "full" else ADAPTER_FOLDER)
     if not weights.is_dir():
