@@ -63,6 +63,7 @@ def predict(
         InputError: if a question has more choices than the model has letters, the model gives no
             finite number for a row, or other processes that the environment names do not come.
     """
+    check_asking(batch_size, permute_below)
     bundle.processor.check_choices(questions)
     if permute_below is None:
         permute_below = bundle.manifest.get("trained", {}).get("permute_below") or 0
@@ -70,8 +71,16 @@ def predict(
     answer = partial(_answer_window, bundle, batch_size, permute_below)
     load, blank = bundle.processor.load_pixels, bundle.processor.blank_pixels
     settings = [bundle.fingerprint, batch_size, permute_below]
-    made = in_windows(questions, load, blank, answer, settings, batch_size, blank_images, out)
+    made = in_windows(questions, load, blank, answer, settings, blank_images, out)
     return as_answers(questions, made, width)
+
+
+def check_asking(batch_size: int, permute_below: float | None = None) -> None:
+    """Refuse what no question can be asked with."""
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}: expected at least 1")
+    if permute_below is not None and not permute_below >= 0:
+        raise InputError(f"permute_below is {permute_below}: expected a margin from 0 to 2")
 
 
 def in_windows(
@@ -80,7 +89,6 @@ def in_windows(
     blank: Any,
     answer: Callable[[list[list[Question]], list[Any], tqdm], list],
     settings: list,
-    batch_size: int,
     blank_images: bool,
     out: str | Path | None,
 ) -> list:
@@ -92,13 +100,8 @@ def in_windows(
         answer: answers questions grouped by picture, beside the pictures; what it makes of each,
             in order, must be fit for JSON. It moves the bar on.
         settings: what tells this run from another that would answer otherwise.
-        batch_size, blank_images, out: as for ``predict``.
-
-    Raises:
-        InputError: as ``predict`` does.
+        blank_images, out: as for ``predict``.
     """
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}: expected at least 1")
     if blank_images:
         questions = [replace(question, image=None) for question in questions]
     rank, world = process_rank()

@@ -18,6 +18,7 @@ from bridgeblip import InputError
 from bridgeblip.bundle.predict import (
     as_answers,
     batches_of,
+    check_asking,
     in_halves,
     in_windows,
     probabilities_of,
@@ -146,6 +147,7 @@ def predict(
     Raises:
         InputError: as that function does; or if letters share a token.
     """
+    check_asking(batch_size, permute_below)
     width = max(len(question.choices) for question in questions)
     letter_ids = tuned.batches.letter_ids(width)
     if permute_below is None:
@@ -175,7 +177,7 @@ def _made(
     problems = [tuned.batches.problem(question, room) for question in questions]
     fit = [question for question, problem in zip(questions, problems, strict=True) if not problem]
     settings = [tuned.fingerprint, batch_size, *settings]
-    found = in_windows(fit, open_picture, BLANK, answer, settings, batch_size, blank_images, out)
+    found = in_windows(fit, open_picture, BLANK, answer, settings, blank_images, out)
     made = iter(found)
     return [(None, [], problem) if problem else next(made) for problem in problems]
 
@@ -234,6 +236,7 @@ def answer_texts(
             for a caption.
         most: tokens of a text.
     """
+    check_asking(batch_size)
     if beams is None:
         beams = BEAMS["answer" if any(question.question for question in questions) else "caption"]
     write = partial(_write_window, tuned, batch_size, beams, most)
