@@ -67,9 +67,10 @@ from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import TrainingStopped
 from bridgeblip.training.weights import load_weights
 from experiments.bench import EACH, count_floor, write_photo_questions
-from experiments.contenders import Generating, PeakMemory, clock, markdown
+from experiments.contenders import Generating, PeakMemory, ceiling, clock
 from tools import make_full_size_base as maker
 from tools import verify_real as real
+from tools.rows import VERDICTS, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_TESTS = ("pinning", "training", "precision", "features", "export", "inference", "callbacks")
@@ -97,30 +98,19 @@ class Check:
 
     def row(self, what: str, asked: str, measured: str, ok: bool | None = None) -> None:
         """Print and store a row; ``ok`` is None where nothing is asked, or nothing could be run."""
-        verdict = {True: "ok", False: "FAIL", None: ""}[ok]
         row = {"step": self.step, "what": what, "asked": asked, "measured": measured}
-        self.rows.append(row | {"verdict": verdict})
+        self.rows.append(row | {"verdict": VERDICTS[ok]})
         print(" | ".join(self.rows[-1].values()), flush=True)
-        self.store()
-
-    def store(self) -> None:
         versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
         facts = {"card": self.card, "date": time.strftime("%Y-%m-%d"), "versions": versions}
         write_text(self.file, json.dumps(facts | {"rows": self.rows}, indent=1) + "\n")
         title = f"# {self.card}, {facts['date']}, torch {torch.__version__}"
-        table = markdown(self.rows) if self.rows else ""
-        write_text(self.file.with_suffix(".md"), f"{title}\n\n{table}\n")
+        write_text(self.file.with_suffix(".md"), f"{title}\n\n{markdown(self.rows)}\n")
 
     @cached_property
     def ceiling(self) -> float:
         """Operations a second of a large matrix product, in the number format of the model."""
-        size = 8192 if self.cuda else 256
-        return 2 * size**3 / self.multiply(size, self.dtype)
-
-    def multiply(self, size: int, dtype: torch.dtype) -> float:
-        """Median seconds of a product of two square matrices."""
-        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in "ab")
-        return statistics.median(clock(lambda: a @ b) for _ in range(5))
+        return ceiling(self.device, self.dtype)
 
     @cached_property
     def questions(self) -> Path:
@@ -230,17 +220,14 @@ def machine(check: Check) -> None:
     for finding in found:
         ok = finding.level != "problem"
         check.row(f"{check.card}, {os.cpu_count()} cores", "computes", finding.what, ok)
-    size = 8192 if check.cuda else 256
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        seconds = check.multiply(size, dtype)
-        check.row(f"matrix product, {dtype}", "", f"{2 * size**3 / seconds / 1e12:.2f} TFLOP/s")
-    pageable = torch.randn(size * size)
-    for name in ("pageable", "pinned") if check.cuda else ("pageable",):
-        host = pageable.pin_memory() if name == "pinned" else pageable
-        seconds = statistics.median(
-            clock(lambda host=host: host.to(check.device)) for _ in range(3)
-        )
-        check.row(f"host to device, {name}", "", f"{host.nbytes / seconds / 1e9:.1f} GB/s")
+    formats = (torch.float32, torch.float16, torch.bfloat16) if check.cuda else (check.dtype,)
+    for dtype in formats:
+        rate = ceiling(check.device, dtype) / 1e12
+        check.row(f"matrix product, {dtype}", "", f"{rate:.2f} TFLOP/s")
+    if check.cuda:
+        host = torch.randn(2**26).pin_memory()
+        seconds = statistics.median(clock(lambda: host.to(check.device)) for _ in range(3))
+        check.row("host to device, pinned", "", f"{host.nbytes / seconds / 1e9:.1f} GB/s")
 
 
 def base(check: Check) -> None:
