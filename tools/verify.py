@@ -192,6 +192,7 @@ TESTS = {
         ("tuning killed in each step", "tune.py::test_a_killed_run_ends_as_an_uninterrupted_one",
          "BRIDGEBLIP_KILLS", 7),
     ],
+    "step": [("launches and waits of a training step", "step.py", "BRIDGEBLIP_EXAMPLES", 1)],
     "races": [("two runs, one folder", "hold.py", "BRIDGEBLIP_RACES", 20)],
     "properties": [
         ("tables come back", "reading_properties.py", "BRIDGEBLIP_EXAMPLES", 2000),
