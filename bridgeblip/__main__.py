@@ -316,7 +316,8 @@ def predict(args):
         how |= {"permute_below": args.permute_below, "out": args.out}
         answers = answering.predict(model, questions, **how)
     else:
-        out = submission.captions_path(args.out, args.csv)
+        out = args.out if args.out.suffix == ".json" else args.out.with_name("captions.json")
+        submission.check_out(out, args.csv)
         model, answering = _load(args.model)
         written, answers = answering.answer_texts(model, questions, out=out, **how)
     if process_rank()[0] > 0:

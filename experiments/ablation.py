@@ -38,9 +38,8 @@ from transformers import InstructBlipConfig, set_seed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import REAL_BASE, resolve_base
+from bridgeblip.bridge.base import REAL_BASE, resolve_base, slice_config
 from bridgeblip.bridge.budget import count_parts
-from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.features import encoder_key
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import (

@@ -43,9 +43,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
 from bridgeblip.bridge.ahead import AheadTrainer
-from bridgeblip.bridge.base import resolve_base
+from bridgeblip.bridge.base import resolve_base, slice_config
 from bridgeblip.bridge.budget import count_parts
-from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.export import INPUTS, TraceableModel, export_bundle
 from bridgeblip.bridge.features import CachedPictures, FeatureCache, encoder_key, fill
 from bridgeblip.bridge.lora import attach_bridge

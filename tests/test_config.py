@@ -4,7 +4,7 @@ import pytest
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
+from bridgeblip.bridge.base import BridgeBlipConfig, slice_config
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.training.settings import (
     FEW,

@@ -15,9 +15,8 @@ from conftest import ROOT
 from test_datasets import downloads, pictures  # noqa: F401  (fixtures)
 
 from bridgeblip.__main__ import VERBS, build_parser, main
-from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, TINY_BASE
+from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, TINY_BASE, BridgeBlipConfig
 from bridgeblip.bridge.budget import BUDGET_LIMIT, certify_budget, held_memory
-from bridgeblip.bridge.config import BridgeBlipConfig
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle.format import load_bundle
 from bridgeblip.bundle.predict import predict

@@ -47,9 +47,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bridgeblip import InputError
 from bridgeblip.bridge import export as exporting
 from bridgeblip.bridge import train as training
-from bridgeblip.bridge.base import resolve_base
+from bridgeblip.bridge.base import resolve_base, slice_config
 from bridgeblip.bridge.budget import held_memory
-from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bundle.export import MERGING_SHARE, PARITY_BOUND

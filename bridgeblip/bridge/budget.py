@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import stored_dtype
-from bridgeblip.bridge.config import BridgeBlipConfig
+from bridgeblip.bridge.base import BridgeBlipConfig, stored_dtype
 from bridgeblip.bridge.lora import BRIDGED_LINEARS
 from bridgeblip.bridge.model import empty_model, own_parameters
 from bridgeblip.bridge.settings import BridgeSettings

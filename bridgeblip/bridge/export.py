@@ -10,8 +10,7 @@ from torch import nn
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.config import BridgeBlipConfig
+from bridgeblip.bridge.base import BridgeBlipConfig, resolve_base
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor

@@ -22,8 +22,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import EMBEDDINGS, LM_HEAD, open_base, source_name, stored_dtype
-from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
+from bridgeblip.bridge.base import (
+    EMBEDDINGS,
+    LM_HEAD,
+    BridgeBlipConfig,
+    open_base,
+    slice_config,
+    source_name,
+    stored_dtype,
+)
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
 from bridgeblip.machine import NonFiniteError, first_non_finite_module
 from bridgeblip.training.losses import choice_loss

@@ -20,9 +20,8 @@ from torch import nn
 from transformers import InstructBlipConfig, enable_full_determinism, set_seed
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import resolve_base
+from bridgeblip.bridge.base import resolve_base, slice_config
 from bridgeblip.bridge.budget import certify_budget, count_parts
-from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
@@ -44,9 +43,6 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate")
 class Plan:
     """All that is decided before anything long starts."""
 
-    base: str | Path
-    revision: str | None
-    layers: list[int]
     settings: TrainSettings
     bridge: BridgeSettings
     # The checkpoint folder, and perhaps a second one for copies.
@@ -128,7 +124,7 @@ def plan_training(
         manifest["run"] = digest_of(without(identity, "versions"))
         refuse_other_run(places, identity)
         return Plan(
-            base, revision, layers, settings, bridge, places, training, validation, keys, processor,
+            settings, bridge, places, training, validation, keys, processor,
             process, device, precision.dtype, manifest, identity,
         )  # fmt: skip
 
@@ -172,13 +168,13 @@ def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:
     torch.use_deterministic_algorithms(False)
     (enable_full_determinism if plan.settings.deterministic else set_seed)(plan.settings.seed)
     sliced = load_sliced(
-        plan.base,
+        plan.manifest["base"],
         plan.processor.letter_ids,
-        plan.layers,
+        plan.manifest["layers"],
         plan.bridge.head_init,
         plan.dtype,
         plan.device,
-        plan.revision,
+        plan.manifest["revision"],
     )
     sliced.label_smoothing = plan.settings.label_smoothing
     sliced.random_state = torch.get_rng_state()

@@ -12,12 +12,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import pinned_revision
-from bridgeblip.bridge.config import BridgeBlipConfig
+from bridgeblip.bridge.base import BridgeBlipConfig, pinned_revision
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import empty_model
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.files import replace_folder, write_text
+from bridgeblip.files import replacing, write_text
 from bridgeblip.training.weights import load_trained, load_weights
 
 CARD_FILE = "README.md"
@@ -113,9 +112,7 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
     lora = model.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = base, revision
     card = _card(loaded.manifest, loaded.tensors, config, lora, out.name)
-
-    def fill(folder: Path) -> None:
-        """Have peft and transformers write their files; read the tensors back."""
+    with replacing(out) as folder:  # peft and transformers write; the tensors are read back
         model.save_pretrained(folder, state_dict=loaded.tensors, save_embedding_layers=False)
         config.save_pretrained(folder)
         write_text(folder / CARD_FILE, card)
@@ -124,8 +121,6 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
         whole = stored.keys() == wanted.keys() and len(wanted) == len(loaded.tensors)
         if not whole or not all(torch.equal(stored[name], wanted[name]) for name in wanted):
             raise OSError(f"{folder} was not stored as written: is the disk full?")
-
-    replace_folder(out, fill)
     return out
 
 

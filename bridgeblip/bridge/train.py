@@ -25,7 +25,6 @@ from bridgeblip.bridge.features import (
 from bridgeblip.bridge.plan import Plan, build_bridge, held, load_slice, plan_training
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.questions import Question
-from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
 from bridgeblip.files import cache_folder, copy_missing, require_writable
 from bridgeblip.messages import say
@@ -38,7 +37,6 @@ from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, in_one_line, mirror, newest_state
 from bridgeblip.training.trainer import (
     TrainingQuestions,
-    measure_letters,
     optimizer,
     read_before,
     training_arguments,
@@ -118,30 +116,23 @@ def train_model(
         pictures = _cached_pictures(features, sliced, plan)
         grey = plan.processor.blank_pixels[None].to(plan.device)
         blank = partial(blank_pictures, sliced.encode_image(grey).detach().cpu())
-        trainer = _trainer(plan, model, pictures)
+        settings, collate = plan.settings, partial(plan.processor.collate, pictures=pictures)
+        require_shared_memory(settings, collate(plan.training[:1]))
+        trainer = AheadTrainer(
+            model,
+            training_arguments(plan.places[0], settings, plan.dtype),
+            train_dataset=TrainingQuestions(plan.training, settings.seed, settings.shuffle_choices),
+            eval_dataset=plan.validation,
+            data_collator=collate,
+            pictures=pictures,
+            optimizers=(optimizer(model, settings), None),
+            average=settings.average,
+        )
+        probe = plan.processor.collate(plan.validation[:PROBE_SIZE])
+        trainer.add_callback(WeightsKeeper(plan.places, plan.manifest, probe))
         model.has_begun = True
-        trainer.go(plan.settings, plan.places, plan.identity, resumed)
+        trainer.go(settings, plan.places, plan.identity, resumed)
         return _conclude(trainer, plan, blank)
-
-
-def _trainer(plan: Plan, model: nn.Module, pictures: CachedPictures | None) -> AheadTrainer:
-    settings, collate = plan.settings, partial(plan.processor.collate, pictures=pictures)
-    require_shared_memory(settings, collate(plan.training[:1]))
-    trainer = AheadTrainer(
-        model,
-        training_arguments(plan.places[0], settings, plan.dtype),
-        train_dataset=TrainingQuestions(plan.training, settings.seed, settings.shuffle_choices),
-        eval_dataset=plan.validation,
-        data_collator=collate,
-        pictures=pictures,
-        optimizers=(optimizer(model, settings), None),
-        average=settings.average,
-    )
-    groups = picture_groups(plan.validation)
-    trainer.compute_metrics = partial(measure_letters, trainer, plan.places, groups)
-    probe = plan.processor.collate(plan.validation[:PROBE_SIZE])
-    trainer.add_callback(WeightsKeeper(plan.places, plan.manifest, probe))
-    return trainer
 
 
 def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor]) -> None:

@@ -27,7 +27,7 @@ from bridgeblip.bundle.format import (
 )
 from bridgeblip.bundle.processing import Processor
 from bridgeblip.bundle.trace import trace
-from bridgeblip.files import file_digest, write_atomically, write_text
+from bridgeblip.files import atomically, file_digest, write_text
 from bridgeblip.machine import best_device, slow_format
 
 # The largest difference of a logit allowed between two forms of the model, in fp32.
@@ -198,21 +198,16 @@ def write_bundle(
     files = processor.files | {MANIFEST_FILE: json.dumps(manifest | about, indent=2)}
     beside, device = digest_path(out), next(models[0].parameters()).device
     before = read_digests(out)  # unreadable, it is refused before the long work
-    models.append(trace(models.pop(), gate.probe))
-
-    def write(partial: Path) -> None:
-        save_traced(models.pop(), partial, files)
+    traced = trace(models.pop(), gate.probe)
+    with atomically(out) as partial:
+        save_traced(traced, partial, files)
+        del traced
         gc.collect()
-
-    def verify(partial: Path) -> str:
         gate.step("reloaded", load_bundle(partial, device).model, RELOADING_SHARE)
         gate.check(out)
         digest = file_digest(partial)
         if beside.is_file():  # until the file is replaced, both are right
             write_text(beside, "".join(f"{d}  {out.name}\n" for d in [*before, digest]))
-        return digest
-
-    digest = write_atomically(out, write, verify)
     write_text(beside, f"{digest}  {out.name}\n")
     remember(out, digest)
 

@@ -13,6 +13,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from bridgeblip import InputError
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question, letter, letters
+from bridgeblip.evidence.answers import letters_of
 from bridgeblip.evidence.metrics import accuracy_of
 
 RIGHT, WRONG, NEUTRAL = "#1a7f37", "#cf222e", "#57606a"
@@ -65,7 +66,7 @@ def confusion_figure(questions: Sequence[Question], probabilities: np.ndarray) -
     axes = figure.subplots()
     ConfusionMatrixDisplay.from_predictions(
         [letter(q.answer) for q in questions],
-        [letter(i) for i in probabilities.argmax(-1)],
+        letters_of(probabilities),
         labels=letters(probabilities.shape[1]),
         cmap="Blues",
         colorbar=False,

@@ -69,8 +69,7 @@ def write_report(
     probabilities = np.asarray(probabilities, dtype=float).round(DECIMALS)
     answers, groups = [q.answer for q in questions], metrics.picture_groups(questions)
     right, sure = probabilities.argmax(-1) == answers, probabilities.max(axis=1)
-    margin = margins(probabilities)
-    surest = np.argsort(-sure, kind="stable")
+    margin, surest = margins(probabilities), np.argsort(-sure, kind="stable")
     mistakes, unsure = surest[~right[surest]][:SHOWN], np.argsort(margin, kind="stable")[:SHOWN]
     facts = origin_of(manifest, questions, data)
     facts |= {

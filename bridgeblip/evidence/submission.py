@@ -66,8 +66,8 @@ def read_sample(ids: Sequence[str], sample: str | Path | None, name: str = "ID")
 
 
 def check_out(out: str | Path, *inputs: str | Path | None) -> None:
-    """Refuse a place for the submission, before any work, if it can't be written or if writing it
-    would cost a file that is not an earlier run's.
+    """Refuse a place for the submission, or for captions if it ends in .json, before any work, if
+    it can't be written or if writing it would cost a file that is not an earlier run's.
 
     Args:
         inputs: files that are read; None is none.
@@ -84,6 +84,8 @@ def check_out(out: str | Path, *inputs: str | Path | None) -> None:
     require_writable(out.parent)
     read = [Path(path).resolve() for path in inputs if path]
     headers = {out.name: f"{CELL},{CELL}", PROBABILITIES_FILE: ".*,margin,flags"}
+    if out.suffix == ".json":
+        headers = {out.name: r"\[\]?"}
     for name, header in (headers | {PROBLEMS_FILE: "ID,line,reason"}).items():
         path = out.with_name(name)
         lost = path.resolve() in read
@@ -133,9 +135,8 @@ def write_problems(questions: Sequence[Question], answers: Answers, out: Path) -
 
 def problem_table(questions: Sequence[Question], answers: Answers) -> pd.DataFrame:
     """ID, line and reason of every row that could not be answered as it stands."""
-    ids = [question.id for question in questions]
-    lines = [str(question.line) for question in questions]
-    table = pd.DataFrame({"ID": ids, "line": lines, "reason": answers.problems})
+    table = pd.DataFrame(map(vars, questions))[["id", "line"]].astype(str)
+    table = table.rename(columns={"id": "ID"}).assign(reason=answers.problems)
     return table[table["reason"] != ""]
 
 
@@ -161,21 +162,6 @@ def problem_lines(questions: Sequence[Question], answers: Answers) -> list[str]:
     if len(problems) > SHOWN:
         lines.append(f"and {len(problems) - SHOWN} more")
     return lines
-
-
-def captions_path(out: str | Path, csv: str | Path) -> Path:
-    """Return where captions are to be written: ``out`` if that is a JSON file's name, else beside
-    it.
-
-    Raises:
-        InputError: if that is the input, or lies where nothing can be written.
-    """
-    out = Path(out)
-    out = out if out.suffix == ".json" else out.with_name("captions.json")
-    if out.resolve() == Path(csv).resolve():
-        raise InputError(f"{out} would be overwritten, but is the input: choose another --out")
-    require_writable(out.parent)
-    return out
 
 
 def write_captions(

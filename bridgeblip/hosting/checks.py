@@ -234,7 +234,7 @@ def check_base(found: Findings, base, layers, revision):
 def sliced_config(folder: Path, layers: str | Sequence[int]):
     from transformers import InstructBlipConfig
 
-    from bridgeblip.bridge.config import slice_config
+    from bridgeblip.bridge.base import slice_config
 
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "instructblip":

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from bridgeblip import InputError
-from bridgeblip.files import FULL, copy_verified, file_digest, numbered, replace_folder, write_text
+from bridgeblip.files import FULL, copy_verified, file_digest, numbered, replacing, write_text
 from bridgeblip.machine import NonFiniteError, is_out_of_memory
 
 STATE_FOLDER = "state"
@@ -63,12 +63,9 @@ def copy_state(folder: Path, checkpoint_dir: str | Path) -> None:
     """Copy a published state to a second checkpoint folder; every file verified, the folder renamed
     whole."""
     target = Path(checkpoint_dir) / STATE_FOLDER / folder.name
-
-    def fill(partial: Path) -> None:
+    with replacing(target) as partial:
         for path in sorted(folder.iterdir()):
             copy_verified(path, partial / path.name)
-
-    replace_folder(target, fill)
     _drop_old_states(target.parent, int(folder.name.split("-")[1]))
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question, ask_in_orders
 from bridgeblip.evidence.answers import choose_permutation_margin
-from bridgeblip.evidence.metrics import clustered_mean
+from bridgeblip.evidence.metrics import clustered_mean, picture_groups
 from bridgeblip.files import read_json, write_text
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.messages import say
@@ -182,7 +183,7 @@ class AveragingTrainer(Trainer):
         metric: str = "accuracy",
     ) -> None:
         """Train, from a saved state if there is one; its states go to ``places`` and belong to
-        ``run``.
+        ``run``. Letters are measured unless something else is.
 
         Args:
             metric: what is validated.
@@ -190,6 +191,9 @@ class AveragingTrainer(Trainer):
         Raises:
             TrainingStopped: if it ends because it was asked to; all is saved.
         """
+        if self.compute_metrics is None:
+            groups = picture_groups(self.eval_dataset)
+            self.compute_metrics = partial(measure_letters, self, places, groups)
         keeper = StateKeeper(places, run, self.averages, settings.save_minutes)
         live = in_notebook() and metric == "accuracy"
         for callback in (SelfCheck(self.model), Progress(live), keeper):

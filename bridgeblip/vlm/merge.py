@@ -12,7 +12,7 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
-from bridgeblip.files import replace_folder, require_writable
+from bridgeblip.files import replacing, require_writable
 from bridgeblip.machine import best_device, number_format
 from bridgeblip.vlm.answer import load_tuned
 from bridgeblip.vlm.batches import to_model
@@ -85,13 +85,10 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     elif facts["method"] == "qlora":
         as_tuned = load_tuned(run, best_device(), number_format(facts["dtype"])).model
         bits = parted(logits_of(merged, batch), logits_of(as_tuned, batch))
-
-    def fill(folder: Path) -> None:
+    with replacing(out) as folder:
         merged.to(number_format(facts["dtype"])).save_pretrained(folder)
         tuned.batches.processor.save_pretrained(folder)
         shutil.copy(run / RUN_FILE, folder / RUN_FILE)
-
-    replace_folder(out, fill)
     return Merged(out, distance, bits)
 
 

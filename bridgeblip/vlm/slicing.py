@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bridgeblip import InputError
-from bridgeblip.files import cache_folder, digest_of, read_json, replace_folder, write_text
+from bridgeblip.files import cache_folder, digest_of, read_json, replacing, write_text
 from bridgeblip.training.settings import BUDGET_LIMIT, check_decoder_layers, decoder_layers
 from bridgeblip.training.tensors import INDEX_FILE, SMALL_FILES, TensorReader, download
 from bridgeblip.vlm.families import decoder_name, empty_model, load_config
@@ -199,14 +199,11 @@ def slice_model(
             )
         sources = kept_tensors(reader.shard_of, layers_of(whole)[1], kept)
         facts = {"base": str(base), "revision": commit, "layers": kept}
-
-        def fill(folder: Path) -> None:
+        with replacing(out) as folder:
             facts["tensors"] = _write(reader, sources, folder)
             sliced.config.save_pretrained(folder)
             facts["files"] = stamps(folder)
             write_text(folder / SLICE_FILE, json.dumps(facts, indent=2) + "\n")
-
-        replace_folder(out, fill)
     return out, facts
 
 

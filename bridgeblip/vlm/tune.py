@@ -17,10 +17,9 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
-from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
 from bridgeblip.evidence.texts import score_texts, write_text_report
-from bridgeblip.files import replace_folder, require_writable, write_text
+from bridgeblip.files import replacing, require_writable, write_text
 from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
@@ -35,7 +34,6 @@ from bridgeblip.training.trainer import (
     AveragingTrainer,
     TrainingQuestions,
     keep_before,
-    measure_letters,
     optimizer,
     read_before,
     training_arguments,
@@ -123,8 +121,6 @@ def _trainer(plan: Plan, teacher: Teacher) -> AveragingTrainer:
     )
     # The mean over a batch's rows is divided by the accumulated steps, not by their tokens.
     trainer.model_accepts_loss_kwargs = False
-    groups = picture_groups(plan.validation)
-    trainer.compute_metrics = partial(measure_letters, trainer, [plan.out], groups)
     if not plan.letters:
         trainer.compute_metrics = partial(_score_texts, trainer, plan)
     trainer.add_callback(BestKeeper(partial(_write_run, trainer, plan), plan.metric))
@@ -142,13 +138,10 @@ def _write_run(trainer: AveragingTrainer, plan: Plan) -> None:
     """Store the model as it is, and say what it is."""
     method = plan.settings.method
     how = {} if method == "full" else {"save_embedding_layers": False}
-
-    def fill(folder: Path) -> None:
+    with replacing(plan.out / FOLDERS[method]) as folder:
         trainer.model.model.save_pretrained(folder, **how)
         if method == "full":
             plan.batches.processor.save_pretrained(folder)
-
-    replace_folder(plan.out / FOLDERS[method], fill)
     latest = trainer.state.log_history[-1].items()
     measured = {n.removeprefix("eval_"): v for n, v in latest if n.startswith("eval_")}
     _write_facts(plan.out, plan.facts | {"validation": measured})
