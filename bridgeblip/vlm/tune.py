@@ -238,6 +238,6 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
     if plan.process.is_main_process:
         facts = write(**about)
         best = max(validations(log, plan.metric)[0])
-        print(f"best epoch: {plan.metric} {best:.3f}")
+        print(say("best_epoch", metric=plan.metric, score=best))
         print(say("verdict", sentence=facts["verdict"]["sentence"], report=report))
     return TuneResult(history, questions, probabilities, texts)
