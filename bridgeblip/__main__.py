@@ -1,9 +1,20 @@
 """The command line, ``bridgeblip VERB``; each verb calls what its notebook calls."""
 
-import argparse
 import os
 import signal
 import sys
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "bridgeblip":
+
+    def _leave(number, frame):
+        """Be quiet where a Ctrl-C comes while what is below is imported."""
+        os.write(2, b"error: interrupted: run the same again\n")
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background
+        signal.signal(signal.SIGINT, _leave)
+
+import argparse
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -51,7 +62,8 @@ def options_of(kind: type) -> list[tuple]:
 
 def values_of(kind: type, args) -> dict:
     """The arguments that belong to a settings class."""
-    return {item.name: getattr(args, item.name) for item in fields(kind)}
+    values = {item.name: getattr(args, item.name) for item in fields(kind)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
 def verb(example: str, *options: tuple, extras: tuple[str, ...] = ()) -> Callable:
@@ -80,8 +92,8 @@ NO_CACHE = option("--no-cache", action="store_true", help="keep no image feature
 WEIGHTS = option(
     "--weights",
     type=Path,
-    help="what train wrote, for export a run of tune or a model folder too; by default the best "
-    "beside --out",
+    help="what train wrote, or its folder for the best of it; for export a run of tune or a model "
+    "folder too; by default the best beside --out",
 )
 MODEL = option(
     "--model",
@@ -198,16 +210,12 @@ def tune(args):
     from bridgeblip.data.texts import read_task
     from bridgeblip.vlm.tune import tune
 
-    values = values_of(TuneSettings, args)
-    if values["targets"] is not None:
-        values["targets"] = tuple(values["targets"])
-    settings = TuneSettings.given(**values)
+    settings = TuneSettings.given(**values_of(TuneSettings, args))
     _, questions = read_task(args.data, args.images, settings.task or None, args.split)
-    values = {item.name: getattr(args, item.name, None) for item in fields(TrainSettings)}
+    training = TrainSettings.choose(args.few, questions, **values_of(TrainSettings, args))
     tune(
-        args.base, args.data, args.out, settings,
-        TrainSettings.choose(args.few, questions, **values),
-        args.revision, args.images, args.split, args.continue_from,
+        args.base, args.data, args.out, settings, training, args.revision, args.images,
+        args.split, args.continue_from,
     )  # fmt: skip
 
 
@@ -235,8 +243,9 @@ def merge(args):
 def export(args):
     """Turn weights or a run into the one-file bundle; writes torchscript.pt."""
     from bridgeblip.hosting.ask import is_bundle
+    from bridgeblip.training.weights import weights_in
 
-    if args.weights and not is_bundle(args.weights):
+    if args.weights and not is_bundle(args.weights) and not weights_in(args.weights):
         from bridgeblip.vlm.export import export_chat
 
         if args.base:
@@ -267,10 +276,12 @@ def share(args):
 
 
 def _weights(doing, args):
-    """The weights that were asked for, or the best ones beside ``--out``."""
+    """The weights that were asked for, or the best ones of the folder; by default ``--out``'s."""
     from bridgeblip.training.weights import choose_weights
 
-    weights, why = (args.weights, "as asked") if args.weights else choose_weights(args.out.parent)
+    weights, why = args.weights or args.out.parent, "as asked"
+    if weights.is_dir() or not args.weights:
+        weights, why = choose_weights(weights)
     print(f"{doing} {weights}: {why}")
     return weights
 
@@ -290,41 +301,49 @@ def _weights(doing, args):
 )  # fmt: skip
 def predict(args):
     """Answer a CSV with a model; writes submission.csv and probabilities.csv, or captions.json."""
-    from bridgeblip.bundle.format import find_bundle
-    from bridgeblip.data.questions import read_questions
-    from bridgeblip.data.texts import read_task
-    from bridgeblip.evidence.submission import (
-        check_out,
-        describe,
-        find_sample,
-        read_sample,
-        write_submission,
-    )
-    from bridgeblip.hosting.ask import is_bundle
+    from bridgeblip.evidence import submission
     from bridgeblip.machine import process_rank
 
-    task, how = "choice", {"batch_size": args.batch_size} if args.batch_size is not None else {}
-    if is_bundle(args.model):
-        find_bundle(args.model)
-        questions = read_questions(args.csv, strict=False)
+    task, questions = _read_for(args.model, args, need_answers=False, strict=False)
+    how = {} if args.batch_size is None else {"batch_size": args.batch_size}
+    if task == "choice":
+        ids, inputs = [q.id for q in questions], [args.csv]
+        sample = args.sample or submission.find_sample(args.csv)
+        submission.read_sample(ids, sample)  # other IDs are refused before the long work
+        inputs += [args.model] if args.model.is_file() else []
+        submission.check_out(args.out, *inputs, sample)
+        model, answering = _load(args.model)
+        how |= {"permute_below": args.permute_below, "out": args.out}
+        answers = answering.predict(model, questions, **how)
     else:
-        task = find_source(args.model)[0].get("task")
-        reading = {"split": args.split, "need_answers": False, "strict": False}
-        task, questions = read_task(args.csv, args.images, task, **reading)
-    if task != "choice":
-        return _predict_texts(args, questions, how)
-    sample = args.sample or find_sample(args.csv)
-    read_sample([q.id for q in questions], sample)  # other IDs are refused before the long work
-    check_out(args.out, args.csv, sample, *[args.model] * is_bundle(args.model))
-    model, answering = _load(args.model)
-    answers = answering.predict(
-        model, questions, permute_below=args.permute_below, out=args.out, **how
-    )
+        out = submission.captions_path(args.out, args.csv)
+        model, answering = _load(args.model)
+        written, answers = answering.answer_texts(model, questions, out=out, **how)
     if process_rank()[0] > 0:
         return 0  # the first process writes for all
-    write_submission(questions, answers, sample, args.out)
-    print(describe(questions, answers, args.out))
+    if task == "choice":
+        submission.write_submission(questions, answers, sample, args.out)
+        print(submission.describe(questions, answers, args.out))
+    else:
+        print(submission.write_captions(out, questions, written, answers))
     return 3 if any(answers.problems) and not args.allow_problems else 0
+
+
+def _read_for(model, args, need_answers, strict=True):
+    """Return what a model, or None, is for, and the questions that it is to be asked."""
+    from bridgeblip.bundle.format import find_bundle
+    from bridgeblip.data.texts import read_task
+    from bridgeblip.hosting.ask import is_bundle
+
+    bundle, task = model and is_bundle(model), None
+    if bundle:
+        find_bundle(model)
+    elif model:
+        task = find_source(model)[0].get("task")
+    task, questions = read_task(args.csv, args.images, task, args.split, need_answers, strict)
+    if bundle and task != "choice":
+        raise InputError(f"{model} answers choices only: give a model that writes texts")
+    return task, questions
 
 
 def _load(model):
@@ -338,31 +357,6 @@ def _load(model):
     if stale and process_rank()[0] == 0:
         print(stale)
     return loaded, answering
-
-
-def _predict_texts(args, questions, how):
-    """Write captions or answers in COCO's result form, and problems.csv beside it."""
-    import shutil
-
-    from bridgeblip.evidence.answers import kept_folder
-    from bridgeblip.evidence.submission import problem_lines, write_problems
-    from bridgeblip.evidence.texts import write_captions
-    from bridgeblip.files import require_writable
-    from bridgeblip.machine import process_rank
-
-    out = args.out if args.out.suffix == ".json" else args.out.with_name("captions.json")
-    if out.resolve() == args.csv.resolve():
-        raise InputError(f"{out} would be overwritten, but is the input: choose another --out")
-    require_writable(out.parent)
-    tuned, answering = _load(args.model)
-    texts, answers = answering.answer_texts(tuned, questions, out=out, **how)
-    if process_rank()[0] > 0:
-        return 0  # the first process writes for all
-    write_captions(out, questions, texts)
-    write_problems(questions, answers, out)
-    shutil.rmtree(kept_folder(out), ignore_errors=True)
-    print("\n".join([f"wrote {out}: {len(texts)} texts", *problem_lines(questions, answers)]))
-    return 3 if any(answers.problems) and not args.allow_problems else 0
 
 
 @verb(
@@ -428,11 +422,7 @@ def blend(args):
 )  # fmt: skip
 def evaluate(args):
     """Judge answers to a file that has the right ones, or two results; writes report.html."""
-    from bridgeblip.data.texts import read_task
-    from bridgeblip.evidence.answers import read_probabilities, read_weights, with_answers
-    from bridgeblip.evidence.report import write_comparison, write_report
     from bridgeblip.files import require_writable
-    from bridgeblip.machine import process_rank
 
     out = args.out or Path("comparison.html" if len(args.results) == 2 else "report.html")
     if len(args.results) > 2 or out.suffix != ".html":
@@ -441,82 +431,80 @@ def evaluate(args):
             f".html"
         )
     require_writable(out.parent)
-    wanted = None if args.results else find_source(args.model)[0].get("task")
-    task, questions = read_task(args.csv, args.images, wanted, args.split, not args.answers)
-    if task != "choice":
-        return _evaluate_texts(args, task, questions, out)
+    model = None if args.results else args.model
+    task, questions = _read_for(model, args, need_answers=not args.answers)
+    if task == "choice":
+        facts = _judge_choices(model, args, questions, out)
+    else:
+        facts = _judge_texts(model, args, task, questions, out)
+    if facts:  # the first process writes for all
+        print(f"{facts['verdict']['sentence']}\nwrote {out} and {out.with_suffix('.json')}")
+
+
+def _judge_choices(model, args, questions, out):
+    """Judge the answers of a result or of a model, or compare two results."""
+    from bridgeblip.evidence.answers import read_probabilities, read_weights, with_answers
+    from bridgeblip.evidence.report import write_comparison, write_report
+
+    weights = None
     if args.answers:
         questions = with_answers(questions, args.answers)
-    weights = None
     if args.weights_column:
         weights = read_weights(args.csv, args.weights_column, questions)
     runs = [read_probabilities(path, questions) for path in args.results]
     if len(runs) == 2:
         (one, _), (other, _) = runs
         names = tuple(map(str, args.results))
-        facts = write_comparison(out, questions, one, other, names=names, weights=weights)
+        return write_comparison(out, questions, one, other, names=names, weights=weights)
+    if runs:
+        found = {"probabilities": runs[0][0], "flags": runs[0][1]}
     else:
-        if runs:
-            found = {"probabilities": runs[0][0], "flags": runs[0][1]}
-        else:
-            found = _answer(args.model, questions)
-        if process_rank()[0] > 0:
-            return 0  # the first process writes for all
-        facts = write_report(out, questions, **found, weights=weights, data=args.csv)
-    print(f"{facts['verdict']['sentence']}\nwrote {out} and {out.with_suffix('.json')}")
-    return 0
+        found = _answer(model, questions)
+    return found and write_report(out, questions, **found, weights=weights, data=args.csv)
 
 
-def _evaluate_texts(args, task, questions, out):
-    """Judge captions or answers in texts, those of a file or the model's own, or two files."""
+def _judge_texts(model, args, task, questions, out):
+    """Judge captions or answers in texts, those of a result or the model's own, or two results."""
     from bridgeblip.evidence.texts import read_texts, write_text_report
-    from bridgeblip.hosting.ask import is_bundle
     from bridgeblip.machine import process_rank
 
     if args.answers or args.weights_column:
         raise InputError("--answers and --weights-column are for choices: leave them out")
     found, manifest = [read_texts(path, questions) for path in args.results], None
-    if not found:
-        if is_bundle(args.model):
-            raise InputError(f"{args.model} answers choices only: give a model that writes texts")
-        tuned, answering = _load(args.model)
-        found, manifest = (
-            [answering.write_texts(tuned, questions)],
-            tuned.run or {"base": str(args.model)},
-        )
+    if model:
+        tuned, answering = _load(model)
+        found = [answering.answer_texts(tuned, questions)[0]]
+        manifest = tuned.run or {"base": str(model)}
     if process_rank()[0] > 0:
-        return 0  # the first process writes for all
-    before = found[0] if len(found) == 2 else None
-    facts = write_text_report(
-        out, task, questions, found[-1], before=before, manifest=manifest, data=args.csv
-    )
-    print(f"{facts['verdict']['sentence']}\nwrote {out} and {out.with_suffix('.json')}")
-    return 0
+        return None
+    how = {"before": found[0] if len(found) == 2 else None, "manifest": manifest}
+    return write_text_report(out, task, questions, found[-1], data=args.csv, **how)
 
 
 def _answer(name, questions):
-    """What ``write_report`` wants to know of a model's answers."""
+    """What ``write_report`` wants to know of a model's answers; None but in the first process."""
     import time
 
-    from bridgeblip.bundle.format import find_bundle
     from bridgeblip.evidence.submission import problem_table
     from bridgeblip.hosting.ask import is_bundle
+    from bridgeblip.machine import process_rank
 
-    if is_bundle(name):
-        find_bundle(name)
     model, answering = _load(name)
     began = time.perf_counter()
     answers = answering.predict(model, questions)
     cost = {"seconds to answer": time.perf_counter() - began}
+    blank = answering.predict(model, questions, blank_images=True)
     if is_bundle(name):
         manifest, cost["bundle, MB"] = model.manifest, name.stat().st_size / 1e6
     else:
         manifest = model.run or {"base": str(name)}
         cost["weights, MB"] = model.model.get_memory_footprint() / 1e6
+    if process_rank()[0] > 0:
+        return None
     return {
         "probabilities": answers.probabilities,
         "flags": answers.flags,
-        "blank_probabilities": answering.predict(model, questions, blank_images=True).probabilities,
+        "blank_probabilities": blank.probabilities,
         "problems": problem_table(questions, answers),
         "cost": cost,
         "manifest": manifest,
@@ -610,7 +598,7 @@ def _press(number, frame):
 
 def run() -> None:
     """The command: it exits with ``main``'s code, and a Ctrl-C then ends it without a traceback."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in the background
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background
         signal.signal(signal.SIGINT, _press)
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -121,6 +121,11 @@ def digest_of(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def without(facts: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The facts but for those of these names."""
+    return {name: fact for name, fact in facts.items() if name not in names}
+
+
 def copy_verified(source: Path, target: Path) -> None:
     """Copy a file to another place, such as a mounted Drive; the source is read once, the copy
     read back.
@@ -176,13 +181,18 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} can't be read ({error}): copy it again") from error
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, kind: type = dict) -> Any:
     """Return what a JSON file of a model folder holds; errors as ``read_text``, or if it is no
-    JSON."""
+    JSON, or of another ``kind``."""
     text = read_text(path)
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        reason = f"it holds a {type(content).__name__}, not a {kind.__name__}"
     except ValueError as error:
-        raise InputError(
-            f"{path} is no JSON ({error}): it is cut off, or a pointer to a file; copy it again"
-        ) from error
+        content, reason = None, str(error)
+    if isinstance(content, kind):
+        return content
+    raise InputError(
+        f"{path} is no JSON that can be used ({reason}): it is cut off, or a pointer to a file; "
+        f"copy it again"
+    )

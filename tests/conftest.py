@@ -1,11 +1,13 @@
 """A base model and a question set small enough for every test: random weights, real layout, real
 pictures."""
 
+import gc
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -52,6 +54,7 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)  # stable
+    gc.freeze()  # the libraries stay: each training collects, and would walk all of them again
 
 
 def small_base_model() -> InstructBlipForConditionalGeneration:
@@ -167,12 +170,22 @@ def row(batch: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
     return alone
 
 
+VERB = """
+import sys
+from bridgeblip.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 class Script:
     """A script in a process of its own, as ``python -c`` runs it from the repository, that begins
     with the libraries loaded: most of what a start of Python costs."""
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bridgeblip.bridge.train", "bridgeblip.bundle.predict"])
+    context.set_forkserver_preload([
+        "bridgeblip.bridge.train", "bridgeblip.bridge.export", "bridgeblip.bundle.predict",
+        "bridgeblip.vlm.tune", "torch.utils.tensorboard", "matplotlib.backends.backend_svg",
+    ])  # fmt: skip
 
     def __init__(self, code: str, *arguments, env: dict[str, str] | None = None):
         self.printed = b""
@@ -216,7 +229,21 @@ class Script:
         return self.process.exitcode, self.output()
 
 
+def launch(code: str, *arguments, env: dict[str, str] | None = None) -> list[Script]:
+    """Start two processes of one run, as ``torchrun`` and ``accelerate launch`` do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in ("0", "1"):
+        own = {"RANK": rank, "LOCAL_RANK": rank} | together | (env or {})
+        processes.append(Script(code, *arguments, env=own))
+    return processes
+
+
 def _run_script(code: str, arguments: list[str], env: dict[str, str], writer) -> None:
+    gc.freeze()  # what was loaded before
     os.setpgrp()
     usual = multiprocessing.get_all_start_methods()[0]
     multiprocessing.set_start_method(usual, force=True)  # of loaders' processes, as without us

@@ -24,7 +24,7 @@ from bridgeblip.bundle.predict import predict
 from bridgeblip.data.questions import read_questions
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.submission import write_submission
-from bridgeblip.training.layers import LAYER_SELECTIONS
+from bridgeblip.training.settings import LAYER_SELECTIONS
 
 TOPICS = sorted(p.stem for p in (ROOT / "docs").glob("*.md") if not p.stem.endswith(".ko"))
 ENGLISH = ["README.md", *(f"docs/{name}.md" for name in TOPICS)]

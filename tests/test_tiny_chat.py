@@ -27,7 +27,7 @@ def asked() -> list[Question]:
     """Test questions of different lengths, all about different pictures."""
     pictures = digit_pictures()["test"][:12]
     groups = split_questions("test", [digit for _, digit in pictures])
-    return [Question(q.kind, None, q.question, q.choices, q.answer) for q, *_ in groups]
+    return [q for q, *_ in groups]
 
 
 @pytest.fixture(scope="module")

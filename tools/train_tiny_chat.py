@@ -440,7 +440,7 @@ def model_card(model, scorer: Scorer, test: Scorer, command: str) -> str:
     """The card: how the model was made, and what each decoder layer is worth."""
     hits, kinds, slices, costs = scorer.hits(model), "", "", ""
     for kind in KINDS:
-        kinds += f"| {kind} | {hits[[q.kind == kind for q in scorer.questions]].mean():.3f} |\n"
+        kinds += f"| {kind} | {hits[[q.id == kind for q in scorer.questions]].mean():.3f} |\n"
     every = range(LAYERS)
     cuts = {"all 24": every, "22: 11 and 22 cut": [i for i in every if i % 11 or not i]}
     cuts |= {f"{len(cut)}: {k} and every third on cut": cut for k, cut in enumerate(EVERY_THIRD)}

@@ -52,8 +52,8 @@ from bridgeblip.bridge.budget import certify_budget, held_memory
 from bridgeblip.bridge.config import slice_config
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
+from bridgeblip.bundle.export import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.format import Bundle, as_traced, load_bundle
-from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.predict import predict
 from bridgeblip.bundle.trace import constants_of, graphs
 from bridgeblip.data.pictures import LOADERS, picture_key
@@ -62,13 +62,15 @@ from bridgeblip.data.tables import read_table
 from bridgeblip.files import write_text
 from bridgeblip.hosting import checks
 from bridgeblip.machine import best_device, choose_precision, is_out_of_memory
+from bridgeblip.training import trainer
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.stopping import TrainingStopped
+from bridgeblip.training.state import TrainingStopped
 from bridgeblip.training.weights import load_weights
 from experiments.bench import EACH, count_floor, write_photo_questions
-from experiments.contenders import Generating, PeakMemory, clock, markdown
+from experiments.contenders import Generating, PeakMemory, clock
 from tools import make_full_size_base as maker
 from tools import verify_real as real
+from tools.rows import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_TESTS = ("pinning", "training", "precision", "features", "export", "inference", "callbacks")
@@ -194,7 +196,7 @@ class Check:
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
 
-        class Watching(training.Progress):
+        class Watching(trainer.Progress):
             def on_step_end(self, *args, **kwargs):
                 ends.append(time.perf_counter())
                 if watched and len(ends) in (4, 6):
@@ -204,7 +206,7 @@ class Check:
                 super().on_step_end(*args, **kwargs)
 
         self.peak()
-        with patch.object(training, "Progress", Watching), PeakMemory() as memory:
+        with patch.object(trainer, "Progress", Watching), PeakMemory() as memory:
             chosen, features = TrainSettings(**settings), self.work / "features"
             result = training.train(csv, self.base, folder, chosen, features=features)
         weights, gaps = result.weights[-1], np.diff(ends[6:])  # before that it warms up
@@ -311,7 +313,7 @@ def parity(check: Check) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             run = real.Run(args, folder, check.config, processor, check.device, dtype)
             for what, asked, measured, ok in real.check_base(run):
-                check.row(f"{what}, {dtype}", asked, str(measured), ok)
+                check.row(f"{what}, {dtype}", asked, measured, ok)
         if not check.small:
             return
         run = replace(run, dtype=check.dtype)
@@ -475,14 +477,14 @@ def memory(check: Check) -> None:
 
 def resume(check: Check) -> None:
     """Twice the same, and stopped in the middle and resumed; by default and deterministic."""
-    rows = 48 if check.small else 256
+    rows = 24 if check.small else 256
     for strict in (False, True):
         name = "deterministic" if strict else "default"
         train = partial(check.train, rows=rows, batch_size=8, deterministic=strict)
         whole = train(f"whole-{name}").tensors
         others = {"twice": train(f"again-{name}").tensors}
         try:
-            train(f"cut-{name}", stop=3)
+            train(f"cut-{name}", stop=2)
             raise RuntimeError("the signal did not stop the training")
         except TrainingStopped:
             others["stopped and resumed"] = train(f"cut-{name}", fresh=False).tensors

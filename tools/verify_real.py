@@ -45,8 +45,8 @@ from bridgeblip.bridge.base import REAL_BASE, SMALL_FILES, pinned_revision, reso
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor, render_prompt
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
+from bridgeblip.bundle.export import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.format import Bundle
-from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.prepare import prepare
 from bridgeblip.data.questions import read_questions
@@ -54,12 +54,13 @@ from bridgeblip.evidence.metrics import measure, picture_groups
 from bridgeblip.files import cache_folder, digest_of, file_digest, read_json, write_text
 from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.stopping import TrainingStopped
+from bridgeblip.training.state import TrainingStopped
 from bridgeblip.training.tensors import download
 from bridgeblip.vlm import answer, families, merge, slicing, tune
 from bridgeblip.vlm.settings import TuneSettings
 from experiments.bench import write_photo_questions
-from experiments.contenders import PeakMemory, markdown
+from experiments.contenders import PeakMemory
+from tools.rows import Row, markdown
 
 REAL_PARAMETERS = {"whole, Hugging Face's": 4_022_969_088, "sliced": 2_916_893_444}
 REAL_LETTERS = [71, 272, 205, 309]
@@ -76,7 +77,6 @@ PROMPTS = [
     ),
 ]
 COLUMNS = ("what", "asked", "measured", "ok", "s", "GB", "GPU GB")
-Row = tuple[str, str, object, bool]  # the first four of these
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow")
 
 
@@ -157,7 +157,9 @@ def check_base(run: Run) -> Iterator[Row]:
     letters = theirs.tokenizer.convert_tokens_to_ids([f"▁{x}" for x in run.processor.letters])
     if run.args.base == REAL_BASE:
         letters, known = REAL_LETTERS, REAL_PARAMETERS
-    yield "letters' tokens", str(letters), (found := run.processor.letter_ids), found == letters
+    yield Row(
+        "letters' tokens", str(letters), str(found := run.processor.letter_ids), found == letters
+    )
     pictures, prompts, inputs = model_inputs(run)
     expected = theirs(
         images=[Image.open(path) for path in pictures],
@@ -167,7 +169,7 @@ def check_base(run: Run) -> Iterator[Row]:
     )
     equal = [name for name, tensor in inputs.items() if torch.equal(tensor, expected[name])]
     found = f"equal: {', '.join(equal)}"
-    yield "inputs", "InstructBlipProcessor's, to the bit", found, len(equal) == len(inputs)
+    yield Row("inputs", "InstructBlipProcessor's, to the bit", found, len(equal) == len(inputs))
     logits = {}
     for name, load in LOADERS.items():
         model = load(run)
@@ -175,7 +177,7 @@ def check_base(run: Run) -> Iterator[Row]:
         count, finite = sum(p.numel() for p in model.parameters()), logits[name].isfinite().all()
         model = None  # or two would be in memory at once
         asked = f"finite logits, {known.get(name, count):,} parameters"
-        yield name, asked, f"{count:,}", bool(finite) and known.get(name, count) == count
+        yield Row(name, asked, f"{count:,}", bool(finite) and known.get(name, count) == count)
     whole, ours = logits["whole, Hugging Face's"], logits["whole, ours"]
     difference = (ours - whole).abs().max().item()
     spread = (whole.max() - whole.min()).item()
@@ -183,30 +185,31 @@ def check_base(run: Run) -> Iterator[Row]:
     exact, rounded = max(PARITY_BOUND, 4 * step), MERGING_SHARE * spread + step
     bound = exact if run.dtype == torch.float32 else rounded
     what = f"letter logits, ours from theirs, of a spread of {spread:.2f}"
-    yield what, f"at most {bound:.1e}", f"{difference:.1e}", difference <= bound < spread
+    yield Row(what, f"at most {bound:.1e}", f"{difference:.1e}", difference <= bound < spread)
 
 
 def check_chat(run: Run) -> Iterator[Row]:
     """Slice a chat model, tune it for a few steps, merge it and answer with it."""
-    base, config = run.args.chat, families.load_config(run.args.chat)
-    most = max(1, config.get_text_config(decoder=True).num_hidden_layers * 3 // 4)
+    base = run.args.chat
+    whole = families.empty_model(families.load_config(base))
+    most = max(1, len(slicing.layers_of(whole)[1]) * 3 // 4)
     layers, *known = CHAT.get(base, (f"block-{most}", None, None))
-    configs = config, slicing.slice_config(config, layers)[0]
-    for what, one, count in zip(("whole", layers), configs, known, strict=True):
-        found = families.count_parameters(one)
+    models = whole, slicing.slice_empty(whole, layers)[0]
+    for what, model, count in zip(("whole", layers), models, known, strict=True):
+        found = model.num_parameters()
         asked = f"{count or found:,}"
-        yield f"{base}, {what}: parameters", asked, f"{found:,}", asked == f"{found:,}"
+        yield Row(f"{base}, {what}: parameters", asked, f"{found:,}", asked == f"{found:,}")
     _, facts = slicing.slice_model(base, None, layers)  # compares each tensor with its source
-    yield "sliced", "each tensor its source's equal", f"of revision {facts['revision']}", True
+    yield Row("sliced", "each tensor its source's equal", f"of revision {facts['revision']}", True)
     data = write_photo_questions(run.work / "competition", each=2) / "train.csv"
     settings = TuneSettings(layers=layers, pixels=448 if base in CHAT else 0)
     tuned = tune.tune(base, data, run.work / "chat", settings, TrainSettings(batch_size=4))
-    yield "tuned", "finite losses", tuned.history["loss"].dropna().round(3).tolist(), True
+    yield Row("tuned", "finite losses", str(tuned.history["loss"].dropna().round(3).tolist()), True)
     merged = merge.merge(run.work / "chat")
-    yield "merged", f"at most {merge.TOLERANCE:.0e} apart", f"{merged.distance:.1e}", True
+    yield Row("merged", f"at most {merge.TOLERANCE:.0e} apart", f"{merged.distance:.1e}", True)
     answers = answer.predict(answer.load_tuned(merged.folder, run.device), tuned.validation)
     apart = float(abs(answers.probabilities - tuned.probabilities).max())
-    yield "its answers, from the run's", "at most 0.05 apart", f"{apart:.1e}", apart <= 0.05
+    yield Row("its answers, from the run's", "at most 0.05 apart", f"{apart:.1e}", apart <= 0.05)
 
 
 def check_notebooks(run: Run) -> Iterator[Row]:
@@ -224,9 +227,9 @@ def check_notebooks(run: Run) -> Iterator[Row]:
     ):
         run_notebook(name, parameters, run.work / "notebooks" / name)
         sizes = [f"{f.name} {f.stat().st_size / 1e6:,.2f} MB" for f in run.work.glob(written)]
-        yield name, "runs to its end", f"writes {', '.join(sizes)}", True
+        yield Row(name, "runs to its end", f"writes {', '.join(sizes)}", True)
     counts = [len(path.read_text().splitlines()) for path in (data / "test.csv", submission)]
-    yield "lines of the submission", str(counts[0]), counts[1], counts[0] == counts[1]
+    yield Row("lines of the submission", str(counts[0]), str(counts[1]), counts[0] == counts[1])
 
 
 def check_zero_shot(run: Run) -> Iterator[Row]:
@@ -238,8 +241,10 @@ def check_zero_shot(run: Run) -> Iterator[Row]:
     probabilities = predict(bundle, questions, permute_below=0).probabilities
     found = measure([q.answer for q in questions], probabilities, picture_groups(questions))
     asked = f"an interval that reaches {PUBLISHED_LOW}, as the published 0.79's does"
-    ok = run.args.base != REAL_BASE or (found.accuracy.high or 0) >= PUBLISHED_LOW
-    yield f"{found.questions:,} A-OKVQA questions, unsliced", asked, str(found.accuracy), ok
+    ok = run.args.base != REAL_BASE or (found["accuracy"].high or 0) >= PUBLISHED_LOW
+    yield Row(
+        f"{found['questions']:,} A-OKVQA questions, unsliced", asked, str(found["accuracy"]), ok
+    )
 
 
 # step: what measures it, and what it shows if all is as asked
@@ -331,7 +336,7 @@ def open_run(args: argparse.Namespace) -> Run:
     if not Path(args.base).is_dir() and args.base != "tiny":
         download(args.base, folder.name, ["*.safetensors"])
     config = InstructBlipConfig.from_pretrained(folder)
-    dtype = choose_precision(device, families.count_parameters(config)).dtype
+    dtype = choose_precision(device, families.empty_model(config).num_parameters()).dtype
     versions = {name: version(name) for name in PACKAGES} | {"cuda": torch.version.cuda}
     sources = sorted([*(HOME / "bridgeblip").rglob("*.py"), Path(__file__)])
     on = {

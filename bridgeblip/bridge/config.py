@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from pandas import json_normalize
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.processing import NUM_CHOICES
-from bridgeblip.training.layers import check_decoder_layers
+from bridgeblip.training.settings import check_decoder_layers
 
 
 class BridgeBlipConfig(InstructBlipConfig):
@@ -46,14 +45,3 @@ def slice_config(base: InstructBlipConfig, layers: Sequence[int]) -> BridgeBlipC
     kept = check_decoder_layers(layers, available)
     values["text_config"]["num_decoder_layers"] = len(kept)
     return BridgeBlipConfig(**values, kept_decoder_layers=kept, base_decoder_layers=available)
-
-
-def compare_configs(base: InstructBlipConfig, sliced: BridgeBlipConfig) -> list[str]:
-    """Return a line for each key in which the sliced model's config differs from its base's."""
-    before, after = (json_normalize(config.to_dict()).loc[0] for config in (base, sliced))
-    return [
-        f"{key}: {before.get(key, 'not there')} -> {after.get(key, 'not there')}"
-        for key in before.index.union(after.index)
-        if before.get(key) != after.get(key)
-        and key.split(".")[-1] not in ("architectures", "transformers_version")
-    ]

@@ -280,6 +280,12 @@ def empty_model(config: BridgeBlipConfig) -> BridgeBlipForMultipleChoice:
         return BridgeBlipForMultipleChoice(config)
 
 
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of an unbridged model by name, the shared embeddings once."""
+    named = model.named_parameters()
+    return {name: parameter for name, parameter in named if "embed_tokens" not in name}
+
+
 def load_sliced(
     base: str | Path,
     letter_ids: Sequence[int],
@@ -302,12 +308,11 @@ def load_sliced(
     reader = open_base(base, revision, device)
     config = slice_config(InstructBlipConfig.from_pretrained(reader.folder), layers)
     model = empty_model(config)
-    shapes = {
-        name: parameter.shape
-        for name, parameter in model.named_parameters()
-        if not name.startswith("head.") and "embed_tokens" not in name
-    }
-    source_of = {name: source_name(name, config.kept_decoder_layers) for name in shapes}
+    shapes, source_of = {}, {}
+    for name, parameter in own_parameters(model).items():
+        if not name.startswith("head."):
+            shapes[name] = parameter.shape
+            source_of[name] = source_name(name, config.kept_decoder_layers)
     read = reader.read(list(source_of.values()), lambda name: stored_dtype(name, dtype))
     state = {name: read.pop(source) for name, source in source_of.items()}
     for name, shape in shapes.items():

@@ -7,7 +7,7 @@ from pathlib import Path, PureWindowsPath
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
@@ -114,9 +114,16 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
     lora.base_model_name_or_path, lora.revision = base, revision
     card = _card(loaded.manifest, loaded.tensors, config, lora, out.name)
 
-    def fill(partial: Path) -> None:
-        _fill(partial, model, loaded.tensors, config)
-        write_text(partial / CARD_FILE, card)
+    def fill(folder: Path) -> None:
+        """Have peft and transformers write their files; read the tensors back."""
+        model.save_pretrained(folder, state_dict=loaded.tensors, save_embedding_layers=False)
+        config.save_pretrained(folder)
+        write_text(folder / CARD_FILE, card)
+        stored = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        wanted = get_peft_model_state_dict(model, loaded.tensors, save_embedding_layers=False)
+        whole = stored.keys() == wanted.keys() and len(wanted) == len(loaded.tensors)
+        if not whole or not all(torch.equal(stored[name], wanted[name]) for name in wanted):
+            raise OSError(f"{folder} was not stored as written: is the disk full?")
 
     replace_folder(out, fill)
     return out
@@ -154,21 +161,6 @@ def _refuse_anything_else(out: Path) -> None:
             )
     elif out.exists():
         raise InputError(f"{out} is a file: give a folder that is not there yet as --out")
-
-
-def _fill(
-    folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], config: BridgeBlipConfig
-) -> None:
-    """Have peft and transformers write their files; read the tensors back."""
-    model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
-    config.save_pretrained(folder)
-    stored = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    wanted = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
-    whole = stored.keys() == wanted.keys() and all(
-        torch.equal(stored[name], wanted[name]) for name in wanted
-    )
-    if not whole or len(wanted) != len(tensors):
-        raise OSError(f"{folder} was not stored as written: is the disk full?")
 
 
 def _public_name(base: str) -> str:

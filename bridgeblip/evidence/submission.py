@@ -1,6 +1,7 @@
 """What is handed in: a submission in the sample's form, with probabilities and problems beside
 it."""
 
+import json
 import re
 import shutil
 import warnings
@@ -25,7 +26,7 @@ from bridgeblip.evidence.answers import (
     write_probabilities,
     write_table,
 )
-from bridgeblip.files import require_writable
+from bridgeblip.files import require_writable, write_text
 from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
 
@@ -160,6 +161,37 @@ def problem_lines(questions: Sequence[Question], answers: Answers) -> list[str]:
     if len(problems) > SHOWN:
         lines.append(f"and {len(problems) - SHOWN} more")
     return lines
+
+
+def captions_path(out: str | Path, csv: str | Path) -> Path:
+    """Return where captions are to be written: ``out`` if that is a JSON file's name, else beside
+    it.
+
+    Raises:
+        InputError: if that is the input, or lies where nothing can be written.
+    """
+    out = Path(out)
+    out = out if out.suffix == ".json" else out.with_name("captions.json")
+    if out.resolve() == Path(csv).resolve():
+        raise InputError(f"{out} would be overwritten, but is the input: choose another --out")
+    require_writable(out.parent)
+    return out
+
+
+def write_captions(
+    out: Path, questions: Sequence[Question], texts: Sequence[str], answers: Answers
+) -> str:
+    """Write captions as COCO's servers take them, ``[{"image_id": ..., "caption": ...}]``, and
+    ``problems.csv`` beside them; say what was written."""
+    rows = []
+    for question, text in zip(questions, texts, strict=True):
+        is_number = question.id.isdecimal() and str(int(question.id)) == question.id
+        name = int(question.id) if is_number else question.id
+        rows.append({"image_id": name, "caption": text})
+    write_text(out, json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
+    write_problems(questions, answers, out)
+    shutil.rmtree(kept_folder(out), ignore_errors=True)
+    return "\n".join([f"wrote {out}: {len(texts)} texts", *problem_lines(questions, answers)])
 
 
 def blend(files: Sequence[str | Path], sample: str | Path | None, out: str | Path) -> pd.DataFrame:

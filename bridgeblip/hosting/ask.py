@@ -8,8 +8,7 @@ from typing import Any
 
 from bridgeblip import InputError
 from bridgeblip.bundle import predict
-from bridgeblip.bundle.format import Bundle, load_bundle, read_header
-from bridgeblip.bundle.whole import digest_path
+from bridgeblip.bundle.format import Bundle, digest_path, load_bundle, read_header
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question, letter
 from bridgeblip.evidence.answers import FLAG_NOTES, Answers

@@ -142,6 +142,11 @@ def permutation_margin(weights: str | Path) -> float | None:
     return best.get("permute_below") if best.get("best") == Path(weights).name else None
 
 
+def weights_in(folder: str | Path) -> list[Path]:
+    """The weights files of a checkpoint folder."""
+    return sorted(Path(folder).glob("weights-*.pt"))
+
+
 def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
     """Return the weights to use, and why: the best by validation accuracy, or the only file.
 
@@ -150,7 +155,7 @@ def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
             there.
     """
     folder = Path(checkpoint_dir)
-    found = sorted(folder.glob("weights-*.pt"))
+    found = weights_in(folder)
     best = read_best(folder)
     if best and found:
         path = folder / best["best"]

@@ -21,10 +21,10 @@ from transformers import (
 
 from bridgeblip import InputError
 
+# What the auto classes raise for whatever they can't load.
 LOADING = (OSError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError)
-"""What the auto classes raise for whatever they can't load."""
+# Families that read the bare question; every other one needs a chat template.
 BARE = ("blip", "blip-2", "instructblip", "paligemma")
-"""Families that read the bare question; every other one needs a chat template."""
 
 
 def load_config(base: str | Path, revision: str | None = None) -> PretrainedConfig:
@@ -126,11 +126,6 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return a model without weights, to be counted and looked at."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
-
-
-def count_parameters(config: PretrainedConfig) -> int:
-    """How many numbers a model has, each counted once."""
-    return sum(parameter.numel() for parameter in empty_model(config).parameters())
 
 
 def load_model(
