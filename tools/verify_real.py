@@ -157,9 +157,8 @@ def check_base(run: Run) -> Iterator[Row]:
     letters = theirs.tokenizer.convert_tokens_to_ids([f"▁{x}" for x in run.processor.letters])
     if run.args.base == REAL_BASE:
         letters, known = REAL_LETTERS, REAL_PARAMETERS
-    yield Row(
-        "letters' tokens", str(letters), str(found := run.processor.letter_ids), found == letters
-    )
+    found = str(run.processor.letter_ids)
+    yield Row("letters' tokens", str(letters), found, found == str(letters))
     pictures, prompts, inputs = model_inputs(run)
     expected = theirs(
         images=[Image.open(path) for path in pictures],
@@ -168,8 +167,8 @@ def check_base(run: Run) -> Iterator[Row]:
         return_tensors="pt",
     )
     equal = [name for name, tensor in inputs.items() if torch.equal(tensor, expected[name])]
-    found = f"equal: {', '.join(equal)}"
-    yield Row("inputs", "InstructBlipProcessor's, to the bit", found, len(equal) == len(inputs))
+    asked, found = ", ".join(inputs), ", ".join(equal)
+    yield Row("equal to InstructBlipProcessor's", asked, found, asked == found)
     logits = {}
     for name, load in LOADERS.items():
         model = load(run)
@@ -182,8 +181,9 @@ def check_base(run: Run) -> Iterator[Row]:
     difference = (ours - whole).abs().max().item()
     spread = (whole.max() - whole.min()).item()
     step = torch.finfo(run.dtype).eps * whole.abs().max().item()
-    exact, rounded = max(PARITY_BOUND, 4 * step), MERGING_SHARE * spread + step
-    bound = exact if run.dtype == torch.float32 else rounded
+    bound = (
+        max(PARITY_BOUND, 4 * step) if run.dtype == torch.float32 else MERGING_SHARE * spread + step
+    )
     what = f"letter logits, ours from theirs, of a spread of {spread:.2f}"
     yield Row(what, f"at most {bound:.1e}", f"{difference:.1e}", difference <= bound < spread)
 
@@ -194,11 +194,10 @@ def check_chat(run: Run) -> Iterator[Row]:
     whole = families.empty_model(families.load_config(base))
     most = max(1, len(slicing.layers_of(whole)[1]) * 3 // 4)
     layers, *known = CHAT.get(base, (f"block-{most}", None, None))
-    models = whole, slicing.slice_empty(whole, layers)[0]
-    for what, model, count in zip(("whole", layers), models, known, strict=True):
-        found = model.num_parameters()
-        asked = f"{count or found:,}"
-        yield Row(f"{base}, {what}: parameters", asked, f"{found:,}", asked == f"{found:,}")
+    kinds = ("whole", layers), (whole, slicing.slice_empty(whole, layers)[0]), known
+    for what, model, count in zip(*kinds, strict=True):
+        asked, found = f"{count or model.num_parameters():,}", f"{model.num_parameters():,}"
+        yield Row(f"{base}, {what}: parameters", asked, found, asked == found)
     _, facts = slicing.slice_model(base, None, layers)  # compares each tensor with its source
     yield Row("sliced", "each tensor its source's equal", f"of revision {facts['revision']}", True)
     data = write_photo_questions(run.work / "competition", each=2) / "train.csv"
