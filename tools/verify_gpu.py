@@ -48,7 +48,7 @@ from bridgeblip import InputError
 from bridgeblip.bridge import export as exporting
 from bridgeblip.bridge import train as training
 from bridgeblip.bridge.base import resolve_base, slice_config
-from bridgeblip.bridge.budget import held_memory
+from bridgeblip.bridge.budget import certify_budget, held_memory
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bundle.export import MERGING_SHARE, PARITY_BOUND
@@ -296,18 +296,20 @@ def parity(check: Check) -> None:
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         for dtype in (torch.bfloat16, torch.float32):
-            run = real.Run(args, folder, None, check.config, processor, check.device, dtype)
-            for found in real.check_parity(run)[0]:
-                check.row(f"{found.what}, {dtype}", found.asked, found.measured, found.ok)
+            run = real.Run(args, folder, check.config, processor, check.device, dtype)
+            for what, asked, measured, ok in real.check_base(run):
+                check.row(f"{what}, {dtype}", asked, measured, ok)
         if not check.small:
             return
         run = replace(run, dtype=check.dtype)
         *_, inputs = real.model_inputs(run)
-        ours = real.ask_ours(run, inputs, DEFAULT_DECODER_LAYERS)
-        count = real.count_parameters(check.config)["sliced"]
-        what, found = "parameters of the slice", ours.parameters
-        check.row(what, f"{count:,}", f"{found:,}", found == count)
-        share = ours.added_gb / ours.kept_gb
+        with PeakMemory(check.device) as peak:
+            model = real.load_ours(run, DEFAULT_DECODER_LAYERS)
+            real.ask(model, run, inputs)
+        count = certify_budget(slice_config(check.config, DEFAULT_DECODER_LAYERS))["total"]
+        found = sum(parameter.numel() for parameter in model.parameters())
+        check.row("parameters of the slice", f"{count:,}", f"{found:,}", found == count)
+        share = peak.added / (sum(parameter.nbytes for parameter in model.parameters()) / 1e9)
         ok = None if check.tiny or check.cuda else share <= 1.2
         asked = "" if ok is None else "at most 1.2"
         check.row("peak of memory in loading over kept bytes", asked, f"{share:.2f}", ok)
