@@ -423,7 +423,7 @@ def blend(args):
 )  # fmt: skip
 def evaluate(args):
     """Judge answers to a file that has the right ones, or two results; writes report.html."""
-    from bridgeblip.files import require_writable
+    from bridgeblip.files import require_place
 
     out = args.out or Path("comparison.html" if len(args.results) == 2 else "report.html")
     if len(args.results) > 2 or out.suffix != ".html":
@@ -431,7 +431,7 @@ def evaluate(args):
             f"got {len(args.results)} results and --out {out}: expected at most two, and a name in "
             f".html"
         )
-    require_writable(out.parent)
+    require_place(out)
     model = None if args.results else args.model
     task, questions = _read_for(model, args, need_answers=not args.answers)
     if task == "choice":

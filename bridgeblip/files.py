@@ -26,10 +26,14 @@ def atomically(path: str | Path, tag: str = "") -> Iterator[Path]:
 
     An interrupted or failed block leaves whatever was at ``path`` before.
 
+    Raises:
+        InputError: if ``path`` is a folder or a device, which must not be replaced.
+
     Args:
         tag: sets the temporary files of several writers of one path apart.
     """
     path = Path(path)
+    _refuse_no_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{tag}.partial")
     try:
@@ -84,12 +88,25 @@ def cache_folder() -> Path:
         raise InputError(f"there is no home folder ({error}): set $BRIDGEBLIP_CACHE") from error
 
 
+def _refuse_no_file(path: Path) -> None:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is there and no file: give another name, as that of a new file")
+
+
+def require_place(path: str | Path) -> None:
+    """Raise an InputError now if no file can be written to ``path``, rather than after hours of
+    work: it is a folder or a device, its name is too long, or as ``require_writable``."""
+    path = Path(path)
+    _refuse_no_file(path)
+    require_writable(path.parent, name=path.name)
+
+
 def require_writable(
-    folder: str | Path, remedy: str = "choose another folder, or free some space"
+    folder: str | Path, remedy: str = "choose another folder, or free some space", name: str = ""
 ) -> None:
-    """Raise an InputError now if files can't be written into ``folder``, rather than after hours of
-    work."""
-    probe = Path(folder) / f".writable-{os.getpid()}"  # processes may probe at once
+    """Raise an InputError now if files, such as one called ``name``, can't be written into
+    ``folder``, rather than after hours of work."""
+    probe = Path(folder) / f".writable-{os.getpid()}{name}"  # processes may probe at once
     try:
         write_text(probe, "yes")
         probe.unlink()
@@ -176,6 +193,13 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} can't be read ({error}): copy it again") from error
 
 
+def holds(values: Any, kinds: dict[str, Any]) -> bool:
+    """Whether something read from a file has each of these keys, of its kind."""
+    return isinstance(values, dict) and all(
+        key in values and isinstance(values[key], kind) for key, kind in kinds.items()
+    )
+
+
 def read_json(path: Path, kind: type = dict) -> Any:
     """Return what a JSON file of a model folder holds; errors as ``read_text``, or if it is no
     JSON, or of another ``kind``."""
@@ -183,7 +207,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     try:
         content = json.loads(text)
         reason = f"it holds a {type(content).__name__}, not a {kind.__name__}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         content, reason = None, str(error)
     if isinstance(content, kind):
         return content

@@ -130,10 +130,10 @@ def best_device() -> str:
     """
     if not torch.cuda.is_available():
         return "cpu"
-    own, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if own >= count:
+    own, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+    if not own.isdecimal() or int(own) >= count:
         raise InputError(
-            f"this is process {own + 1} on a machine with {count} GPU{'s' * (count > 1)}: start as "
+            f"LOCAL_RANK is {own} on a machine with {count} GPU{'s' * (count > 1)}: start as "
             f"many processes as there are GPUs"
         )
     return f"cuda:{own}"

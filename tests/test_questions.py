@@ -291,7 +291,7 @@ def test_a_prediction_survives_bad_rows(competition, tmp_path):
     assert [q.image is None for q in questions[:8]] == [False, *[True] * 6, False]
     reasons = ["fewer than two", "fewer than two.*; picture "
                                  "no.png not found", *["outside the folder"] * 3,
-               "not found", "xxx.png not found"]  # fmt: skip
+               "img_path is empty", "xxx.png not found"]  # fmt: skip
     for question, reason in zip(questions, reasons, strict=False):
         assert re.search(reason, question.problem), question.problem
     assert questions[0].choice_mask == [False, False, False, True] and questions[7].answer is None

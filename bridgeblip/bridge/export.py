@@ -16,7 +16,7 @@ from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle.export import MERGING_SHARE, ParityGate, export_device, write_bundle
-from bridgeblip.files import file_digest, without
+from bridgeblip.files import file_digest, require_place, without
 from bridgeblip.machine import number_format
 from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
 
@@ -67,7 +67,7 @@ def restore(
         raise InputError(
             f"{weights} was trained with another tokenizer or image processor than {base} has"
         )
-    dtype = number_format(dtype or manifest.get("dtype", "float32"))
+    dtype = number_format(dtype or manifest["dtype"])
     device = device or export_device(dtype)
     sliced = load_sliced(
         base,
@@ -77,7 +77,7 @@ def restore(
         device=device,
         revision=revision,
     )
-    model = attach_bridge(sliced, BridgeSettings(**manifest["bridge"]))
+    model = attach_bridge(sliced, BridgeSettings.recorded(manifest["bridge"]))
     load_trained(model, loaded.tensors)
     return Restored(model.eval(), processor, manifest, dtype)
 
@@ -153,6 +153,7 @@ def export_bundle(
             written then.
     """
     out, weights = Path(out), Path(weights)
+    require_place(out)
     restored = restore(weights, base, dtype=dtype, device=None)
     probe = restored.manifest["probe"]
     inputs = {name: probe["inputs"][name] for name in INPUTS}

@@ -16,7 +16,7 @@ from bridgeblip.bridge.base import BridgeBlipConfig, pinned_revision
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import empty_model
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.files import replacing, write_text
+from bridgeblip.files import replacing, require_writable, write_text
 from bridgeblip.training.weights import load_trained, load_weights
 
 CARD_FILE = "README.md"
@@ -97,13 +97,16 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
             or ``out`` is something else already.
     """
     out, loaded = Path(out), load_weights(weights)
-    settings = BridgeSettings(**loaded.manifest["bridge"])
+    settings = BridgeSettings.recorded(loaded.manifest["bridge"])
     if settings.rank == 0:
         raise InputError(
             f"{weights} has rank 0, a head and no adapter: train with a rank above 0, or share the "
             f"file"
         )
     _refuse_anything_else(out)
+    require_writable(out.parent)
+    if "config" not in loaded.manifest:
+        raise InputError(f"{weights} does not record its model's config: train again to share it")
     config = BridgeBlipConfig.from_dict(json.loads(loaded.manifest["config"]))
     model = attach_bridge(empty_model(config), settings)
     load_trained(model, loaded.tensors)  # names and shapes: an empty model takes no values

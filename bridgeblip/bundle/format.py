@@ -141,7 +141,7 @@ def read_header(path: str | Path) -> Bundle:
         ) from error
     if MANIFEST_FILE not in files:
         raise InputError(
-            f"{path} is TorchScript but no bridgeblip bundle, it lacks {MANIFEST_FILE}: export it"
+            f"{path} is no bridgeblip bundle, it lacks {MANIFEST_FILE}: give what export writes"
         )
     manifest = _read_manifest(path, files.pop(MANIFEST_FILE))
     processor = _make_processor(path, manifest, files)
@@ -190,7 +190,8 @@ def _make_processor(path: Path, manifest: dict, files: dict[str, str]) -> Proces
         )
     if manifest["prompt"] != processor.template:
         raise InputError(
-            f"{path} was trained with the prompt {manifest['prompt']!r}, this version has another"
+            f"{path} was trained with the prompt {manifest['prompt']!r}, this version has another: "
+            f"take the version of bridgeblip that wrote it"
         )
     return processor
 

@@ -63,6 +63,7 @@ def predict(
         InputError: if a question has more choices than the model has letters, the model gives no
             finite number for a row, or other processes that the environment names do not come.
     """
+    check_asking(batch_size, permute_below)
     bundle.processor.check_choices(questions)
     if permute_below is None:
         permute_below = bundle.manifest.get("trained", {}).get("permute_below") or 0
@@ -72,6 +73,14 @@ def predict(
     settings = [bundle.fingerprint, batch_size, permute_below]
     made = in_windows(questions, load, blank, answer, settings, batch_size, blank_images, out)
     return as_answers(questions, made, width)
+
+
+def check_asking(batch_size: int, permute_below: float | None = None) -> None:
+    """Refuse what no question can be asked with."""
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}: expected at least 1")
+    if permute_below is not None and not permute_below >= 0:
+        raise InputError(f"permute_below is {permute_below}: expected a margin from 0 to 2")
 
 
 def in_windows(

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import NUM_CHOICES, Question, letter, letters, read_rows
-from bridgeblip.files import write_text
+from bridgeblip.files import require_place, write_text
 
 PICTURE_NOT_FOUND = "picture not found"
 LONGEST = 1000  # characters of a question: with its choices, about what the models read
@@ -154,6 +154,7 @@ def write_questions(
         InputError: if no question is usable; nothing is written then.
     """
     out = Path(out)
+    require_place(out)
     folder = out.parent.resolve()
     is_file, resolve = functools.cache(os.path.isfile), functools.cache(Path.resolve)
     rows, left_out, taken, renamed, shortened = [], {}, set(), 0, 0

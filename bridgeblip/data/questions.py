@@ -142,6 +142,8 @@ def read_rows(path: str | Path, need_answers: bool) -> list[Question]:
         problem = ""
         if row.cut_off:
             problem = "the file ends within this row: get a whole copy"
+        elif not cells["img_path"].strip():
+            problem = "img_path is empty; expected the name of a picture's file"
         elif sum(map(bool, choices)) < 2:
             problem = f"fewer than two choices are filled in; expected texts in {', '.join(known)}"
         elif need_answers and answer is None:
@@ -253,9 +255,10 @@ def check_ids(questions: Sequence[Question], path: Path) -> None:
     for question in questions:
         if (question.id.lower(), question.question.lower()) == ("id", "question"):
             raise InputError(f"{path}, line {question.line} is the header once more: take it out")
-        if not question.id:
+        if not question.id.strip():
             raise InputError(f"{path}, line {question.line} has no ID: give it one of its own")
-    ids = pd.Series([question.id for question in questions])
+    # those that look the same are the same
+    ids = pd.Series([unicodedata.normalize("NFC", question.id).strip() for question in questions])
     repeated = ids[ids.duplicated()]
     if len(repeated):
         raise InputError(
@@ -267,6 +270,8 @@ def check_ids(questions: Sequence[Question], path: Path) -> None:
 def _check_place(question: Question, folder: Path) -> Question:
     """Take away a picture that is not there, or not below ``folder``; links are followed."""
     written = os.path.relpath(question.image, folder)
+    if written == os.curdir:
+        return replace(question, image=None)  # none is named, as its problem says
     if written.split(os.sep)[0] == os.pardir:
         problem = f"picture {written} lies outside the folder of the CSV"
     elif not os.path.isfile(question.image):

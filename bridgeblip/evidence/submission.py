@@ -2,6 +2,7 @@
 it."""
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -26,7 +27,7 @@ from bridgeblip.evidence.answers import (
     write_probabilities,
     write_table,
 )
-from bridgeblip.files import require_writable, write_text
+from bridgeblip.files import require_place, write_text
 from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
 
@@ -81,14 +82,14 @@ def check_out(out: str | Path, *inputs: str | Path | None) -> None:
     if out.is_dir() or out.name.lower() in (PROBABILITIES_FILE, PROBLEMS_FILE):
         example = (out if out.is_dir() else out.parent) / "submission.csv"
         raise InputError(f"{out} can't be the submission's name: expected one such as {example}")
-    require_writable(out.parent)
-    read = [Path(path).resolve() for path in inputs if path]
+    require_place(out)
+    read = [os.path.realpath(path) for path in inputs if path]  # of links in a circle, too
     headers = {out.name: f"{CELL},{CELL}", PROBABILITIES_FILE: ".*,margin,flags"}
     if out.suffix == ".json":
         headers = {out.name: r"\[\]?"}
     for name, header in (headers | {PROBLEMS_FILE: "ID,line,reason"}).items():
         path = out.with_name(name)
-        lost = path.resolve() in read
+        lost = os.path.realpath(path) in read
         if path.exists() and path.stat().st_size:
             with open(path, encoding="utf-8-sig", errors="replace") as file:
                 lost |= not re.fullmatch(header, file.readline(10_000).strip())

@@ -48,6 +48,20 @@ class Settings:
         """The defaults, but for the values that are not None."""
         return cls(**{name: value for name, value in values.items() if value is not None})
 
+    @classmethod
+    def recorded(cls, values: dict[str, Any]) -> Self:
+        """The settings that a file records.
+
+        Raises:
+            InputError: if it is of a version that has others.
+        """
+        if others := sorted(values.keys() - {item.name for item in fields(cls)}):
+            raise InputError(
+                f"the file was written with the settings {', '.join(others)}, which this version "
+                f"lacks: take the version of bridgeblip that wrote it"
+            )
+        return cls(**values)
+
     def describe(self) -> str:
         """A line for each setting: its name, its value and what it means."""
         lines = []

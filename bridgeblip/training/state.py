@@ -17,7 +17,15 @@ from typing import Any
 from safetensors import SafetensorError
 
 from bridgeblip import InputError
-from bridgeblip.files import FULL, copy_verified, file_digest, numbered, replacing, write_text
+from bridgeblip.files import (
+    FULL,
+    copy_verified,
+    file_digest,
+    holds,
+    numbered,
+    replacing,
+    write_text,
+)
 from bridgeblip.machine import NonFiniteError, is_out_of_memory
 
 STATE_FOLDER = "state"
@@ -88,10 +96,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         kinds = {"run": dict, "files": dict, "done": bool}
-        if all(isinstance(record[key], kind) for key, kind in kinds.items()):
+        if holds(record, kinds):
             return record
         reason = "other values than expected"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise ValueError(f"it is torn ({STATE_FILE}, {reason})")
 

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from bridgeblip import InputError
-from bridgeblip.files import file_digest, write_bytes, write_text
+from bridgeblip.files import file_digest, holds, write_bytes, write_text
 from bridgeblip.messages import say
 
 WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
-NAMED = {"base", "revision", "layers", "bridge", "dtype"}  # that a weights file needs to say
+NAMED = {"base": str, "revision": str | None, "layers": list, "bridge": dict, "dtype": str}
+"""What a weights file needs to say."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ def load_weights(path: str | Path) -> Weights:
             f"{path} can't be read ({type(error).__name__}: {str(error)[:200]}): copy it again"
         ) from error
     kinds = {"format": int, "tensors": dict, "manifest": dict}
-    held = content if isinstance(content, dict) else {}
-    whole = all(isinstance(held.get(key), kind) for key, kind in kinds.items())
-    if not whole or not content["manifest"].keys() >= NAMED:
+    if not holds(content, kinds) or not holds(content["manifest"], NAMED):
         raise InputError(
             f"{path} lacks its format, its tensors or its {', '.join(sorted(NAMED))}: expected "
             f"what train.ipynb writes"

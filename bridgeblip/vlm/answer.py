@@ -18,6 +18,7 @@ from bridgeblip import InputError
 from bridgeblip.bundle.predict import (
     as_answers,
     batches_of,
+    check_asking,
     in_halves,
     in_windows,
     probabilities_of,
@@ -146,6 +147,7 @@ def predict(
     Raises:
         InputError: as that function does; or if letters share a token.
     """
+    check_asking(batch_size, permute_below)
     width = max(len(question.choices) for question in questions)
     letter_ids = tuned.batches.letter_ids(width)
     if permute_below is None:
@@ -234,6 +236,7 @@ def answer_texts(
             for a caption.
         most: tokens of a text.
     """
+    check_asking(batch_size)
     if beams is None:
         beams = BEAMS["answer" if any(question.question for question in questions) else "caption"]
     write = partial(_write_window, tuned, batch_size, beams, most)

@@ -24,6 +24,7 @@ from bridgeblip.bundle.export import (
     write_bundle,
 )
 from bridgeblip.data.questions import NUM_CHOICES, Question
+from bridgeblip.files import require_place
 from bridgeblip.machine import number_format
 from bridgeblip.vlm.answer import find_tuned, load_batches, load_tuned
 from bridgeblip.vlm.batches import LETTER_PROMPT, MARK, Batches
@@ -124,6 +125,7 @@ def export_chat(
         ParityError: if the logits part; nothing is written then.
     """
     out, (source, revision, run, _) = Path(out), find_tuned(model)
+    require_place(out)
     batches = load_batches(source, revision, run)
     processor = make_processor(batches, run, model)
     batch = _compared_batch(processor, batches, model)

@@ -38,7 +38,10 @@ def load_config(base: str | Path, revision: str | None = None) -> PretrainedConf
         config = AutoConfig.from_pretrained(base, revision=revision)
         known = type(config) in AutoModelForImageTextToText._model_mapping
     except LOADING as error:
-        raise InputError(f"no model can be loaded from {base} ({in_short(error)})") from error
+        raise InputError(
+            f"no model can be loaded from {base} ({in_short(error)}): give a run of tune, a model "
+            f"folder or a hub id; of train's, the torchscript.pt that export writes"
+        ) from error
     if not known:
         raise InputError(
             f"{base} is a {config.model_type!r} model, no image-text-to-text model of "

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from bridgeblip import InputError
-from bridgeblip.files import read_json
+from bridgeblip.files import holds, read_json
 from bridgeblip.training.settings import REFERENCE_RANK, Settings, rank_for, setting
 
 # What decides which epoch is best, by task.
@@ -13,7 +13,7 @@ METRICS = {"choice": "accuracy", "caption": "CIDEr", "answer": "exact"}
 # Where a run keeps what it has learned, by method.
 FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
 RUN_FILE = "run.json"
-NAMED = {"base", "method", "dtype"}  # that it needs to say
+NAMED = {"base": str, "method": str, "dtype": str, "settings": dict}  # that it needs to say
 RANK, ALPHA = 16, 32  # without a cut
 
 
@@ -84,9 +84,9 @@ def read_run(folder: str | Path) -> dict:
     if not (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} is no run of tune: it has no {RUN_FILE}")
     run = read_json(folder / RUN_FILE)
-    if lacking := sorted(NAMED - run.keys()):
+    if not holds({"settings": {}} | run, NAMED):
         raise InputError(
-            f"{folder / RUN_FILE} lacks {', '.join(lacking)}: copy it again, or tune again"
+            f"{folder / RUN_FILE} lacks some of {', '.join(NAMED)}: copy it again, or tune again"
         )
     weights = folder / FOLDERS.get(run["method"], FOLDERS["lora"])
     if not weights.is_dir():
