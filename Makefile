@@ -21,7 +21,7 @@ test-colab: .venv-colab/ready  ## the quick part of the tests, on the versions o
 verify: .venv/ready  ## long checks: what was asked and what was measured
 	$(PY) tools/verify.py
 
-verify-real: .venv/ready  ## the real base, for whoever has a GPU and the hub: ARGS="--aokvqa FILE --coco FOLDER"
+verify-real: .venv/ready  ## the published models, for whoever has a GPU and the hub: ARGS="--aokvqa FILE COCO"
 	$(PY) tools/verify_real.py $(ARGS)
 
 verify-gpu: .venv/ready  ## what a GPU can show in six minutes: ARGS="--only train answer"; ARGS=--tests runs CUDA's tests

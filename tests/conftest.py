@@ -21,6 +21,7 @@ import torchvision_shim  # noqa: F401  (before transformers)
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from bridgeblip.bridge.base import TINY_BASE
+from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
@@ -41,8 +42,9 @@ huggingface_hub.constants.HF_HUB_OFFLINE = True  # which was read when it was im
 ROOT = Path(__file__).resolve().parent.parent
 DECODER_LAYERS = 6
 LAYERS = (0, 2, 5)  # what tests keep
-LONGEST = ["callbacks", "colab", "bench", "verify_real", "bundle", "verify_gpu", "demo", "ahead", "ablation", "main",
-           "inference", "export", "readme", "training", "hold"]  # fmt: skip
+LONGEST = ["colab", "verify_real", "callbacks", "verify_gpu", "slicing", "tune", "demo", "ahead", "readme", "bench",
+           "tune_road", "bundle", "main", "vlm_export", "inference", "install", "training", "ablation", "tune_notebook",
+           "batches", "answer", "doctor", "export", "hold"]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -154,6 +156,23 @@ def store_weights(
     manifest["probe"] = {"inputs": inputs, "logits": logits}
     save_weights(path, trained_tensors(model), manifest)
     return path
+
+
+def make_bundle(base: Path, processor, folder: Path) -> Path:
+    """Export a bundle of random adapters, large enough to matter."""
+    weights = store_weights(folder / "weights-0.pt", base, processor, rank=192, std=0.3)
+    return export_bundle(weights, folder / "torchscript.pt")[0]
+
+
+@pytest.fixture(scope="session")
+def exported_once(base, processor, tmp_path_factory) -> Path:
+    return make_bundle(base, processor, tmp_path_factory.mktemp("exported")).parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(exported_once, tmp_path_factory) -> Path:
+    """Weights and their bundle, a module's own copy."""
+    return shutil.copytree(exported_once, tmp_path_factory.mktemp("checkpoint"), dirs_exist_ok=True)
 
 
 def without(batch: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:

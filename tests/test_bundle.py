@@ -10,8 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import VERB, Script, store_weights
-from test_inference import make_bundle
+from conftest import VERB, Script, make_bundle, store_weights
 from torch import nn
 
 from bridgeblip import InputError
@@ -28,8 +27,8 @@ from bridgeblip.training.weights import load_weights, save_best, save_weights, s
 
 
 @pytest.fixture(scope="module")
-def made(base, processor, tmp_path_factory):
-    return make_bundle(base, processor, tmp_path_factory.mktemp("checkpoint"))
+def made(checkpoint):
+    return checkpoint / "torchscript.pt"
 
 
 @pytest.fixture
@@ -165,13 +164,13 @@ def test_malformed_manifests_are_one_line(pair, manifest):
     assert "\n" not in str(caught.value)
 
 
-def test_a_bundle_made_before_there_were_kinds_loads(made):
+def test_a_bundle_made_before_there_were_kinds_loads(made, tmp_path):
     header = read_header(made)
     assert header.manifest["kind"] == "instructblip"
     files = header.processor.files | {
         "manifest.json": json.dumps({k: v for k, v in header.manifest.items() if k != "kind"})
     }
-    old = made.with_name("old.pt")
+    old = tmp_path / "old.pt"
     torch.jit.save(load_bundle(made).model, str(old), _extra_files=files)
     assert load_bundle(old).manifest["kind"] == "instructblip"
 

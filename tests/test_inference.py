@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, VERB, launch, store_weights
+from conftest import ROOT, VERB, launch
 from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
-from bridgeblip.bridge.export import export_bundle, restore
+from bridgeblip.bridge.export import restore
 from bridgeblip.bundle import predict as inference
 from bridgeblip.bundle.format import Bundle, load_bundle
 from bridgeblip.bundle.predict import predict
@@ -39,15 +39,9 @@ ALONE = os.environ | {"OMP_NUM_THREADS": "1"}  # the same sums in every process
 TOGETHER = ALONE | {"CUDA_VISIBLE_DEVICES": ""}  # there may be one GPU for two of them
 
 
-def make_bundle(base, processor, folder):
-    """Export a bundle of random adapters, large enough to matter."""
-    weights = store_weights(folder / "weights-0.pt", base, processor, rank=192, std=0.3)
-    return export_bundle(weights, folder / "torchscript.pt")[0]
-
-
 @pytest.fixture(scope="module")
-def bundle_path(base, processor, tmp_path_factory):
-    return make_bundle(base, processor, tmp_path_factory.mktemp("checkpoint"))
+def bundle_path(checkpoint):
+    return checkpoint / "torchscript.pt"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from test_inference import make_bundle
 
 from bridgeblip.__main__ import main
 from bridgeblip.data.pictures import picture_key, picture_keys
@@ -521,9 +520,9 @@ def test_comparison_says_whether_a_gain_is_noise(judged, tmp_path):
     )
 
 
-def test_evaluate_a_bundle_then_its_results(judged, base, processor, tmp_path, capsys):
+def test_evaluate_a_bundle_then_its_results(judged, checkpoint, tmp_path, capsys):
     folder, _ = judged
-    bundle, out = make_bundle(base, processor, tmp_path), tmp_path / "report.html"
+    bundle, out = checkpoint / "torchscript.pt", tmp_path / "report.html"
     few = pd.read_csv(folder / "test.csv").head(40)
     few["img_path"] = [str(folder / path) for path in few["img_path"]]
     few.to_csv(tmp_path / "few.csv", index=False)

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -139,10 +140,10 @@ def run_demo(
         began = time.perf_counter()
         run_notebook(name, parameters[name], out / "notebooks" / name)
         seconds = round(time.perf_counter() - began)
-        files = [
-            f"{f.name} ({f.stat().st_size / 1e6:.2f} MB)" for f in sorted(out.glob(WRITES[name]))
-        ]
-        stages.append({"stage": name, "seconds": seconds, "writes": ", ".join(files)})
+        files = sorted(out.glob(WRITES[name]))
+        size = sum(file.stat().st_size for file in files) / 1e6
+        written = f"{', '.join(file.name for file in files)}: {size:.2f} MB"
+        stages.append({"stage": name, "seconds": seconds, "writes": written})
     print(f"other ways to answer, for comparison; what they print goes to {out / LOG_FILE}")
     scores, verdict = score_demo(out, settings, stages)
     write_text(out / "scores.csv", scores.to_csv(index=False))
@@ -151,15 +152,15 @@ def run_demo(
     for name, accuracy in scores.itertuples(index=False):
         print(f"{name:{width}}  {accuracy:.3f}  {'█' * round(BAR * accuracy)}")
     question = read_questions(competition / "test.csv")[0]
-    files = map(os.path.relpath, (out / BUNDLE, question.image))
-    asked = [*files, question.question, *question.choices]
+    python, *files = map(os.path.relpath, (sys.executable, out / BUNDLE, question.image))
+    asked = [python, "-m", "bridgeblip", "ask", *files, question.question, *question.choices]
     print(
-        f"\nthe bridged model's {len(read_table(out / 'submission.csv'))} answers: {verdict}\n"
-        f"next: open {out / 'report.html'} in a browser; the executed notebooks lie beside it.\n"
-        "For your own questions put the organiser's files into competition/ "
-        "(competition/README.md names the columns)\n"
-        "and open train.ipynb on a GPU; without one, ask the model that was just made:\n"
-        f"  python -m bridgeblip ask {shlex.join(asked)}"
+        f"\nthe bridged model's {len(read_table(out / 'submission.csv'))} answers: {verdict}\n\n"
+        f"next: open {out / 'report.html'} in a browser, and the notebooks as they ran in "
+        f"{out / 'notebooks'}.\n"
+        f"To ask the model that was just made:\n  {shlex.join(asked)}\n"
+        "To train on your own questions: competition/README.md says what they look like; then open "
+        "train.ipynb on a GPU."
     )
     return scores
 

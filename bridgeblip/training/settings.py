@@ -66,7 +66,7 @@ class Settings:
         """A line for each setting: its name, its value and what it means."""
         lines = []
         for item in fields(self):
-            lines.append(f"{item.name:20} {getattr(self, item.name)!s:12} {item.metadata['help']}")
+            lines.append(f"{item.name:22} {getattr(self, item.name)!s:12} {item.metadata['help']}")
         return "\n".join(lines)
 
 

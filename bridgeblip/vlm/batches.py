@@ -236,15 +236,13 @@ class Batches:
         return self._too_long(length) if length > self.context else ""
 
     def check(
-        self,
-        questions: Sequence[Question],
-        csv: str | Path = "questions",
-        texts: Sequence[str] = (),
+        self, questions: Sequence[Question], csv: str | Path = "questions", learns: bool = False
     ) -> None:
         """Refuse rows that don't fit, and letters that can't be told apart; nothing is truncated.
 
         Args:
-            texts: what is to be taught; none: the questions are asked.
+            learns: whether the first text that counts as right is to be taught where there are no
+                choices; else the questions are asked.
 
         Raises:
             InputError: naming the first row.
@@ -252,13 +250,11 @@ class Batches:
         most = max(len(question.choices) for question in questions)
         if most:
             self.letter_ids(most)
-        for place, question in enumerate(questions):
-            room, fault = 1, ""
-            if texts:
-                room = len(self.answer_ids(self.render(question), texts[place]))
-                fault = "" if texts[place].strip() else "its answer is empty"
-            fault = fault or self.problem(question, room)
-            if fault:
+        for question in questions:
+            room = 1
+            if learns and not question.choices:
+                room = len(self.answer_ids(self.render(question), question.references[0]))
+            if fault := self.problem(question, room):
                 raise InputError(f"{csv}, line {question.line} (ID {question.id}): {fault}")
 
     def unread(self, question: Question) -> bool:

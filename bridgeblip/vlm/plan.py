@@ -103,12 +103,9 @@ def plan_tuning(
     batches = Batches(processor, config, settings.system, settings.prompt)
     training, validation = split_by_picture(questions, train.validation_fraction, train.seed)
     letters = max(len(question.choices) for question in questions)
-    if letters:
-        batches.check(questions, data)
-    else:
+    if not letters:
         training = _one_a_text(training)
-        for part in (training, validation):
-            batches.check(part, data, [question.references[0] for question in part])
+    batches.check([*training, *validation], data, learns=True)
     unread = sum(map(batches.unread, questions))
     if unread:
         process.print(f"warning: the model's vocabulary can't read {unread} questions whole")

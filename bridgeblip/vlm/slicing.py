@@ -25,7 +25,7 @@ from bridgeblip import InputError
 from bridgeblip.files import cache_folder, digest_of, read_json, replacing, write_text
 from bridgeblip.training.settings import BUDGET_LIMIT, check_decoder_layers, decoder_layers
 from bridgeblip.training.tensors import INDEX_FILE, SMALL_FILES, TensorReader, download
-from bridgeblip.vlm.families import decoder_name, empty_model, load_config
+from bridgeblip.vlm.families import decoder_name, empty_model, in_short, load_config
 
 SLICE_FILE = "slice.json"
 SHARD_SIZE = "1GB"
@@ -74,10 +74,9 @@ def slice_empty(
         text.num_hidden_layers = len(kept)
         sliced = empty_model(config)
     except Exception as error:  # a family's own code, which may count on its layers' places
-        reason = " ".join(str(error).split())[:160]
         raise InputError(
-            f"a {config.model_type!r} model can't be made with decoder layers {kept} ({reason}): "
-            f"keep other layers, or leave --layers out"
+            f"a {config.model_type!r} model can't be made with decoder layers {kept} "
+            f"({in_short(error)}): keep other layers, or leave --layers out"
         ) from error
     _refuse_changes(whole, sliced, kept)
     return sliced, kept

@@ -199,6 +199,7 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
         write = partial(write_text_report, report, plan.settings.task, questions, texts)
     if plan.process.is_main_process:
         verdict = write(**about)["verdict"]
-        print(f"best epoch: {plan.metric} {max(validations(log, plan.metric)[0]):.3f}")
+        best = max(validations(log, plan.metric)[0])
+        print(say("best_epoch", metric=plan.metric, score=best))
         print(say("verdict", sentence=verdict["sentence"], report=report))
     return TuneResult(history, questions, probabilities, texts)
