@@ -25,7 +25,13 @@ from bridgeblip import InputError
 from bridgeblip.files import cache_folder, digest_of, read_json, replace_folder, write_text
 from bridgeblip.training.layers import BUDGET_LIMIT, check_decoder_layers, decoder_layers
 from bridgeblip.training.tensors import INDEX_FILE, SMALL_FILES, TensorReader, download
-from bridgeblip.vlm.families import count_parameters, decoder_name, empty_model, load_config
+from bridgeblip.vlm.families import (
+    count_parameters,
+    decoder_name,
+    empty_model,
+    load_config,
+    place_of,
+)
 
 SLICE_FILE = "slice.json"
 SHARD_SIZE = "1GB"
@@ -179,8 +185,8 @@ def slice_model(
     """
     config = load_config(base, revision)
     sliced, kept = slice_config(config, layers)
-    if Path(base).is_dir():
-        reader, commit = TensorReader(Path(base)), None
+    if Path(place := place_of(base)).is_dir():
+        reader, commit = TensorReader(Path(place)), None
     else:
         folder = download(base, revision, SMALL_FILES)
         reader, commit = TensorReader(folder, str(base), folder.name), folder.name
