@@ -72,7 +72,7 @@ def test_notebooks_show_figures_and_warn_of_nothing(demo):
 def test_the_screen_is_short_and_the_command_that_it_ends_with_runs(demo, capsys):
     lines = (demo[0] / "screen.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 30  # and a bar a notebook
-    (command,) = [line for line in lines if " ask " in line]
+    (command,) = [line for line in lines if "bridgeblip ask" in line]
     python, _, _, *arguments = shlex.split(command)
     assert Path(python).exists() and main(arguments) == 0
     assert capsys.readouterr().out.count("%") == 4
