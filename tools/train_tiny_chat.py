@@ -56,7 +56,7 @@ from bridgeblip.embedded.digits import (
     split_questions,
 )
 from bridgeblip.vlm.batches import LETTER_PROMPT, Batches
-from tools.train_tiny_base import PENALTY, augment, part_of
+from tools.train_tiny_base import augment, part_of
 
 IMAGE_SIDE, PATCH = 32, 8
 IMAGE_TOKENS = (IMAGE_SIDE // PATCH) ** 2
@@ -64,10 +64,11 @@ WIDTH, LAYERS = 64, 24
 STAGES = {  # stage -> decoder layers, rows a step, peak rate, steps
     "see": (6, 64, 1e-3, 800),
     "answer": (6, 32, 1.5e-3, 2800),
-    "deepen": (24, 16, 7e-4, 500),
-    "bind": (24, 16, 4e-4, 500),
+    "deepen": (24, 16, 7e-4, 600),
+    "bind": (24, 16, 5e-4, 400),
 }
 FEWER = 4  # so many times fewer questions where layers are left out
+PENALTY = 1.0  # weight, in "bind", of what a part of the decoder knows alone
 LOOK = 200  # steps until it looks how well it does, and saves
 OPEN = ("above", "initial", "sum_initial")  # kinds whose answer only the choices tell
 TEXTS = [*NUMBERS, *(word for group in WORDS.values() for word in group)]
