@@ -137,7 +137,7 @@ def test_another_run_that_has_not_ended_is_not_lost(tmp_path, capsys):
         newest_state([tmp_path], run | {"base": "other"})
     assert newest_state([tmp_path], run).name == "step-3"
     settings = {"settings": {"epochs": 1, "seed": 0}}
-    stage(tmp_path / "old", 3, run | {"settings": {"epochs": 1, "seed": 0, "head_rate": None}})
+    stage(tmp_path / "old", 3, run | {"settings": {"epochs": 1, "seed": 0, "head_rate": 2e-4}})
     with pytest.raises(InputError, match=r"other settings: head_rate\).*the version of bridgeblip"):
         newest_state([tmp_path / "old"], run | settings)
     stage(tmp_path, 6, run, done=True)
