@@ -1,11 +1,13 @@
 """A base model and a question set small enough for every test: random weights, real layout, real
 pictures."""
 
+import gc
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -19,6 +21,7 @@ import torchvision_shim  # noqa: F401  (before transformers)
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from bridgeblip.bridge.base import TINY_BASE
+from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
@@ -39,8 +42,9 @@ huggingface_hub.constants.HF_HUB_OFFLINE = True  # which was read when it was im
 ROOT = Path(__file__).resolve().parent.parent
 DECODER_LAYERS = 6
 LAYERS = (0, 2, 5)  # what tests keep
-LONGEST = ["callbacks", "colab", "bench", "verify_real", "bundle", "verify_gpu", "demo", "ahead", "ablation", "main",
-           "inference", "export", "readme", "training", "hold"]  # fmt: skip
+LONGEST = ["colab", "verify_real", "callbacks", "verify_gpu", "slicing", "tune", "demo", "ahead", "readme", "bench",
+           "tune_road", "bundle", "main", "vlm_export", "inference", "install", "training", "ablation", "tune_notebook",
+           "batches", "answer", "doctor", "export", "hold"]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -52,6 +56,7 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)  # stable
+    gc.freeze()  # the libraries stay: each training collects, and would walk all of them again
 
 
 def small_base_model() -> InstructBlipForConditionalGeneration:
@@ -153,6 +158,23 @@ def store_weights(
     return path
 
 
+def make_bundle(base: Path, processor, folder: Path) -> Path:
+    """Export a bundle of random adapters, large enough to matter."""
+    weights = store_weights(folder / "weights-0.pt", base, processor, rank=192, std=0.3)
+    return export_bundle(weights, folder / "torchscript.pt")[0]
+
+
+@pytest.fixture(scope="session")
+def exported_once(base, processor, tmp_path_factory) -> Path:
+    return make_bundle(base, processor, tmp_path_factory.mktemp("exported")).parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(exported_once, tmp_path_factory) -> Path:
+    """Weights and their bundle, a module's own copy."""
+    return shutil.copytree(exported_once, tmp_path_factory.mktemp("checkpoint"), dirs_exist_ok=True)
+
+
 def without(batch: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in batch.items() if name not in names}
 
@@ -167,12 +189,22 @@ def row(batch: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
     return alone
 
 
+VERB = """
+import sys
+from bridgeblip.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 class Script:
     """A script in a process of its own, as ``python -c`` runs it from the repository, that begins
     with the libraries loaded: most of what a start of Python costs."""
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bridgeblip.bridge.train", "bridgeblip.bundle.predict"])
+    context.set_forkserver_preload([
+        "bridgeblip.bridge.train", "bridgeblip.bridge.export", "bridgeblip.bundle.predict",
+        "bridgeblip.vlm.tune", "torch.utils.tensorboard", "matplotlib.backends.backend_svg",
+    ])  # fmt: skip
 
     def __init__(self, code: str, *arguments, env: dict[str, str] | None = None):
         self.printed = b""
@@ -216,7 +248,21 @@ class Script:
         return self.process.exitcode, self.output()
 
 
+def launch(code: str, *arguments, env: dict[str, str] | None = None) -> list[Script]:
+    """Start two processes of one run, as ``torchrun`` and ``accelerate launch`` do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in ("0", "1"):
+        own = {"RANK": rank, "LOCAL_RANK": rank} | together | (env or {})
+        processes.append(Script(code, *arguments, env=own))
+    return processes
+
+
 def _run_script(code: str, arguments: list[str], env: dict[str, str], writer) -> None:
+    gc.freeze()  # what was loaded before
     os.setpgrp()
     usual = multiprocessing.get_all_start_methods()[0]
     multiprocessing.set_start_method(usual, force=True)  # of loaders' processes, as without us

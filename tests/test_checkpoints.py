@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bridgeblip import InputError
-from bridgeblip.files import copy_missing, copy_verified, write_atomically
+from bridgeblip.files import atomically, copy_missing, copy_verified
 from bridgeblip.training.state import copy_state, newest_state, publish_state
 from bridgeblip.training.weights import (
     choose_weights,
@@ -33,13 +33,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
 
-    def fail(partial):
-        raise OSError("it was not stored")
-
-    with pytest.raises(OSError, match="not stored"):
-        write_atomically(path, lambda partial: partial.write_text("new"), verify=fail)
-    with pytest.raises(OSError, match="not stored"):
-        write_atomically(path, fail, verify=lambda partial: None)
+    for written in (True, False):
+        with pytest.raises(OSError, match="not stored"), atomically(path) as partial:
+            if written:
+                partial.write_text("new")
+            raise OSError("it was not stored")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -4,10 +4,15 @@ import pytest
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
+from bridgeblip.bridge.base import BridgeBlipConfig, slice_config
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.training.layers import LAYER_SELECTIONS, check_decoder_layers, decoder_layers
-from bridgeblip.training.settings import FEW, TrainSettings
+from bridgeblip.training.settings import (
+    FEW,
+    LAYER_SELECTIONS,
+    TrainSettings,
+    check_decoder_layers,
+    decoder_layers,
+)
 
 
 def test_slice_config_changes_only_the_decoder(base):

@@ -17,14 +17,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, store_weights
+from conftest import ROOT
 from tqdm.auto import tqdm
 
 import bridgeblip
 from bridgeblip import InputError
 from bridgeblip import __main__ as entry
 from bridgeblip.__main__ import VERBS, build_parser, main
-from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.training.settings import FEW, TrainSettings
 
@@ -100,15 +99,6 @@ def test_wrong_arguments_are_one_line(arguments, capsys):
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
     assert "--help shows what there is" in error
-
-
-@pytest.fixture(scope="module")
-def checkpoint(base, processor, tmp_path_factory) -> Path:
-    """Weights as trained for no step, and their bundle."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    weights = store_weights(folder / "weights-0.pt", base, processor)
-    export_bundle(weights, folder / "torchscript.pt")
-    return folder
 
 
 def test_train_export_predict(competition, tmp_path, capsys):

@@ -8,10 +8,10 @@ import pytest
 
 from bridgeblip import InputError
 from bridgeblip.bridge.processing import render_prompt
-from bridgeblip.data.orders import cyclic_orders
 from bridgeblip.data.pictures import picture_key, picture_keys
 from bridgeblip.data.questions import (
     Question,
+    cyclic_orders,
     read_questions,
     repeated_answers,
     split_by_picture,

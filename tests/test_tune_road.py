@@ -16,7 +16,6 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
-from test_inference import make_bundle
 
 from bridgeblip.__main__ import main
 from bridgeblip.vlm.families import decoder_linears, load_model
@@ -79,10 +78,8 @@ def test_every_verb_takes_a_run_and_what_it_merges(run, llava, competition, tmp_
     assert scores["merged"] == scores["run"]
 
 
-def test_a_real_bundle_and_a_run_are_blended_and_compared(
-    run, base, processor, competition, tmp_path
-):
-    bundle = make_bundle(base, processor, tmp_path)
+def test_a_real_bundle_and_a_run_are_blended_and_compared(run, checkpoint, competition, tmp_path):
+    bundle = checkpoint / "torchscript.pt"
     test, answers = competition / "test.csv", competition.parent / "answers.csv"
     for name, model in {"bridge": bundle, "run": run}.items():
         done(f"predict --model {model} --csv {test} --out {tmp_path / name / 'submission.csv'}")

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bridgeblip import InputError
-from bridgeblip.training.layers import REFERENCE_RANK, decoder_layers, rank_for
-from bridgeblip.training.settings import Settings, setting
+from bridgeblip.training.settings import REFERENCE_RANK, Settings, decoder_layers, rank_for, setting
 
 REAL_BASE = "Salesforce/instructblip-flan-t5-xl"
 

@@ -21,7 +21,7 @@ from bridgeblip.data.pictures import open_picture, picture_keys
 from bridgeblip.files import read_json
 from bridgeblip.hosting.runtime import OLD_TORCHAO, fits, installed, other_copies, requirements
 from bridgeblip.machine import number_format, slow_format
-from bridgeblip.training.layers import BUDGET_LIMIT, decoder_layers
+from bridgeblip.training.settings import BUDGET_LIMIT, decoder_layers
 
 MEMORY_FACTOR = 1.2  # peak memory in multiples of the weights
 SHOWN = 5  # examples of one kind of fault
@@ -234,7 +234,7 @@ def check_base(found: Findings, base, layers, revision):
 def sliced_config(folder: Path, layers: str | Sequence[int]):
     from transformers import InstructBlipConfig
 
-    from bridgeblip.bridge.config import slice_config
+    from bridgeblip.bridge.base import slice_config
 
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "instructblip":

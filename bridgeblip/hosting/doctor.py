@@ -203,6 +203,6 @@ def _check_predict(found, csv, bundle, sample, limit) -> None:
     check_memory(found, bundle.stat().st_size)
     bridge = header.manifest["kind"] == "instructblip"
     if bridge and installed("transformers") and installed("peft"):  # answering needs neither
-        from bridgeblip.bridge.config import BridgeBlipConfig
+        from bridgeblip.bridge.base import BridgeBlipConfig
 
         check_budget(found, BridgeBlipConfig.from_dict(header.manifest["config"]), limit)
