@@ -38,6 +38,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             if written:
                 partial.write_text("new")
             raise OSError("it was not stored")
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"), atomically(path):
+        raise OSError(28, "No space left on device")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
