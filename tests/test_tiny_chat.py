@@ -1,16 +1,15 @@
-"""The recipe of the tiny chat model: what it teaches is what ``tune`` asks, and it learns."""
+"""The tiny chat model, as it is shipped and as its recipe makes it."""
 
-import argparse
 import random
-import sys
+import re
 
 import pytest
 import torch
 
-from bridgeblip.data.questions import Question, letter
-from bridgeblip.embedded.digits import digit_pictures, split_questions
+from bridgeblip.data.questions import Question
+from bridgeblip.embedded.digits import KINDS, digit_pictures, make_question, split_questions
 from bridgeblip.vlm.batches import letter_logits
-from bridgeblip.vlm.families import load_model, load_processor
+from bridgeblip.vlm.families import TINY_CHAT, load_model, load_processor
 from tools import train_tiny_chat as recipe
 
 
@@ -18,105 +17,119 @@ from tools import train_tiny_chat as recipe
 def made():
     torch.manual_seed(0)
     processor = recipe.build_processor()
-    model = recipe.build_model(processor).eval()
+    model = recipe.build_model(processor, layers=6).eval()
     return processor, model, recipe.Rows(processor, model.config)
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[Question]:
+def asked() -> list:
     """Test questions of different lengths, all about different pictures."""
-    pictures = digit_pictures()["test"][:12]
-    groups = split_questions("test", [digit for _, digit in pictures])
-    return [q for q, *_ in groups]
+    groups = split_questions("test", [digit for _, digit in digit_pictures()["test"][:12]])
+    return [first for first, *_ in groups]
 
 
 @pytest.fixture(scope="module")
-def pixels(made) -> tuple[list, torch.Tensor]:
+def batch(made, asked) -> tuple[dict, torch.Tensor]:
+    """What ``tune`` asks a model, and the pictures."""
     pictures = [picture for picture, _ in digit_pictures()["test"][:12]]
-    return pictures, made[0].image_processor(pictures, return_tensors="pt")["pixel_values"]
+    questions = [Question(q.kind, None, q.question, q.choices, q.answer) for q in asked]
+    pixels = made[0].image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return made[2].batches.ask(questions, pictures), pixels
 
 
-def test_the_rows_are_the_prompts_that_tune_asks(made, asked, pixels):
+def test_the_rows_are_the_prompts_that_tune_asks(made, asked, batch):
     processor, _, rows = made
-    for question, picture in zip(asked, pixels[0], strict=True):
-        turn = rows.said(question.question, question.choices, letter(question.answer))
-        ids, labels = rows.tokens([[turn]])
-        batch = rows.batches.ask([question], [picture])
-        length = batch["input_ids"].shape[1]
-        assert ids[0, :length].tolist() == batch["input_ids"][0].tolist()
+    ids, lengths = rows.tokens(asked)
+    for row, length, question, padded, mask in zip(
+        ids, lengths, asked, batch[0]["input_ids"], batch[0]["attention_mask"], strict=True
+    ):
+        assert row[:length].tolist() == padded[mask.bool()].tolist()
         said = [rows.letter_ids[question.answer], processor.tokenizer.eos_token_id]
-        assert ids[0, length:].tolist() == labels[0, length:].tolist() == said
-        assert (labels[0, :length] == -100).all()
+        assert row[length : length + 2].tolist() == said
+
+
+def test_what_leads_to_the_letter_is_taught_where_question_and_choices_end(made):
+    processor, _, rows = made
+    rng = random.Random(0)
+    asked = [make_question(kind, 3, 1, rng) for kind in KINDS]
+    ids, _ = rows.tokens(asked)
+    for row, ends, question in zip(ids, rows.ends(ids), asked, strict=True):
+        for end, text in zip(ends, [question.question, *question.choices], strict=True):
+            assert processor.decode(row[: end + 1]).endswith(text[-4:]), text
+            assert processor.decode(row[end + 1]).strip(" ") == "\n"
+    words = dict(zip(KINDS, rows.first_words(asked).tolist(), strict=True))
+    assert words["name"] == rows.encode("three")[0]
+    assert words["above"] == words["initial"] == -100
 
 
 def test_no_word_of_a_question_is_unknown(made, asked):
-    assert not any(made[2].batches.unread(question) for question in asked)
+    for q in asked:
+        assert not made[2].batches.unread(Question(q.kind, None, q.question, q.choices, q.answer))
 
 
-def test_the_training_forward_is_the_models_own(made, asked, pixels):
+def test_the_training_forward_is_the_models_own(made, asked, batch):
     _, model, rows = made
-    turns = [[rows.said(q.question, q.choices, letter(q.answer))] for q in asked]
-    ids, labels = rows.tokens(turns)
-    last = (labels != -100).int().argmax(1) - 1
+    ids, lengths = rows.tokens(asked)
     with torch.no_grad():
-        ours = recipe.logits_of(model, ids.long(), pixels[1])[torch.arange(len(ids)), last]
-        batch = rows.batches.ask(asked, pixels[0])
-        own = letter_logits(model, batch, rows.letter_ids)
+        last = recipe.states_of(model, ids, batch[1])[-1][torch.arange(len(ids)), lengths - 1]
+        ours = model.lm_head(model.model.language_model.norm(last))
+        own = letter_logits(model, batch[0], rows.letter_ids)
     torch.testing.assert_close(ours[:, rows.letter_ids], own, atol=1e-4, rtol=0)
 
 
-def test_every_stage_shows_pictures_of_the_digit_that_its_rows_are_about(made):
-    processor, _, rows = made
-    args = argparse.Namespace(device="cpu", batch=64, seed=0)
-    before, recipe.ROWS = recipe.ROWS, (40,) * 4
-    batch = recipe.Batch(rows, processor, args)
-    recipe.ROWS = before
-    assert len(batch.ids) == 160
-    digits = sorted(digit for _, digit in digit_pictures()["pretrain"])
-    assert digits == torch.arange(10).repeat_interleave(batch.count).tolist()
-    batch.enter("name")
-    ids, labels, pixels = batch()
-    assert ids.shape == labels.shape and pixels.shape == (64, 3, 32, 32)
-
-
-def test_a_dense_row_asks_for_letters_of_its_own_list(made):
-    _, _, rows = made
-    _, labels = rows.tokens([rows.dense(random.Random(0))])
-    taught = labels[labels != -100].tolist()
-    assert len(taught) == recipe.ASKED and set(taught) <= set(rows.letter_ids)
-    assert len(set(taught)) > 1
+def test_a_deeper_model_begins_with_its_layers_work_shared(made):
+    processor, model, _ = made
+    deeper = recipe.build_model(processor, layers=6)
+    deeper.load_state_dict(model.state_dict())
+    recipe.deepen(deeper, 24)
+    layers = deeper.model.language_model.layers
+    assert [layer.self_attn.layer_idx for layer in layers] == list(range(24))
+    for place, layer in enumerate(model.model.language_model.layers):
+        four = layers[4 * place : 4 * place + 4]
+        shared = sum(part.mlp.down_proj.weight for part in four)
+        torch.testing.assert_close(shared, layer.mlp.down_proj.weight)
 
 
 def test_it_goes_on_where_it_was_stopped_and_is_an_ordinary_folder(
-    made, asked, pixels, tmp_path, monkeypatch, capsys
+    made, asked, batch, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(recipe, "ROWS", (30, 30, 30, 30))
     pictures = recipe.digit_pictures()
     small = pictures | {"train": pictures["train"][:8], "test": pictures["test"][:8]}
     monkeypatch.setattr(recipe, "digit_pictures", lambda: small)
-    monkeypatch.setattr(recipe.LlamaRMSNorm, "forward", recipe.LlamaRMSNorm.forward)
-    words = ["--out", str(tmp_path), "--steps", "3", "--batch", "4"]
-    monkeypatch.setattr(sys, "argv", ["train_tiny_chat.py", *words])
+    monkeypatch.setattr(recipe, "LOOK", 1)
+    stages = {"see": (6, 4, 1e-3, 1), "answer": (6, 4, 1e-3, 2), "bind": (24, 4, 1e-3, 1)}
     save, saved = recipe.save, []
 
     def stopped(*args):
         saved.append(args)
-        if len(saved) == 2:
+        if len(saved) == 3:
             raise KeyboardInterrupt
         save(*args)
 
     monkeypatch.setattr(recipe, "save", stopped)
     with pytest.raises(KeyboardInterrupt):
-        recipe.main()
-    assert (tmp_path / recipe.STATE_FILE).is_file()
+        recipe.train(tmp_path, 0, stages)
     capsys.readouterr()
-    recipe.main()
+    recipe.train(tmp_path, 0, stages)
     said = capsys.readouterr().out
-    assert "step 1:" not in said and "step 2:" in said and "step 3:" in said
+    assert re.findall(r"(\w+), step (\d)", said) == [("answer", "2"), ("bind", "1")]
     assert not (tmp_path / recipe.STATE_FILE).exists()
     model, processor = load_model(tmp_path), load_processor(tmp_path)
-    batch = recipe.Rows(processor, model.config).batches.ask(asked, pixels[0])
-    assert letter_logits(model, batch, made[2].letter_ids).isfinite().all()
-    assert (tmp_path / "model.safetensors").stat().st_size < 4e6
+    assert letter_logits(model, batch[0], made[2].letter_ids).isfinite().all()
+    assert processor.chat_template == made[0].chat_template
+    assert len(model.model.language_model.layers) == 24
     card = (tmp_path / "README.md").read_text()
     assert "tools/train_tiny_chat.py" in card and "| 23 |" in card and "nan" not in card
+
+
+def test_the_shipped_model_answers_as_its_card_says():
+    assert (TINY_CHAT / "model.safetensors").stat().st_size <= 4e6
+    processor, model = load_processor("tiny-chat"), load_model("tiny-chat")
+    assert len(model.model.language_model.layers) == 24
+    scorer = recipe.Scorer(recipe.Rows(processor, model.config), processor, "test")
+    right = scorer.hits(model).mean()
+    card = (TINY_CHAT / "README.md").read_text()
+    assert len(scorer.answers) >= 1000 and right >= 0.95
+    assert right == pytest.approx(float(re.search(r"by: ([\d.]+) right", card)[1]), abs=2e-3)
+    lost = right - scorer.hits(model, recipe.EVERY_THIRD[0], step=4).mean()
+    assert lost > 0.1

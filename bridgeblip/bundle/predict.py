@@ -71,7 +71,7 @@ def predict(
     answer = partial(_answer_window, bundle, batch_size, permute_below)
     load, blank = bundle.processor.load_pixels, bundle.processor.blank_pixels
     settings = [bundle.fingerprint, batch_size, permute_below]
-    made = in_windows(questions, load, blank, answer, settings, batch_size, blank_images, out)
+    made = in_windows(questions, load, blank, answer, settings, blank_images, out)
     return as_answers(questions, made, width)
 
 
@@ -89,7 +89,6 @@ def in_windows(
     blank: Any,
     answer: Callable[[list[list[Question]], list[Any], tqdm], list],
     settings: list,
-    batch_size: int,
     blank_images: bool,
     out: str | Path | None,
 ) -> list:
@@ -101,13 +100,8 @@ def in_windows(
         answer: answers questions grouped by picture, beside the pictures; what it makes of each,
             in order, must be fit for JSON. It moves the bar on.
         settings: what tells this run from another that would answer otherwise.
-        batch_size, blank_images, out: as for ``predict``.
-
-    Raises:
-        InputError: as ``predict`` does.
+        blank_images, out: as for ``predict``.
     """
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}: expected at least 1")
     if blank_images:
         questions = [replace(question, image=None) for question in questions]
     rank, world = process_rank()

@@ -25,17 +25,24 @@ from bridgeblip import InputError
 LOADING = (OSError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError)
 # Families that read the bare question; every other one needs a chat template.
 BARE = ("blip", "blip-2", "instructblip", "paligemma")
+# The embedded chat model, that the name "tiny-chat" stands for.
+TINY_CHAT = Path(__file__).parent.parent / "embedded" / "tiny_chat"
+
+
+def place_of(base: str | Path) -> str | Path:
+    """The folder or hub id that ``base`` is, or that its name stands for."""
+    return TINY_CHAT if str(base) == "tiny-chat" else base
 
 
 def load_config(base: str | Path, revision: str | None = None) -> PretrainedConfig:
-    """Return the config of a model folder or hub id.
+    """Return the config of a model folder, a hub id or "tiny-chat".
 
     Raises:
         InputError: if there is no such model, or it is none that reads a picture and a text and
             goes on writing behind them.
     """
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision)
+        config = AutoConfig.from_pretrained(place_of(base), revision=revision)
         known = type(config) in AutoModelForImageTextToText._model_mapping
     except LOADING as error:
         raise InputError(
@@ -69,7 +76,7 @@ def load_processor(
     """
     config = load_config(base, revision)
     try:
-        processor = AutoProcessor.from_pretrained(base, revision=revision)
+        processor = AutoProcessor.from_pretrained(place_of(base), revision=revision)
     except LOADING as error:
         raise InputError(f"no processor can be loaded from {base} ({in_short(error)})") from error
     if not isinstance(processor, ProcessorMixin):  # AutoProcessor makes do with one half
@@ -166,7 +173,7 @@ def load_model(
         )
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            base, revision=revision, dtype=dtype, device_map={"": device}, **how
+            place_of(base), revision=revision, dtype=dtype, device_map={"": device}, **how
         )
     except LOADING as error:
         raise InputError(f"{base} can't be loaded ({in_short(error)})") from error

@@ -25,7 +25,7 @@ from bridgeblip import InputError
 from bridgeblip.files import cache_folder, digest_of, read_json, replacing, write_text
 from bridgeblip.training.settings import BUDGET_LIMIT, check_decoder_layers, decoder_layers
 from bridgeblip.training.tensors import INDEX_FILE, SMALL_FILES, TensorReader, download
-from bridgeblip.vlm.families import decoder_name, empty_model, in_short, load_config
+from bridgeblip.vlm.families import decoder_name, empty_model, in_short, load_config, place_of
 
 SLICE_FILE = "slice.json"
 SHARD_SIZE = "1GB"
@@ -178,8 +178,9 @@ def slice_model(
     config = load_config(base, revision)
     whole = empty_model(config)
     sliced, kept = slice_empty(whole, layers)
-    if Path(base).is_dir():
-        reader, commit = TensorReader(Path(base)), None
+    place = Path(place_of(base))
+    if place.is_dir():
+        reader, commit = TensorReader(place), None
     else:
         folder = download(base, revision, SMALL_FILES)
         reader, commit = TensorReader(folder, str(base), folder.name), folder.name
