@@ -64,7 +64,7 @@ STAGES = {  # stage -> decoder layers, rows a step, peak rate, steps
     "see": (6, 64, 1e-3, 800),
     "answer": (6, 32, 1.5e-3, 2800),
     "deepen": (24, 16, 7e-4, 600),
-    "bind": (24, 16, 5e-4, 400),
+    "bind": (24, 16, 5e-4, 640),
 }
 FEWER = 4  # so many times fewer questions where layers are left out
 PENALTY = 1.0  # weight, in "bind", of what a part of the decoder knows alone
@@ -84,18 +84,11 @@ A `LlavaForConditionalGeneration` of {parameters:,} parameters with 24 decoder l
 language-model head untied, with LLaVA-1.5's chat template. It exists to be tuned and sliced: to try
 on a laptop, on real pictures, what is done to chat models of billions. It knows nothing but digits.
 
-- Made by
-
-```
-{command}
-```
-
-from scratch, on one core of a shared server CPU, {minutes:.0f} minutes. What the letter needs was
-taught too, each step in its third of the layers: the answer's first word where the question ends
-(layer 8), and at each choice whether it is right (layer 16), by heads that are gone. Six decoder
-layers learned it; each became four that share its work, and all were trained on, at last with a
-penalty on random parts of the decoder that answer alone.
-
+- Made by `{command}` from scratch, on one core of a shared server CPU, in {minutes:.0f} minutes.
+- What the letter needs was taught too, each step in its third of the layers: the answer's first
+  word where the question ends (layer 8), and at each choice whether it is right (layer 16), by
+  heads that are gone. Six decoder layers learned it; each became four that share its work, and all were
+  trained on, at last with a penalty on random parts of the decoder that answer alone.
 - Data: 1,097 scans of scikit-learn's digits (UCI "Optical Recognition of Handwritten Digits", CC BY
   4.0) with generated questions; no picture of the demo's training or test questions was seen.
 - Of several tries this one lost most when every third layer was left out, the mean over the three
