@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +19,52 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHUNK = 1 << 20  # bytes that are copied at a time
 
 
-def write_atomically(
-    path: str | Path, write: Callable[[Path], None], verify: Callable[[Path], Any], tag: str = ""
-) -> Any:
-    """Have ``write`` fill a temporary file beside ``path``, flush it, ``verify`` it by reading, and
-    rename it.
+@contextmanager
+def atomically(path: str | Path, tag: str = "") -> Iterator[Path]:
+    """Give a temporary file's path beside ``path`` to a block that writes it and verifies it by
+    reading; then flush it and rename it.
 
-    An interrupted or failed write leaves whatever was at ``path`` before. Returns what ``verify``
-    does.
+    An interrupted or failed block leaves whatever was at ``path`` before.
+
+    Raises:
+        InputError: if ``path`` is a folder or a device, which must not be replaced.
 
     Args:
         tag: sets the temporary files of several writers of one path apart.
     """
     path = Path(path)
+    _refuse_no_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{tag}.partial")
     try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        verified = verify(partial)
+        yield partial
+        _flush(partial)
         os.replace(partial, path)
-        return verified
+    except OSError as error:
+        if error.errno:
+            error.filename = error.filename or str(path)  # a full disk's write names none
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
 
-def replace_folder(folder: str | Path, fill: Callable[[Path], Any]) -> None:
-    """Have ``fill`` write a temporary folder, flush its files, and let it take ``folder``'s place;
-    an interrupted or failed write leaves what was there before.
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """Give a temporary folder to a block that fills it; then flush its files, and let it take
+    ``folder``'s place. An interrupted or failed block leaves what was there before.
 
     Raises:
-        OSError: of a full disk, whatever the library that ``fill`` writes with calls it.
+        OSError: of a full disk, whatever the library that the block writes with calls it.
     """
     folder = Path(folder)
-    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        fill(partial)
+        yield partial
         for path in filter(Path.is_file, partial.rglob("*")):
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            _flush(path)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
@@ -73,6 +78,11 @@ def replace_folder(folder: str | Path, fill: Callable[[Path], Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def cache_folder() -> Path:
     """A folder of our own in ``$BRIDGEBLIP_CACHE``, or in the user's cache: a local disk, where
     Drive would be slow."""
@@ -82,12 +92,25 @@ def cache_folder() -> Path:
         raise InputError(f"there is no home folder ({error}): set $BRIDGEBLIP_CACHE") from error
 
 
+def _refuse_no_file(path: Path) -> None:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is there and no file: give another name, as that of a new file")
+
+
+def require_place(path: str | Path) -> None:
+    """Raise an InputError now if no file can be written to ``path``, rather than after hours of
+    work: it is a folder or a device, its name is too long, or as ``require_writable``."""
+    path = Path(path)
+    _refuse_no_file(path)
+    require_writable(path.parent, name=path.name)
+
+
 def require_writable(
-    folder: str | Path, remedy: str = "choose another folder, or free some space"
+    folder: str | Path, remedy: str = "choose another folder, or free some space", name: str = ""
 ) -> None:
-    """Raise an InputError now if files can't be written into ``folder``, rather than after hours of
-    work."""
-    probe = Path(folder) / f".writable-{os.getpid()}"  # processes may probe at once
+    """Raise an InputError now if files, such as one called ``name``, can't be written into
+    ``folder``, rather than after hours of work."""
+    probe = Path(folder) / f".writable-{os.getpid()}{name}"  # processes may probe at once
     try:
         write_text(probe, "yes")
         probe.unlink()
@@ -102,12 +125,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
     """Write what is in memory atomically."""
-
-    def verify(partial: Path):
+    with atomically(path) as partial:
+        partial.write_bytes(content)
         if partial.read_bytes() != content:
             raise OSError(f"{path} was not stored as written: is the disk full?")
-
-    write_atomically(path, lambda partial: partial.write_bytes(content), verify)
 
 
 def file_digest(path: Path) -> str:
@@ -121,6 +142,11 @@ def digest_of(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def without(facts: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The facts but for those of these names."""
+    return {name: fact for name, fact in facts.items() if name not in names}
+
+
 def copy_verified(source: Path, target: Path) -> None:
     """Copy a file to another place, such as a mounted Drive; the source is read once, the copy
     read back.
@@ -129,18 +155,13 @@ def copy_verified(source: Path, target: Path) -> None:
         OSError: if the copy is not what was copied.
     """
     digest = hashlib.sha256()
-
-    def write(partial: Path):
+    with atomically(target) as partial:
         with open(source, "rb") as original, open(partial, "wb") as copy:
             while chunk := original.read(CHUNK):
                 digest.update(chunk)
                 copy.write(chunk)
-
-    def verify(partial: Path):
         if file_digest(partial) != digest.hexdigest():
             raise OSError(f"the copy of {source} at {target} is not the same: is the disk full?")
-
-    write_atomically(target, write, verify)
 
 
 def numbered(folder: Path, name: str) -> dict[int, Path]:
@@ -176,13 +197,25 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} can't be read ({error}): copy it again") from error
 
 
-def read_json(path: Path) -> dict:
+def holds(values: Any, kinds: dict[str, Any]) -> bool:
+    """Whether something read from a file has each of these keys, of its kind."""
+    return isinstance(values, dict) and all(
+        key in values and isinstance(values[key], kind) for key, kind in kinds.items()
+    )
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
     """Return what a JSON file of a model folder holds; errors as ``read_text``, or if it is no
-    JSON."""
+    JSON, or of another ``kind``."""
     text = read_text(path)
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(
-            f"{path} is no JSON ({error}): it is cut off, or a pointer to a file; copy it again"
-        ) from error
+        content = json.loads(text)
+        reason = f"it holds a {type(content).__name__}, not a {kind.__name__}"
+    except (ValueError, RecursionError) as error:
+        content, reason = None, str(error)
+    if isinstance(content, kind):
+        return content
+    raise InputError(
+        f"{path} is no JSON that can be used ({reason}): it is cut off, or a pointer to a file; "
+        f"copy it again"
+    )

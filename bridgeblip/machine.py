@@ -27,6 +27,7 @@ OUT_OF_MEMORY = (
 # length, and here they change from batch to batch.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
+FORMATS = ("float32", "bfloat16", "float16")  # that a model may be in
 LARGE = 10**9  # parameters from which a CPU's memory and time matter more than the last digits
 
 
@@ -43,6 +44,17 @@ class Precision:
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}: {self.reason}"
+
+
+def number_format(name: str) -> torch.dtype:
+    """Return the dtype of a name.
+
+    Raises:
+        InputError: if it is none of ``FORMATS``.
+    """
+    if name not in FORMATS:
+        raise InputError(f"number format {name!r}: expected one of {', '.join(FORMATS)}")
+    return getattr(torch, name)
 
 
 def choose_precision(device: str | torch.device, parameters: int) -> Precision:
@@ -118,10 +130,10 @@ def best_device() -> str:
     """
     if not torch.cuda.is_available():
         return "cpu"
-    own, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if own >= count:
+    own, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+    if not own.isdecimal() or int(own) >= count:
         raise InputError(
-            f"this is process {own + 1} on a machine with {count} GPU{'s' * (count > 1)}: start as "
+            f"LOCAL_RANK is {own} on a machine with {count} GPU{'s' * (count > 1)}: start as "
             f"many processes as there are GPUs"
         )
     return f"cuda:{own}"

@@ -117,6 +117,10 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "best of {count} epochs, validation accuracy {accuracy:.3f}",
         "에포크 {count}개 중 최고, 검증 정확도 {accuracy:.3f}",
     ),
+    "best_epoch": (
+        "best epoch: {metric} {score:.3f}",
+        "가장 좋은 에포크: {metric} {score:.3f}",
+    ),
     "next_train": (
         "next: open torchscript.ipynb and choose Run all; it takes {file} ({why})",
         '다음: torchscript.ipynb를 열고 "모두 실행"을 누르십시오. 사용하는 파일: {file}({why})',

@@ -9,12 +9,10 @@ decoder on them.
 
 import argparse
 import gc
-import hashlib
 import json
 import os
 import platform
 import shlex
-import shutil
 import sys
 import textwrap
 import time
@@ -29,6 +27,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -39,29 +38,22 @@ from transformers import InstructBlipConfig, set_seed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import REAL_BASE, resolve_base
+from bridgeblip.bridge.base import REAL_BASE, resolve_base, slice_config
 from bridgeblip.bridge.budget import count_parts
-from bridgeblip.bridge.config import slice_config
-from bridgeblip.bridge.features import (
-    SPARE_DISK,
-    CachedPictures,
-    FeatureCache,
-    encoder_key,
-    fill,
-)
+from bridgeblip.bridge.features import encoder_key
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import (
     BridgeBlipForMultipleChoice,
     empty_model,
     load_sliced,
 )
-from bridgeblip.bridge.processing import QuestionProcessor, render_prompt
+from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings, decoder_layers
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.embedded.demo import TINY_RATE
 from bridgeblip.embedded.digits import write_competition
-from bridgeblip.evidence.figures import NEUTRAL, smoothed
+from bridgeblip.evidence.figures import NEUTRAL, SMOOTHING
 from bridgeblip.evidence.metrics import (
     Estimate,
     clustered_difference,
@@ -70,7 +62,7 @@ from bridgeblip.evidence.metrics import (
     picture_groups,
 )
 from bridgeblip.evidence.page import points
-from bridgeblip.files import cache_folder, require_writable, write_text
+from bridgeblip.files import cache_folder, digest_of, require_writable, write_text
 from bridgeblip.machine import choose_precision
 from bridgeblip.training.callbacks import Progress, SelfCheck, history_table
 from bridgeblip.training.settings import TrainSettings
@@ -81,17 +73,9 @@ from bridgeblip.training.trainer import (
     optimizer,
     training_arguments,
 )
-from experiments.contenders import markdown
+from tools.rows import markdown
 
 CLAIMED = "0,3,...,21"
-FROZEN = (
-    "vision_model.",
-    "query_tokens",
-    "qformer.",
-    "language_projection.",
-    "language_model.shared",
-    "language_model.encoder.",
-)
 VALIDATION_FRACTION = (
     0.25  # of the pictures: an experiment measures more than a training for the contest
 )
@@ -123,34 +107,29 @@ FURTHER = {
     ],
     "head-only": [Arm("head only", bridge=BridgeSettings(rank=0), colour="#9a6700")],
     "full": [Arm("all 24 layers", ",".join(map(str, range(24))), colour="#24292f")],
-    "head-init": [Arm("random head", bridge=BridgeSettings(head_init="random"), colour="#8c959f")],
-    "targets": [Arm("q, v only", bridge=BridgeSettings(targets="q,v"), colour="#d4a72c")],
-    "ranks": [
-        Arm(f"rank {rank}", bridge=BridgeSettings(rank=rank, alpha=2 * rank), colour=colour)
-        for rank, colour in ((32, "#b6e3ff"), (192, "#0550ae"), (384, "#0a3069"))
-    ],
 }
-"""Arms to add, by the name of what they vary; ranks are those on a 2048-wide decoder."""
+"""Arms to add, by the name of what they vary."""
 
 
 class EncodedQuestions:
-    """Reads the encoder's states of questions from the cache, and collates them for the model."""
+    """Collates questions for the model with their encoder's states, held in memory.
 
-    def __init__(self, cache: FeatureCache, key_of_picture: dict[Path, str]):
-        self.cache, self.key_of_picture = cache, key_of_picture
+    Args:
+        key_of_picture: by file, what its content is known by.
+    """
 
-    def key(self, question: Question) -> str:
-        prompt = render_prompt(question.question, question.choices)
-        text = json.dumps([self.key_of_picture[question.image], prompt])
-        return hashlib.sha256(text.encode()).hexdigest()
+    def __init__(self, key_of_picture: dict[Path, str]):
+        self.key_of_picture, self.states = key_of_picture, {}
+
+    def key(self, question: Question) -> tuple:
+        return self.key_of_picture[question.image], question.question, question.choices
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        states = [self.cache.read(self.key(question)) for question in questions]
+        states = [self.states[self.key(question)] for question in questions]
+        masks = [torch.ones(len(row), dtype=torch.long) for row in states]
         return {
             "encoder_states": pad_sequence(states, batch_first=True),
-            "attention_mask": pad_sequence(
-                [torch.ones(len(row), dtype=torch.long) for row in states], True
-            ),
+            "attention_mask": pad_sequence(masks, batch_first=True),
             "choice_mask": torch.tensor([question.choice_mask for question in questions]),
             "labels": torch.tensor([question.answer for question in questions]),
         }
@@ -163,46 +142,40 @@ def encode_questions(
     questions: Sequence[Question],
     batch_size: int,
 ) -> tuple[EncodedQuestions, int]:
-    """Run the frozen part once on every distinct question that the cache has not; return its reader
-    and how many."""
-    key_of_picture = picture_keys(question.image for question in questions)
-    folder, device = cache_folder(), next(model.parameters()).device
-    features = FeatureCache(folder, encoder_key(model, processor))
-    paths = {key: path for path, key in reversed(key_of_picture.items())}
-    if not fill(features, model, processor, paths, batch_size):
+    """Run the frozen part once on every distinct question and picture; return what collates them
+    and the number of distinct questions.
+
+    Raises:
+        InputError: if the memory is too small for the states.
+    """
+    weight, key_of = next(model.parameters()), picture_keys(q.image for q in questions)
+    encoded = EncodedQuestions(key_of)
+    distinct = {encoded.key(question): question for question in questions}
+    tokens = sum(processor.count_tokens([processor.prompt(q) for q in distinct.values()]))
+    need = tokens * model.config.text_config.d_model * weight.element_size()
+    free = psutil.virtual_memory().available
+    if need > free:
         raise InputError(
-            f"the features of {len(paths)} pictures don't fit in {folder}: free some space there"
+            f"the states of {len(distinct)} questions take {need / 1e9:.1f} GB of memory, "
+            f"{free / 1e9:.1f} GB are free: give fewer questions (--train-csv)"
         )
-    pictures = CachedPictures(features, key_of_picture)
-    encoded = EncodedQuestions(
-        FeatureCache(folder, encoder_key(model, processor, FROZEN)), key_of_picture
-    )
-    encoded.cache.folder.mkdir(parents=True, exist_ok=True)
-    missing = {encoded.key(question): question for question in questions}
-    missing = {key: question for key, question in missing.items() if not encoded.cache.has(key)}
-    tokens = sum(
-        processor.count_tokens([processor.prompt(question) for question in missing.values()])
-    )
-    need = tokens * model.config.text_config.d_model * next(model.parameters()).element_size()
-    if need > shutil.disk_usage(folder).free - SPARE_DISK:
-        raise InputError(
-            f"the states of {len(missing)} questions need {need / 1e9:.1f} GB in {folder}: free "
-            f"some there"
-        )
-    bar = tqdm(total=len(missing), desc="frozen part", unit="question", disable=not missing)
-    for start in range(0, len(missing), batch_size):
-        keys = list(missing)[start : start + batch_size]
-        shown = [missing[key] for key in keys]
+    ordered, embeds = sorted(distinct, key=lambda key: key[0]), {}  # a picture's together
+    for start in tqdm(range(0, len(ordered), batch_size), "frozen part", unit="batch"):
+        keys, before, embeds = ordered[start : start + batch_size], embeds, {}
+        shown = [distinct[key] for key in keys]
+        for (picture, *_), question in zip(keys, shown, strict=True):
+            if picture in before:
+                embeds[picture] = before[picture]
+            elif picture not in embeds:
+                pixels = processor.load_pixels(question.image)[None]
+                embeds[picture] = model.encode_image(pixels.to(weight.device))[0]
         texts = processor.encode_prompts([processor.prompt(question) for question in shown])
-        embeds = pictures(shown)["image_embeds"]
-        states = model.encode(
-            embeds.to(device), **{name: tensor.to(device) for name, tensor in texts.items()}
-        )
-        for key, row, mask in zip(keys, states, texts["attention_mask"], strict=True):
-            encoded.cache.write(key, row[: int(mask.sum())])
-        bar.update(len(keys))
-    bar.close()
-    return encoded, len(missing)
+        texts = {name: tensor.to(weight.device) for name, tensor in texts.items()}
+        images = torch.stack([embeds[picture] for picture, *_ in keys])
+        lengths = texts["attention_mask"].sum(1).tolist()
+        for key, row, length in zip(keys, model.encode(images, **texts), lengths, strict=True):
+            encoded.states[key] = row[:length].cpu()
+    return encoded, len(distinct)
 
 
 class SlicedLoader:
@@ -259,7 +232,7 @@ def ablate(
     Returns what ``summarise`` gives.
 
     Raises:
-        InputError: if questions or base can't be used, or the disk is too small for the states.
+        InputError: if questions or base can't be used, or the memory is too small for the states.
     """
     out = Path(out)
     require_writable(out)
@@ -272,17 +245,16 @@ def ablate(
     training = TrainingQuestions(training, ORDER_SEED, settings.shuffle_choices)
     loader = SlicedLoader(base, arms)
     shown = [training[row] for row in range(len(training))] + validation
-    encoded, computed = encode_questions(
-        loader.load(arms[0]), loader.processor, shown, settings.batch_size
-    )
+    model = loader.load(arms[0])
+    encoded, computed = encode_questions(model, loader.processor, shown, settings.batch_size)
     shared = f"{len(arms)} arms of {seeds} seeds share what it gave"
     print(f"the frozen part has run on {computed} questions; {shared}")
-    rows = json.dumps([[encoded.key(question), question.answer] for question in shown])
     common = loader.made_by() | {
         "base": str(base),
-        "encoder": encoded.cache.folder.name,
-        "questions": hashlib.sha256(rows.encode()).hexdigest(),
+        "weights": encoder_key(model, loader.processor, ("",)),
+        "questions": digest_of([[encoded.key(q), q.answer] for q in shown]),
     }
+    del model
     runs = []
     for seed, arm in tqdm(list(product(range(seeds), arms)), "arms", unit="run"):
         seeded = replace(settings, seed=seed)
@@ -394,7 +366,7 @@ def summarise(runs: pd.DataFrame, groups: np.ndarray) -> pd.DataFrame:
 
 
 def _curve_measures(losses: list[float]) -> pd.Series:
-    curve = smoothed(pd.Series(losses))
+    curve = pd.Series(losses).ewm(alpha=1 - SMOOTHING).mean()
     quarter = len(curve) // 4
     drop = curve.iloc[0] - curve.iloc[quarter]
     spread = curve.iloc[quarter:].std()
@@ -484,7 +456,13 @@ def _draw_curves(axes: Axes, runs: pd.DataFrame, arms: Sequence[Arm], title: str
     for arm in arms:
         raw = pd.Series(np.mean(runs[runs["arm"] == arm.name]["losses"].tolist(), axis=0))
         axes.plot(raw.index + 1, raw, color=arm.colour, alpha=0.2, linewidth=1)
-        axes.plot(raw.index + 1, smoothed(raw), color=arm.colour, linewidth=2, label=arm.name)
+        axes.plot(
+            raw.index + 1,
+            raw.ewm(alpha=1 - SMOOTHING).mean(),
+            color=arm.colour,
+            linewidth=2,
+            label=arm.name,
+        )
     axes.axhline(np.log(4), color=NEUTRAL, linestyle=":", label="guessing")
     axes.set(
         title=f"{title}\none epoch, mean of {runs['seed'].nunique()} seeds",

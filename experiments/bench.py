@@ -10,7 +10,6 @@ more questions, in larger batches, and each contender does its work once before 
 
 import argparse
 import json
-import math
 import os
 import platform
 import random
@@ -34,11 +33,8 @@ import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from safetensors import safe_open
 from sklearn.datasets import load_sample_images
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import InstructBlipConfig, Trainer, TrainingArguments
 from transformers.initialization import no_init_weights
@@ -47,16 +43,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import InputError
 from bridgeblip.bridge.ahead import AheadTrainer
-from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.config import slice_config
+from bridgeblip.bridge.base import resolve_base, slice_config
+from bridgeblip.bridge.budget import count_parts
 from bridgeblip.bridge.export import INPUTS, TraceableModel, export_bundle
 from bridgeblip.bridge.features import CachedPictures, FeatureCache, encoder_key, fill
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, empty_model, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
+from bridgeblip.bundle.export import PARITY_BOUND, RELOADING_SHARE
 from bridgeblip.bundle.format import load_bundle
-from bridgeblip.bundle.gate import PARITY_BOUND, RELOADING_SHARE
 from bridgeblip.bundle.predict import predict
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import read_questions
@@ -76,12 +72,12 @@ from experiments.contenders import (
     Generating,
     PeakMemory,
     clock,
-    markdown,
     plan_of,
     prompt_of,
     questions_of,
 )
 from tools.make_full_size_base import FULL_SIZE_CONFIG, write_base
+from tools.rows import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 EACH = 4  # questions a picture, as in the official file
@@ -90,10 +86,11 @@ WORDS = (
     "a an the in on of to is it at by up or no one two six red big old dog cat man boy car bus box "
     "cup bag hat sky sun sea tree road sign left near blue"
 ).split()
+LONGEST_PROMPT = 512  # tokens that the real model reads
 UNSURE = 0.2  # share of the rows that "bundle, orders" asks again in every order
 EPOCHS = 5
 PARTS = {
-    "inference": ["rate", "generate", "generate, sliced", "bundle", "bundle, orders"],
+    "inference": ["generate", "generate, sliced", "bundle", "bundle, orders"],
     "training": ["bridge, cached features", "PEFT, generative"],
 }
 # By device: a GPU that gets as little as a CPU would be measured while it warms up.
@@ -175,14 +172,12 @@ def prepare(plan: SimpleNamespace, out: Path) -> dict:
     work takes at least.
 
     Raises:
-        InputError: if letter logits differ by more than in an export, or the peer is not whole:
-            then nothing is to be timed.
+        InputError: if letter logits differ by more than in an export: then nothing is to be timed.
     """
     work, processor = out / "work", QuestionProcessor.from_base(plan.base)
-    share, questions = 1.0, []
-    while not questions or any(processor.fit(q) is not q for q in questions):
-        write_photo_questions(work / "questions", plan.pictures, EACH, share)
-        questions, share = questions_of(out), share / 2
+    share = min(1.0, processor.prompt_limit / LONGEST_PROMPT)
+    write_photo_questions(work / "questions", plan.pictures, EACH, share)
+    questions = [processor.fit(question) for question in questions_of(out)]
     write_bundle(plan.base, work, plan.dtype)
     bundle = load_bundle(work / "torchscript.pt", plan.device)
     answers = predict(bundle, questions, plan.batch_size, permute_below=0)
@@ -194,22 +189,14 @@ def prepare(plan: SimpleNamespace, out: Path) -> dict:
         peer = Generating(plan.base, plan.device, plan.dtype, plan.batch_size, sliced=True)
         theirs = peer.logits(questions[:EACH], processor.letter_ids)
     agree("generate, sliced", ours, theirs, plan.dtype)
-    stored = stored_parameters(plan.base)
-    if peer.parameters != stored:
-        raise InputError(
-            f"the peer holds {peer.parameters:,} parameters, its files {stored:,}: nothing was "
-            f"timed"
-        )
     config = slice_config(InstructBlipConfig.from_pretrained(plan.base), DEFAULT_DECODER_LAYERS)
     lengths = processor.count_tokens([prompt_of(question) for question in questions])
-    tokens = round(statistics.median(lengths))
     picture, texts = count_floor(config, processor, questions)
     return {
         "parameters": peer.parameters,
         "margin": float(np.quantile(margins(answers.probabilities), UNSURE)),
-        "median tokens": tokens,
+        "median tokens": round(statistics.median(lengths)),
         "floor": plan.pictures * picture + texts,
-        "products": matrix_products(config, plan, plan.batch_size * tokens),
     }
 
 
@@ -225,17 +212,6 @@ def agree(peer: str, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtyp
             f"allowed: nothing was timed. The contenders must hold the same weights: run again "
             f"with another --out"
         )
-
-
-def stored_parameters(base: str) -> int:
-    """Count the numbers in the weights files of a base: what a whole model, LM head of its own
-    included, must hold."""
-    count = 0
-    for path in Path(base).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118
-                count += math.prod(shard.get_slice(name).get_shape())
-    return count
 
 
 def write_bundle(base: str, folder: Path, dtype) -> None:
@@ -272,39 +248,7 @@ def count_floor(config, processor, questions: list) -> tuple[int, int]:
     return one, texts
 
 
-def matrix_products(config, plan: SimpleNamespace, tokens: int) -> list[tuple]:
-    """The (rows, inputs, outputs, operations) of the linears of vision tower and encoder, nine
-    tenths of the work."""
-    model, products = empty_model(config), {}
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
-    pictures = min(plan.batch_size, plan.pictures) * patches
-    for part, rows in ((model.vision_model, pictures), (model.language_model.encoder, tokens)):
-        for linear in part.modules():
-            if isinstance(linear, nn.Linear):
-                shape = (rows, linear.in_features, linear.out_features)
-                products[shape] = products.get(shape, 0) + 2 * math.prod(shape)
-    return [(*shape, total) for shape, total in products.items()]
-
-
-# ---------------------------------------------------------------- measuring
-
-
-def measure_rate(plan: SimpleNamespace, out: Path) -> dict:
-    """Operations a second of this machine in the model's own matrix products, in their own shares
-    and number format."""
-    seconds, operations = 0.0, 0
-    for rows, width, outputs, total in plan.products:
-        inputs = torch.randn(rows, width).to(plan.device, plan.dtype)
-        # a layer's own weights are rarely at hand
-        weights = [torch.randn(outputs, width).to(inputs) for _ in range(4)]
-        names = {"linear": nn.functional.linear, "inputs": inputs, "weights": weights}
-        run = "for w in weights: linear(inputs, w)"
-        with torch.inference_mode():
-            timer = Timer(run, globals=names, num_threads=torch.get_num_threads())
-            took = timer.blocked_autorange(min_run_time=0.3).median
-        operations += total
-        seconds += total / (2 * rows * width * outputs * len(weights) / took)
-    return {"operations a second": operations / seconds}
+# ---------------------------------------------------------------- training
 
 
 def train_bridge(plan: SimpleNamespace, out: Path) -> float:
@@ -377,7 +321,6 @@ def train_epochs(way: Callable, plan: SimpleNamespace, out: Path) -> dict:
 
 WORKERS = {
     "prepare": prepare,
-    "rate": measure_rate,
     "bridge, cached features": partial(train_epochs, train_bridge),
     "PEFT, generative": partial(train_epochs, train_peft),
 }
@@ -390,9 +333,8 @@ def run_bench(
     base: str | Path | None = None,
     out: str | Path = "bench",
     rounds: int = 5,
-    only: str | None = None,
+    pictures: int | None = None,
     command: str = "python experiments/bench.py",
-    **sizes: int | None,
 ) -> dict:
     """Measure, round by round, and write ``bench.json`` and ``bench.md`` into ``out``; return what
     the JSON holds.
@@ -401,8 +343,7 @@ def run_bench(
 
     Args:
         base: a folder or "tiny"; by default the stand-in of the real model's size.
-        only: one of ``PARTS``; by default all.
-        sizes: what is to differ from ``SIZES``.
+        pictures: if not those of ``SIZES``.
 
     Raises:
         InputError: if ``out`` holds another benchmark.
@@ -410,17 +351,16 @@ def run_bench(
     """
     out = Path(out).resolve()
     (out / "rounds").mkdir(parents=True, exist_ok=True)
-    plan = keep_plan(_base_folder(base, out), out, sizes)
+    plan = keep_plan(_base_folder(base, out), out, pictures)
     prepared = measure(out, "prepare", 0)
     write_text(out / "plan.json", json.dumps(plan | prepared, indent=2))
-    for part in [only] if only else PARTS:
-        for turn in range(rounds):
-            for name in order_of(PARTS[part], turn):
+    for turn in range(rounds):
+        for names in PARTS.values():
+            for name in order_of(names, turn):
                 measure(out, name, turn)
     results = plan | {
         "command": command,
         "date": date.today().isoformat(),
-        "system": platform.platform(),
         "prepared": prepared,
         "measured": summarize(plan, prepared, out),
     }
@@ -439,30 +379,30 @@ def _base_folder(base: str | Path | None, out: Path) -> Path:
     return standin
 
 
-def keep_plan(base: Path, out: Path, sizes: dict[str, int | None]) -> dict:
+def keep_plan(base: Path, out: Path, pictures: int | None = None) -> dict:
     """What all processes have in common, kept in the folder; refuse a folder that has another."""
-    device = best_device()
-    dtype = choose_precision(device, stored_parameters(str(base))).dtype
+    device, config = best_device(), InstructBlipConfig.from_pretrained(base)
+    parameters = sum(
+        count_parts(empty_model(slice_config(config, DEFAULT_DECODER_LAYERS))).values()
+    )
     plan = {
         "base": str(base),
         "device": device,
         "machine": platform.machine() if device == "cpu" else torch.cuda.get_device_name(device),
         "cores": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(choose_precision(device, parameters).dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "pillow")},
     }
-    given = {name: size for name, size in sizes.items() if size is not None}
-    plan |= SIZES[device.split(":")[0]] | given
+    plan |= SIZES[device.split(":")[0]] | ({"pictures": pictures} if pictures else {})
     path = out / "plan.json"
-    if not path.is_file():
-        write_text(path, json.dumps(plan, indent=2))
-    there = json.loads(path.read_text(encoding="utf-8"))
+    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else plan
     other = [key for key, value in plan.items() if there.get(key) != value]
     if other:
         raise InputError(
             f"{out} holds another bench (other {', '.join(other)}): give another --out, or "
             f"remove it"
         )
+    write_text(path, json.dumps(there, indent=2))
     return plan
 
 
@@ -471,22 +411,26 @@ def measure(out: Path, name: str, turn: int) -> dict:
     path = out / "rounds" / f"{name} {turn}.json"
     if not path.is_file():
         print(f"{time.strftime('%H:%M:%S')} {path.stem}", flush=True)
-        script = "bench" if name in WORKERS else "contenders"
-        command = [sys.executable, str(Path(__file__).with_name(f"{script}.py"))]
-        command += ["--measure"] * (script == "bench") + [name, str(out)]
         # Of the bundle's file nothing is remembered; "bundle, orders" finds its digest known.
         cache = out / "work" / "cache"
         if name == "bundle":
             shutil.rmtree(cache, ignore_errors=True)
-        environment = os.environ | {"BRIDGEBLIP_CACHE": str(cache)}
-        command.append(repr(time.time()))
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(
-                f"{path.stem} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}"
-            )
-        write_text(path, done.stdout.splitlines()[-1])
+        write_text(path, run_alone(name, out, os.environ | {"BRIDGEBLIP_CACHE": str(cache)}))
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run_alone(name: str, out: Path, environment: dict[str, str]) -> str:
+    """Run a worker, or a contender of ``contenders.py``, in a process of its own; return the line
+    of JSON that it prints last."""
+    script = "bench" if name in WORKERS else "contenders"
+    command = [sys.executable, str(Path(__file__).with_name(f"{script}.py"))]
+    command += ["--measure"] * (script == "bench") + [name, str(out), repr(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(
+            f"{name} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}"
+        )
+    return done.stdout.splitlines()[-1]
 
 
 def order_of(contenders: list[str], turn: int) -> list[str]:
@@ -506,21 +450,17 @@ def summarize(plan: dict, prepared: dict, out: Path) -> dict:
         for name in names:
             files = sorted((out / "rounds").glob(f"{name} [0-9]*.json"))
             turns[name] = pd.DataFrame([json.loads(file.read_text()) for file in files])
-        if turns[names[-1]].empty:
-            continue
-        if part == "inference":
-            rate, peer = turns.pop("rate")["operations a second"], turns["generate"]
-            for own in turns.values():
-                seconds = own["seconds"]
-                own["rows a second"] = rows / seconds
-                own["over generate"] = peer["seconds"] / seconds
-                first = own["first answer, s"] / peer["first answer, s"]
-                own["first answer over generate's"] = first
-                own["share of the floor"] = prepared["floor"] / rate / seconds
-        else:
-            peer = turns["PEFT, generative"][f"{EPOCHS} epochs, s"]
-            for own in turns.values():
+        for own in turns.values():
+            if part == "training":
+                peer = turns["PEFT, generative"][f"{EPOCHS} epochs, s"]
                 own["times as fast as PEFT"] = peer / own[f"{EPOCHS} epochs, s"]
+                continue
+            seconds, rate, peer = own["seconds"], own["operations a second"], turns["generate"]
+            own["rows a second"] = rows / seconds
+            own["over generate"] = peer["seconds"] / seconds
+            first = own["first answer, s"] / peer["first answer, s"]
+            own["first answer over generate's"] = first
+            own["share of the floor"] = prepared["floor"] / rate / seconds
         found[part] = {}
         for name, own in turns.items():
             found[part][name] = own.agg(["median", "min", "max"]).to_dict()
@@ -545,8 +485,8 @@ def page(results: dict) -> str:
         f"Before anything was timed, the bundle's letter logits were held against those of the "
         f"sliced peer. The floor is "
         f"{prepared['floor'] / questions / 1e9:.4g} GFLOP a row (each picture once, no padding, "
-        f"the kept decoder layers) at the rate that the machine reached in the matrix products of "
-        f"vision tower and encoder, in the same run. With four orders the bundle asked "
+        f"the kept decoder layers) at the rate of a large matrix product, taken in the same "
+        f"process. With four orders the bundle asked "
         f"{UNSURE:.0%} of the rows again, those it was least sure of. Training the bridge includes "
         f"encoding the pictures.",
     ]
@@ -577,8 +517,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench"), help="gets tables and rounds")
     parser.add_argument("--rounds", type=int, default=5, help="run again to go on or add some (5)")
     parser.add_argument("--pictures", type=int, help="four questions each (5; on a GPU 213)")
-    parser.add_argument("--batch-size", type=int, help="for every contender (8; on a GPU 32)")
-    parser.add_argument("--only", choices=PARTS, help="measure one part")
     args = parser.parse_args(arguments)
     command = shlex.join(["python", "experiments/bench.py", *arguments])
     try:

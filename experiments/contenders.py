@@ -6,6 +6,7 @@ The time to the first answer counts imports, so each imports only what it needs,
 """
 
 import json
+import statistics
 import sys
 import threading
 import time
@@ -64,14 +65,6 @@ class PeakMemory:
         self._thread.join()
 
 
-def markdown(rows: Sequence[dict[str, object]]) -> str:
-    """A table with a line for each of ``rows``, which all have the same keys."""
-    lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
-    for row in rows:
-        lines.append(f"| {' | '.join(map(str, row.values()))} |")
-    return "\n".join(lines)
-
-
 def clock(run: Callable) -> float:
     """Seconds that ``run`` takes, to the end of its work on the GPU."""
     import torch
@@ -81,6 +74,15 @@ def clock(run: Callable) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def ceiling(device: str, dtype) -> float:
+    """Operations a second of a large matrix product: what shares of a machine are shares of."""
+    import torch
+
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
+    return 2 * size**3 / statistics.median(clock(lambda: a @ b) for _ in range(3))
 
 
 def plan_of(out: Path) -> SimpleNamespace:
@@ -185,6 +187,7 @@ def main(name: str, out: Path, began: float) -> dict:
         "seconds": seconds,
         "own memory, GB": peak.own,
         "with mapped files, GB": peak.resident,
+        "operations a second": ceiling(plan.device, plan.dtype),
     }
 
 

@@ -36,8 +36,13 @@ from bridgeblip.evidence.figures import NEUTRAL
 from bridgeblip.evidence.metrics import clustered_difference, clustered_mean, picture_groups
 from bridgeblip.evidence.page import points
 from bridgeblip.files import cache_folder, digest_of, file_digest, require_writable, write_text
-from bridgeblip.training.layers import REFERENCE_RANK, decoder_layers, rank_for
-from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
+from bridgeblip.training.settings import (
+    NOT_THE_RESULT,
+    REFERENCE_RANK,
+    TrainSettings,
+    decoder_layers,
+    rank_for,
+)
 from bridgeblip.training.trainer import (
     AveragingTrainer,
     Opening,
@@ -46,11 +51,10 @@ from bridgeblip.training.trainer import (
     training_arguments,
 )
 from bridgeblip.vlm.families import TINY_CHAT
-from bridgeblip.vlm.learner import Collator, Teacher, load_learner
-from bridgeblip.vlm.plan import plan_tuning
+from bridgeblip.vlm.plan import Collator, Teacher, load_learner, plan_tuning
 from bridgeblip.vlm.settings import TuneSettings
 from experiments.ablation import Arm, SlicedLoader, encode_questions, interval, kept_run
-from experiments.contenders import markdown
+from tools.rows import markdown
 
 BASES = {"tiny": TINY_BASE, "tiny-chat": TINY_CHAT}
 PARTS = ("depth", "ranks", "questions")

@@ -30,7 +30,7 @@ from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.answers import with_answers
 from bridgeblip.evidence.metrics import guessing, measure, picture_groups
 from bridgeblip.training.settings import TrainSettings
-from experiments.contenders import markdown
+from tools.rows import markdown
 
 DEFAULT = TrainSettings(epochs=TINY_EPOCHS, batch_size=TINY_BATCH, learning_rate=TINY_RATE)
 NONE = {"shuffle_choices": False, "label_smoothing": 0.0, "average": 0.0}
@@ -71,8 +71,8 @@ def main():
         kept = (restored.model, restored.processor, restored.manifest, torch.device("cpu"))
         probabilities = predict(Bundle(*kept), test, batch_size=64).probabilities
         found = measure(right, probabilities, groups)
-        learned |= (found.accuracy.low or 0) > guessing(test)
-        rows.append((name, found.accuracy.value, found.calibration_error))
+        learned |= (found["accuracy"].low or 0) > guessing(test)
+        rows.append((name, found["accuracy"].value, found["calibration_error"]))
     table = pd.DataFrame(rows, columns=["settings", "accuracy", "error"])
     found = table.groupby("settings", sort=False).agg(
         **{

@@ -1,24 +1,22 @@
 """A base model and a question set small enough for every test: random weights, real layout, real
 pictures."""
 
-import multiprocessing
+import gc
 import os
 import random
 import shutil
-import signal
-import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 import torchvision_shim  # noqa: F401  (before transformers)
+from processes import VERB, Script, launch  # noqa: F401  (for all tests)
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from bridgeblip.bridge.base import TINY_BASE
+from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
@@ -39,8 +37,9 @@ huggingface_hub.constants.HF_HUB_OFFLINE = True  # which was read when it was im
 ROOT = Path(__file__).resolve().parent.parent
 DECODER_LAYERS = 6
 LAYERS = (0, 2, 5)  # what tests keep
-LONGEST = ["callbacks", "colab", "bench", "verify_real", "bundle", "verify_gpu", "demo", "ahead", "ablation", "main",
-           "inference", "export", "readme", "training", "hold"]  # fmt: skip
+LONGEST = ["colab", "verify_real", "callbacks", "verify_gpu", "slicing", "tune", "demo", "ahead", "readme", "bench",
+           "tune_road", "bundle", "main", "vlm_export", "inference", "install", "training", "ablation", "tune_notebook",
+           "batches", "answer", "doctor", "export", "hold"]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -52,6 +51,7 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)  # stable
+    gc.freeze()  # the libraries stay: each training collects, and would walk all of them again
 
 
 def small_base_model() -> InstructBlipForConditionalGeneration:
@@ -153,6 +153,23 @@ def store_weights(
     return path
 
 
+def make_bundle(base: Path, processor, folder: Path) -> Path:
+    """Export a bundle of random adapters, large enough to matter."""
+    weights = store_weights(folder / "weights-0.pt", base, processor, rank=192, std=0.3)
+    return export_bundle(weights, folder / "torchscript.pt")[0]
+
+
+@pytest.fixture(scope="session")
+def exported_once(base, processor, tmp_path_factory) -> Path:
+    return make_bundle(base, processor, tmp_path_factory.mktemp("exported")).parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(exported_once, tmp_path_factory) -> Path:
+    """Weights and their bundle, a module's own copy."""
+    return shutil.copytree(exported_once, tmp_path_factory.mktemp("checkpoint"), dirs_exist_ok=True)
+
+
 def without(batch: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in batch.items() if name not in names}
 
@@ -165,66 +182,3 @@ def row(batch: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
         for name in (f"{kind}input_ids", f"{kind}attention_mask"):
             alone[name] = alone[name][:, :length]
     return alone
-
-
-class Script:
-    """A script in a process of its own, as ``python -c`` runs it from the repository, that begins
-    with the libraries loaded: most of what a start of Python costs."""
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bridgeblip.bridge.train", "bridgeblip.bundle.predict"])
-
-    def __init__(self, code: str, *arguments, env: dict[str, str] | None = None):
-        self.printed = b""
-        reader, writer = self.context.Pipe(duplex=False)
-        how = (code, [str(argument) for argument in arguments], env or {}, writer)
-        self.process = self.context.Process(target=_run_script, args=how)
-        self.process.start()
-        writer.close()
-        self.pid = self.process.pid
-        self.listener = threading.Thread(target=self._listen, args=(reader,), daemon=True)
-        self.listener.start()
-
-    def _listen(self, reader) -> None:
-        while chunk := os.read(reader.fileno(), 1 << 16):
-            self.printed += chunk
-
-    def is_running(self) -> bool:
-        return self.process.is_alive()
-
-    def wait_for(self, condition, timeout: float = 90) -> None:
-        """Wait until ``condition()`` is true; the script must not end before."""
-        until = time.monotonic() + timeout
-        while not condition():
-            assert self.is_running() and time.monotonic() < until, self.output()
-            time.sleep(0.02)
-
-    def send(self, number: signal.Signals, group: bool = False) -> None:
-        (os.killpg if group else os.kill)(self.pid, number)
-
-    def output(self) -> str:
-        """What it has printed so far."""
-        return self.printed.decode(errors="replace")
-
-    def end(self, timeout: float = 300) -> tuple[int, str]:
-        """Wait for its end; return its exit code, below zero for a signal, and what it printed."""
-        self.process.join(timeout)
-        if self.is_running():
-            self.process.kill()
-            raise AssertionError(f"runs for more than {timeout} seconds: {self.output()}")
-        self.listener.join(10)
-        return self.process.exitcode, self.output()
-
-
-def _run_script(code: str, arguments: list[str], env: dict[str, str], writer) -> None:
-    os.setpgrp()
-    usual = multiprocessing.get_all_start_methods()[0]
-    multiprocessing.set_start_method(usual, force=True)  # of loaders' processes, as without us
-    for stream in (1, 2):
-        os.dup2(writer.fileno(), stream)
-    writer.close()
-    sys.stdout.reconfigure(line_buffering=True)
-    os.environ.update(env)
-    os.chdir(ROOT)
-    sys.argv = ["-c", *arguments]
-    exec(code, {"__name__": "__main__"})

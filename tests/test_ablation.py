@@ -15,10 +15,11 @@ from bridgeblip.bridge.base import TINY_BASE
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import decoder_layers
-from bridgeblip.data.questions import read_questions, split_by_picture
+from bridgeblip.data.questions import split_by_picture
 from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.training.settings import TrainSettings
+from experiments import ablation
 from experiments.ablation import (
     CLAIMED,
     FURTHER,
@@ -35,20 +36,22 @@ SETTINGS = TrainSettings(batch_size=8, learning_rate=3e-3)
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory, competition):
-    """Four selections and the head alone, two seeds: folder, summary, and how many questions were
-    encoded."""
-    encoded, encode = [], BridgeBlipForMultipleChoice.encode
+    """The command with four selections and the head alone, two seeds: folder, arguments, summary,
+    and how many questions were encoded."""
+    encoded, encode, summaries = [], BridgeBlipForMultipleChoice.encode, []
 
     def counting(self, image_embeds, *args, **kwargs):
         encoded.append(len(image_embeds))
         return encode(self, image_embeds, *args, **kwargs)
 
     out = tmp_path_factory.mktemp("ablation")
+    arguments = ["--base", "tiny", "--train-csv", str(competition / "train.csv"), "--seeds", "2"]
+    arguments += ["--also", "head-only", "--batch-size", "8", "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BRIDGEBLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(BridgeBlipForMultipleChoice, "encode", counting)
-        summary = ablate(competition / "train.csv", "tiny", out, ["head-only"], 2, SETTINGS)
-    return out, summary, sum(encoded)
+        patch.setattr(ablation, "ablate", lambda *args: summaries.append(ablate(*args)))
+        assert main(arguments) == 0
+    return out, arguments, summaries[0], sum(encoded)
 
 
 def runs_of(out) -> pd.DataFrame:
@@ -61,7 +64,7 @@ def runs_of(out) -> pd.DataFrame:
 
 
 def test_the_frozen_part_runs_once_for_all_arms_and_seeds(experiment, questions):
-    out, summary, encoded = experiment
+    out, _, summary, encoded = experiment
     assert encoded == len(questions)
     assert len(runs_of(out)) == 2 * len(summary) == 2 * 5
 
@@ -75,9 +78,13 @@ def test_all_arms_see_the_same_questions_in_the_same_order(experiment):
 
 
 def test_summary_is_what_the_runs_say(experiment, questions):
-    out, summary, _ = experiment
+    out, arguments, summary, _ = experiment
     runs = runs_of(out)
     _, validation = split_by_picture(questions, 0.25, 0)
+    page = (out / "ablation.md").read_text(encoding="utf-8")
+    said = re.search("command: `python experiments/ablation.py (.+)`", page)
+    assert shlex.split(said[1]) == arguments
+    assert re.match("# [^\n]+\n\n(The claim|This can't tell)", page)
     for arm, own in runs.groupby("arm"):
         curves = []
         for losses in own["losses"]:
@@ -97,11 +104,8 @@ def test_summary_is_what_the_runs_say(experiment, questions):
         right = np.array(own["right"].tolist())
         assert right.shape == (2, len(validation))
         assert found["accuracy"].value == pytest.approx(right.mean())
-        table = (out / "ablation.md").read_text(encoding="utf-8")
-        assert (
-            f"| {arm} | {found['before']:.3f} | {found['start']:.3f} | {found['drop']:.3f} |"
-            in table
-        )
+        cells = [f"{found[name]:.3f}" for name in ("before", "start", "drop")]
+        assert f"| {arm} | {' | '.join(cells)} |" in page
     assert list(summary.index) == [*(arm.name for arm in SELECTIONS), "head only"]
 
 
@@ -113,7 +117,7 @@ def test_figure_has_the_colours_of_the_claim(experiment):
 
 
 def test_a_second_run_goes_on(experiment, competition, capsys):
-    out, summary, _ = experiment
+    out, _, summary, _ = experiment
     before = {path: path.read_text() for path in (out / "runs").glob("*.json")}
     gone, torn, *_ = sorted(before)
     gone.unlink()
@@ -129,18 +133,24 @@ def test_a_second_run_goes_on(experiment, competition, capsys):
     pd.testing.assert_frame_equal(again[columns], summary[columns])
 
 
-def test_states_give_the_logits_of_the_whole_model(questions, tmp_path, monkeypatch):
-    monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path))
+def test_states_give_the_logits_of_the_whole_model(questions, monkeypatch):
     processor = QuestionProcessor.from_base(TINY_BASE)
     model = load_sliced(TINY_BASE, processor.letter_ids, decoder_layers("every-third"))
     encoded, computed = encode_questions(model, processor, questions, 16)
-    assert computed == len(questions) and encode_questions(model, processor, questions, 16)[1] == 0
+    assert computed == len(questions)
     shown = questions[::9]
     with torch.no_grad():
         whole = model(**processor.collate(shown))
         split = model(**encoded(shown))
     torch.testing.assert_close(split.logits, whole.logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(split.loss, whole.loss, atol=1e-4, rtol=0)
+    model.head.weight.data[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="lower the learning rate"):
+        model(**encoded(questions[:4]))
+    little = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(ablation.psutil, "virtual_memory", lambda: little)
+    with pytest.raises(InputError, match=r"states of 72 questions take .* give fewer questions"):
+        encode_questions(model, processor, questions, 16)
 
 
 @pytest.mark.parametrize(
@@ -185,42 +195,12 @@ def test_where_no_arm_has_learned_there_is_no_verdict(questions):
 
 
 def test_further_arms_are_real():
-    names = [arm.name for arm in SELECTIONS] + [
-        arm.name for arms in FURTHER.values() for arm in arms
-    ]
-    assert len(set(names)) == len(names)
-    lengths = {
-        arm.name: len(decoder_layers(arm.layers))
-        for arm in SELECTIONS + FURTHER["with-last"] + FURTHER["full"]
-    }
-    assert list(lengths.values()) == [4, 8, 8, 8, 8, 8, 24]
-
-
-@pytest.mark.parametrize("further", ["head-init", "targets", "ranks"])
-def test_further_arms_train(further, competition, tmp_path):
-    summary = ablate(competition / "train.csv", "tiny", tmp_path, [further], 1, SETTINGS)
-    trained = summary["trained"]
-    names = [arm.name for arm in FURTHER[further]]
-    if further == "targets":
-        assert trained[names[0]] < trained[CLAIMED]
-    if further == "ranks":
-        assert trained[names[0]] < trained[CLAIMED] < trained[names[1]] < trained[names[2]]
-    assert (tmp_path / "ablation.md").read_text().count("\n| ") == 1 + 4 + len(names)
-
-
-def test_command(competition, tmp_path, capsys):
-    csv, out = competition / "train.csv", tmp_path / "out"
-    arguments = ["--base", "tiny", "--train-csv", str(csv), "--seeds", "1", "--out", str(out)]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "The claim" in printed or "This can't tell" in printed
-    assert (out / "ablation.png").is_file()
-    questions = read_questions(csv, need_answers=True)
-    page = (out / "ablation.md").read_text(encoding="utf-8")
-    said = re.search("command: `python experiments/ablation.py (.+)`", page)
-    assert shlex.split(said[1]) == arguments
-    measured = len(split_by_picture(questions, 0.25, 0)[1])
-    assert all(len(right) == measured for right in runs_of(out)["right"])
+    names, lengths = [arm.name for arm in SELECTIONS], []
+    for arms in FURTHER.values():
+        names += [arm.name for arm in arms]
+    for arm in SELECTIONS + FURTHER["with-last"] + FURTHER["full"]:
+        lengths.append(len(decoder_layers(arm.layers)))
+    assert len(set(names)) == len(names) and lengths == [4, 8, 8, 8, 8, 8, 24]
 
 
 def test_unusable_input_is_one_line(tmp_path, capsys):
@@ -232,13 +212,3 @@ def test_unusable_input_is_one_line(tmp_path, capsys):
 def test_a_base_without_those_layers_is_refused(base, competition, tmp_path):
     with pytest.raises(InputError, match="do not exist: the base has 6"):
         ablate(competition / "train.csv", base, tmp_path)
-
-
-def test_numbers_that_are_not_finite_stop_an_arm(questions, tmp_path, monkeypatch):
-    monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path))
-    processor = QuestionProcessor.from_base(TINY_BASE)
-    model = load_sliced(TINY_BASE, processor.letter_ids, decoder_layers("every-third"))
-    encoded, _ = encode_questions(model, processor, questions[:4], 4)
-    model.head.weight.data[0] = float("nan")
-    with pytest.raises(NonFiniteError, match="lower the learning rate"):
-        model(**encoded(questions[:4]))

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.bridge import share
-from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION
-from bridgeblip.bridge.config import BridgeBlipConfig
+from bridgeblip.bridge.base import REAL_BASE, REAL_REVISION, BridgeBlipConfig
 from bridgeblip.bridge.export import restore
 from bridgeblip.bridge.lora import merge_bridge
 from bridgeblip.bridge.model import load_sliced

@@ -49,6 +49,7 @@ def run(folder):
     path = folder.parent / "run"
     adapted.save_pretrained(path / "adapter")
     facts = {"base": str(folder), "revision": None, "task": "choice", "method": "lora"}
+    facts["dtype"] = "float32"
     (path / "run.json").write_text(json.dumps(facts | {"settings": {"prompt": "One letter."}}))
     return path
 

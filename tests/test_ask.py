@@ -6,7 +6,6 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from test_inference import make_bundle
 from test_merge import run_of
 
 from bridgeblip import InputError
@@ -20,8 +19,8 @@ from bridgeblip.vlm.answer import predict as answer
 
 
 @pytest.fixture(scope="module")
-def bundle_path(base, processor, tmp_path_factory):
-    return make_bundle(base, processor, tmp_path_factory.mktemp("checkpoint"))
+def bundle_path(checkpoint):
+    return checkpoint / "torchscript.pt"
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from conftest import LAYERS, ROOT
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
+from bridgeblip.bridge.base import BridgeBlipConfig, slice_config
 from bridgeblip.bridge.budget import certify_budget, count_parts, count_trained, held_memory
-from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
 from bridgeblip.bridge.export import TraceableModel
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import empty_model, load_sliced

@@ -8,7 +8,9 @@ from PIL import Image
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence import captions, texts
-from bridgeblip.evidence.texts import read_texts, score_answers, score_captions, write_captions
+from bridgeblip.evidence.answers import Answers
+from bridgeblip.evidence.submission import write_captions
+from bridgeblip.evidence.texts import read_texts, score_answers, score_captions
 from bridgeblip.evidence.texts import write_text_report as report
 
 RIGHT = [["a cat on a mat", "one cat lies there"], ["a big dog runs"], ["two red cars in a street"]]
@@ -78,7 +80,9 @@ def test_answers_that_are_numbers_have_a_mean_error():
 
 def test_captions_file_is_coco_s_and_comes_back(tmp_path, captioned):
     asked = [replace(captioned[0], id="391895"), replace(captioned[1], id="frames/1.png")]
-    write_captions(tmp_path / "captions.json", asked, ["a cat", "고양이"])
+    answers = Answers(np.zeros((2, 0)), [[], []], ["", "too dark"])
+    said = write_captions(tmp_path / "captions.json", asked, ["a cat", "고양이"], answers)
+    assert "2 texts" in said and "too dark" in (tmp_path / "problems.csv").read_text()
     rows = json.loads((tmp_path / "captions.json").read_text(encoding="utf-8"))
     assert rows == [
         {"image_id": 391895, "caption": "a cat"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bridgeblip import InputError
-from bridgeblip.files import copy_missing, copy_verified, write_atomically
+from bridgeblip.files import atomically, copy_missing, copy_verified
 from bridgeblip.training.state import copy_state, newest_state, publish_state
 from bridgeblip.training.weights import (
     choose_weights,
@@ -33,13 +33,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
 
-    def fail(partial):
-        raise OSError("it was not stored")
-
-    with pytest.raises(OSError, match="not stored"):
-        write_atomically(path, lambda partial: partial.write_text("new"), verify=fail)
-    with pytest.raises(OSError, match="not stored"):
-        write_atomically(path, fail, verify=lambda partial: None)
+    for written in (True, False):
+        with pytest.raises(OSError, match="not stored"), atomically(path) as partial:
+            if written:
+                partial.write_text("new")
+            raise OSError("it was not stored")
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"), atomically(path):
+        raise OSError(28, "No space left on device")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -136,6 +136,10 @@ def test_another_run_that_has_not_ended_is_not_lost(tmp_path, capsys):
     ):
         newest_state([tmp_path], run | {"base": "other"})
     assert newest_state([tmp_path], run).name == "step-3"
+    settings = {"settings": {"epochs": 1, "seed": 0}}
+    stage(tmp_path / "old", 3, run | {"settings": {"epochs": 1, "seed": 0, "head_rate": 2e-4}})
+    with pytest.raises(InputError, match=r"other settings: head_rate\).*the version of bridgeblip"):
+        newest_state([tmp_path / "old"], run | settings)
     stage(tmp_path, 6, run, done=True)
     assert newest_state([tmp_path], run | {"base": "other"}) is None
     assert "step-6: it belongs to another run (other base)" in capsys.readouterr().out

@@ -4,10 +4,16 @@ import pytest
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
+from bridgeblip.bridge.base import BridgeBlipConfig, slice_config
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.training.layers import LAYER_SELECTIONS, check_decoder_layers, decoder_layers
-from bridgeblip.training.settings import FEW, TrainSettings
+from bridgeblip.training.settings import (
+    FEW,
+    LAYER_SELECTIONS,
+    TrainSettings,
+    check_decoder_layers,
+    decoder_layers,
+    rank_for,
+)
 
 
 def test_slice_config_changes_only_the_decoder(base):
@@ -41,10 +47,7 @@ def test_decoder_only_bases_are_refused():
 
 
 def test_rank_is_a_share_of_the_width():
-    settings = BridgeSettings()
-    assert (settings.rank_for(2048), settings.alpha_for(2048)) == (96, 192)
-    assert (settings.rank_for(64), settings.alpha_for(64)) == (3, 6)
-    assert BridgeSettings(rank=0).rank_for(2048) == 0
+    assert (rank_for(96, 2048), rank_for(96, 64), rank_for(0, 2048)) == (96, 3, 0)
     with pytest.raises(InputError):
         BridgeSettings(head_init="zeros")
 

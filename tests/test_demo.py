@@ -1,6 +1,9 @@
 """The three notebooks, executed in order on a very small run."""
 
 import json
+import shlex
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 from bridgeblip import InputError
+from bridgeblip.__main__ import main
 from bridgeblip.embedded import demo as demo_module
 from bridgeblip.embedded.demo import NOTEBOOKS, run_demo, run_notebook
 
@@ -15,7 +19,8 @@ from bridgeblip.embedded.demo import NOTEBOOKS, run_demo, run_notebook
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return out, run_demo(out, {"train": 40, "test": 10}, epochs=2)
+    with open(out / "screen.txt", "w", encoding="utf-8") as screen, redirect_stdout(screen):
+        return out, run_demo(out, {"train": 40, "test": 10}, epochs=2)
 
 
 def test_every_promised_file_is_there(demo):
@@ -64,6 +69,15 @@ def test_notebooks_show_figures_and_warn_of_nothing(demo):
         assert "Warning" not in json.dumps([o.get("text", "") for o in outputs])
 
 
+def test_the_screen_is_short_and_the_command_that_it_ends_with_runs(demo, capsys):
+    lines = (demo[0] / "screen.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 30  # and a bar a notebook
+    (command,) = [line for line in lines if " ask " in line]
+    python, _, _, *arguments = shlex.split(command)
+    assert Path(python).exists() and main(arguments) == 0
+    assert capsys.readouterr().out.count("%") == 4
+
+
 def test_weights_hold_no_base_tensor(demo):
     out, _ = demo
     tensors = torch.load(out / "checkpoint" / "weights-0.pt", weights_only=True)["tensors"]
@@ -77,23 +91,11 @@ def test_the_demo_is_of_the_repository(tmp_path, monkeypatch):
 
 
 def test_notebooks_out_of_order_name_the_one_to_run_first(tmp_path):
-    shared = {
-        "CHECKPOINT_DIR": str(tmp_path / "checkpoint"),
-        "COMPETITION_DIR": str(tmp_path / "competition"),
-    }
-    cases = {
-        "train.ipynb": r"train\.csv not found: put the organiser's file there",
-        "torchscript.ipynb": r"no weights-N\.pt in .*run train\.ipynb first",
-        "torchscript_inference.ipynb": r"torchscript\.pt not found: run train\.ipynb first",
-    }
-    for name, message in cases.items():
-        parameters = {
-            k: v for k, v in shared.items() if name != "torchscript.ipynb" or k == "CHECKPOINT_DIR"
-        }
-        parameters |= {"BASE": "tiny"} if name == "train.ipynb" else {}
-        with pytest.raises(InputError, match=message):
-            run_notebook(name, parameters, tmp_path / name)
+    checkpoint = {"CHECKPOINT_DIR": str(tmp_path / "checkpoint")}
+    with pytest.raises(InputError, match=r"no weights-N\.pt in .*run train\.ipynb first"):
+        run_notebook("torchscript.ipynb", checkpoint, tmp_path / "1.ipynb")
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "weights-0.pt").touch()
+    both = checkpoint | {"COMPETITION_DIR": str(tmp_path / "competition")}
     with pytest.raises(InputError, match=r"run torchscript\.ipynb first"):
-        run_notebook("torchscript_inference.ipynb", shared, tmp_path / "again.ipynb")
+        run_notebook("torchscript_inference.ipynb", both, tmp_path / "2.ipynb")

@@ -6,11 +6,10 @@ from collections import Counter
 import pandas as pd
 
 from bridgeblip.data.pictures import picture_keys
-from bridgeblip.data.questions import read_questions
+from bridgeblip.data.questions import Question, read_questions
 from bridgeblip.embedded.digits import (
     KINDS,
     NUMBERS,
-    DigitQuestion,
     digit_pictures,
     make_question,
     split_questions,
@@ -28,17 +27,17 @@ def test_no_picture_is_in_two_splits():
     assert len(set.union(*contents)) == sum(map(len, contents)) == 1797
 
 
-def right_texts(q: DigitQuestion, digit: int) -> list[str]:
+def right_texts(q: Question, digit: int) -> list[str]:
     """The choices that are right, worked out again from the wording alone."""
     wording = re.sub("nine is followed by zero|zero follows nine", "", q.question)
     k = next((NUMBERS.index(word) for word in re.findall(r"\w+", wording) if word in NUMBERS), 0)
-    if q.kind in ("initial", "sum_initial"):
+    if q.id in ("initial", "sum_initial"):
         return [choice for choice in q.choices if choice[0] == NUMBERS[digit + k][0]]
-    if q.kind == "parity":
+    if q.id == "parity":
         return [
             f"{'odd' if digit % 2 else 'even'} and {'above four' if digit > 4 else 'below five'}"
         ]
-    if q.kind == "above":
+    if q.id == "above":
         return [min((c for c in q.choices if NUMBERS.index(c) > digit), key=NUMBERS.index)]
     numbers = {
         "name": digit,
@@ -48,7 +47,7 @@ def right_texts(q: DigitQuestion, digit: int) -> list[str]:
         "dial": (digit + k) % 10,
         "letters": len(NUMBERS[digit]),
     }
-    return [NUMBERS[numbers[q.kind]]]
+    return [NUMBERS[numbers[q.id]]]
 
 
 def test_exactly_one_choice_is_right():
@@ -64,7 +63,7 @@ def test_letters_are_balanced_and_say_nothing():
     questions = [q for group in split_questions("test", digits) for q in group]
     assert len(questions) == 1200
     assert set(Counter(q.answer for q in questions).values()) == {300}
-    per_kind = Counter(q.kind for q in questions)
+    per_kind = Counter(q.id for q in questions)
     assert min(per_kind.values()) > 80
 
 

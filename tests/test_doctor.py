@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import LAYERS, store_weights
+from conftest import LAYERS
 from PIL import Image, features
 from test_merge import run_of
 
@@ -27,15 +27,6 @@ from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.weights import save_best
 from bridgeblip.vlm.merge import merge
-
-
-@pytest.fixture(scope="module")
-def checkpoint(base, processor, tmp_path_factory) -> Path:
-    """Weights as trained for no step, and their bundle."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    weights = store_weights(folder / "weights-0.pt", base, processor)
-    export_bundle(weights, folder / "torchscript.pt")
-    return folder
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from bridgeblip.bridge.lora import merge_bridge
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
+from bridgeblip.bundle.export import ParityError, ParityGate
 from bridgeblip.bundle.format import load_bundle
-from bridgeblip.bundle.gate import ParityError, ParityGate
 from bridgeblip.bundle.trace import graphs, trace
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.tensors import SINGLE_FILE, TensorReader

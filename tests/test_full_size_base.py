@@ -15,8 +15,7 @@ from transformers import (
 )
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import LM_HEAD, open_base
-from bridgeblip.bridge.config import slice_config
+from bridgeblip.bridge.base import LM_HEAD, open_base, slice_config
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS

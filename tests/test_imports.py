@@ -20,9 +20,9 @@ MAY_IMPORT = {
     "vlm": SHARED | {"data", "evidence", "training", "bundle"},
     "embedded": SHARED | {"data", "evidence", "training", "bundle", "bridge", "vlm"},
     "hosting": SHARED | {"data", "evidence", "training", "bundle", "bridge", "vlm", "embedded"},
-    "__main__": SHARED
-    | {"data", "evidence", "training", "bundle", "bridge", "vlm", "embedded"}
-    | {"hosting"},
+    "commands": SHARED
+    | {"data", "evidence", "training", "bundle", "bridge", "vlm", "embedded", "hosting"},
+    "__main__": SHARED | {"commands", "hosting"},
 }
 
 

@@ -15,17 +15,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, store_weights
+from conftest import ROOT, VERB, launch
 from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
-from bridgeblip.bridge.export import export_bundle, restore
+from bridgeblip.bridge.export import restore
 from bridgeblip.bundle import predict as inference
 from bridgeblip.bundle.format import Bundle, load_bundle
 from bridgeblip.bundle.predict import predict
-from bridgeblip.data.orders import cyclic_orders
-from bridgeblip.data.questions import read_questions
+from bridgeblip.data.questions import cyclic_orders, read_questions
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.answers import (
     choose_permutation_margin,
@@ -40,15 +39,9 @@ ALONE = os.environ | {"OMP_NUM_THREADS": "1"}  # the same sums in every process
 TOGETHER = ALONE | {"CUDA_VISIBLE_DEVICES": ""}  # there may be one GPU for two of them
 
 
-def make_bundle(base, processor, folder):
-    """Export a bundle of random adapters, large enough to matter."""
-    weights = store_weights(folder / "weights-0.pt", base, processor, rank=192, std=0.3)
-    return export_bundle(weights, folder / "torchscript.pt")[0]
-
-
 @pytest.fixture(scope="module")
-def bundle_path(base, processor, tmp_path_factory):
-    return make_bundle(base, processor, tmp_path_factory.mktemp("checkpoint"))
+def bundle_path(checkpoint):
+    return checkpoint / "torchscript.pt"
 
 
 @pytest.fixture(scope="module")
@@ -445,31 +438,13 @@ def test_two_processes_share_the_rows(uninterrupted, bundle_path, official, tmp_
 
 def test_two_processes_evaluate(bundle_path, competition, tmp_path):
     """Answers are gathered twice, with the pictures and without."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-    ]
-    csv, page = str(competition / "train.csv"), tmp_path / "report.html"
-    evaluate = [
-        "-m",
-        "bridgeblip",
-        "evaluate",
-        "--model",
-        str(bundle_path),
-        "--csv",
-        csv,
-        "--out",
-        str(page),
-    ]
-    done = subprocess.run(
-        [*launch, *evaluate], cwd=ROOT, env=TOGETHER, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert page.is_file() and done.stdout.count("wrote") == 1
+    csv, page = competition / "train.csv", tmp_path / "report.html"
+    printed = ""
+    for process in launch(VERB, "evaluate", "--model", bundle_path, "--csv", csv, "--out", page):
+        code, output = process.end()
+        assert code == 0, output
+        printed += output
+    assert page.is_file() and printed.count("wrote") == 1
 
 
 def test_large_tensors_get_large_pages():

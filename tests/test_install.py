@@ -10,13 +10,12 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, store_weights
+from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import bridgeblip
 from bridgeblip.__main__ import main
-from bridgeblip.bridge.export import export_bundle
 from bridgeblip.hosting.runtime import requirements
 
 
@@ -70,12 +69,9 @@ def run(command: list, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def bundle(base, processor, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    weights = store_weights(folder / "weights-0.pt", base, processor)
-    export_bundle(weights, folder / "torchscript.pt")
-    return folder / "torchscript.pt"
+@pytest.fixture
+def bundle(checkpoint) -> Path:
+    return checkpoint / "torchscript.pt"
 
 
 def test_the_wheel_holds_every_file_of_the_package(wheel):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import resource
 import shlex
@@ -15,14 +16,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT, store_weights
+import torch
+from conftest import ROOT
 from tqdm.auto import tqdm
 
 import bridgeblip
 from bridgeblip import InputError
 from bridgeblip import __main__ as entry
 from bridgeblip.__main__ import VERBS, build_parser, main
-from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.training.settings import FEW, TrainSettings
 
@@ -100,15 +101,6 @@ def test_wrong_arguments_are_one_line(arguments, capsys):
     assert "--help shows what there is" in error
 
 
-@pytest.fixture(scope="module")
-def checkpoint(base, processor, tmp_path_factory) -> Path:
-    """Weights as trained for no step, and their bundle."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    weights = store_weights(folder / "weights-0.pt", base, processor)
-    export_bundle(weights, folder / "torchscript.pt")
-    return folder
-
-
 def test_train_export_predict(competition, tmp_path, capsys):
     """The three verbs in order, as the notebooks run."""
     weights, bundle = tmp_path / "weights-0.pt", tmp_path / "torchscript.pt"
@@ -173,6 +165,30 @@ def given(*arguments: str, **env: str):
     return lambda home: ([a.format(home=home) for a in arguments], env)
 
 
+def device(home: Path):
+    """Where something is to be written lies no file; a real device must not be risked."""
+    os.mkfifo(home / "device")
+    return ["--out", str(home / "device")], {}
+
+
+def other_bridge(**changes):
+    """The weights' record speaks of another bridge."""
+
+    def act(home: Path):
+        path = home / "checkpoint" / "weights-0.pt"
+        content = torch.load(path, weights_only=True)
+        content["manifest"] |= changes
+        torch.save(content, path)
+
+    return act
+
+
+def linked(home: Path):
+    """A link that leads to itself."""
+    (home / "loop.csv").symlink_to("loop.csv")
+    return ["--csv", str(home / "loop.csv")], {}
+
+
 def pictures(content: bytes):
     def act(home: Path):
         for path in (home / "competition").rglob("*.png"):
@@ -201,12 +217,28 @@ BROKEN = {  # name -> verb, what breaks it, exit codes that may be
     "cut tokenizer": ("train", cut("base/tokenizer.json"), {2}),
     "pointer for weights": ("export", put("checkpoint/weights-0.pt", b"version https://git"), {2}),
     "cut weights": ("export", cut("checkpoint/weights-0.pt"), {2}),
+    "a newer bridge": ("share", other_bridge(bridge={"rank": 8, "zebra": 1}), {2}),
+    "no bridge": ("export", other_bridge(bridge=None), {2}),
+    "no base's name": ("share", other_bridge(base=3), {2}),
+    "a number format": ("export", other_bridge(dtype="foo"), {2}),
+    "a folder of weights": ("export", given("--weights", "{home}/checkpoint"), {0}),
+    "a folder of nothing": ("export", given("--weights", "{home}/competition"), {2}),
+    "a bundle's folder": ("predict", given("--model", "{home}/checkpoint"), {2}),
     "damaged record": ("export", put("checkpoint/best.json", b"{"), {2}),
+    "bare weights to share": ("share", given(), {2}),
     "weights to share": ("share", cut("checkpoint/weights-0.pt"), {2}),
     "cut bundle": ("predict", cut("checkpoint/torchscript.pt"), {2}),
     "foreign bundle": ("predict", put("checkpoint/torchscript.pt", b"hello"), {2}),
     "cut bundle, doctor": ("doctor", cut("checkpoint/torchscript.pt"), {1}),
     "answers into a folder": ("predict", given("--out", "{home}/competition"), {2}),
+    "answers into a device": ("predict", device, {2}),
+    "a bundle into a device": ("export", device, {2}),
+    "a report into a device": ("evaluate", device, {2}),
+    "a long name": ("predict", given("--out", "n" * 300 + ".csv"), {2}),
+    "a link in a circle": ("predict", linked, {2}),
+    "a margin of nan": ("predict", given("--permute-below", "nan"), {2}),
+    "a workbook": ("predict", put("competition/test.csv", b"PK\3\4\0\0"), {2}),
+    "a web page": ("train", put("competition/train.csv", b"<html>\n<p>"), {2}),
     "answers into no folder": ("predict", given("--out", "{home}/base/config.json/s.csv"), {2}),
     "answers over the questions": ("predict", given("--out", "{home}/competition/test.csv"), {2}),
     "no cache": ("train", given(BRIDGEBLIP_CACHE="/dev/null"), {2}),

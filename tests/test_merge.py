@@ -15,8 +15,8 @@ from bridgeblip.files import write_text
 from bridgeblip.vlm import merge as merging
 from bridgeblip.vlm.batches import Batches
 from bridgeblip.vlm.families import load_model, load_processor
-from bridgeblip.vlm.learner import attach_lora
 from bridgeblip.vlm.merge import logits_of, merge, parted, probe
+from bridgeblip.vlm.plan import attach_lora
 from bridgeblip.vlm.settings import TuneSettings
 from bridgeblip.vlm.slicing import slice_model
 

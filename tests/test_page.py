@@ -120,7 +120,7 @@ def test_bars_draw_the_interval(questions, tmp_path):
     right = np.eye(4)[[q.answer for q in questions]]
     facts = write_report(tmp_path / "r.html", questions, right, references={"other": 0.125})
     html = (tmp_path / "r.html").read_text(encoding="utf-8")
-    low = facts["measures"].accuracy.low
+    low = facts["measures"]["accuracy"].low
     assert f"100.0%<small>{100 * low:.1f}–100.0%</small>" in html
     assert f"left:{low:.1%};width:{1 - low:.1%}" in html
     assert "<th>other<small>beaten</small></th><td>12.5%</td>" in html and "left:12.5%" in html

@@ -8,10 +8,10 @@ import pytest
 
 from bridgeblip import InputError
 from bridgeblip.bridge.processing import render_prompt
-from bridgeblip.data.orders import cyclic_orders
 from bridgeblip.data.pictures import picture_key, picture_keys
 from bridgeblip.data.questions import (
     Question,
+    cyclic_orders,
     read_questions,
     repeated_answers,
     split_by_picture,
@@ -291,14 +291,20 @@ def test_a_prediction_survives_bad_rows(competition, tmp_path):
     assert [q.image is None for q in questions[:8]] == [False, *[True] * 6, False]
     reasons = ["fewer than two", "fewer than two.*; picture "
                                  "no.png not found", *["outside the folder"] * 3,
-               "not found", "xxx.png not found"]  # fmt: skip
+               "img_path is empty", "xxx.png not found"]  # fmt: skip
     for question, reason in zip(questions, reasons, strict=False):
         assert re.search(reason, question.problem), question.problem
     assert questions[0].choice_mask == [False, False, False, True] and questions[7].answer is None
 
 
 @pytest.mark.parametrize(
-    "change", [lambda t: t.drop(columns="A"), put("ID", "TRAIN_0000"), lambda t: t.head(0)]
+    "change",
+    [
+        lambda t: t.drop(columns="A"),
+        put("ID", "TRAIN_0000"),
+        lambda t: t.assign(ID=["é", "e\u0301 ", *t["ID"][2:]]),  # they look the same
+        lambda t: t.head(0),
+    ],
 )
 def test_a_prediction_refuses_whole_files_too(competition, tmp_path, change):
     with pytest.raises(InputError, match=r"train\.csv .*(column a|repeated|no rows)"):

@@ -92,7 +92,10 @@ def test_any_question_file_and_its_submission_come_back(tmp_path):
     @TRIED
     @given(
         st.lists(
-            st.tuples(LABELS, CELLS, *[CELLS] * 4), min_size=1, max_size=5, unique_by=lambda r: r[0]
+            st.tuples(LABELS.filter(str.strip), CELLS, *[CELLS] * 4),
+            min_size=1,
+            max_size=5,
+            unique_by=lambda row: row[0].strip(),
         ),
         LINE_ENDS,
         QUOTING,

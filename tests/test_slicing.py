@@ -32,10 +32,10 @@ from bridgeblip.machine import Precision
 from bridgeblip.training.tensors import TensorReader
 from bridgeblip.vlm import slicing
 from bridgeblip.vlm.batches import Batches
-from bridgeblip.vlm.families import count_parameters
+from bridgeblip.vlm.families import empty_model
 from bridgeblip.vlm.merge import logits_of, probe
 from bridgeblip.vlm.settings import TuneSettings, read_run
-from bridgeblip.vlm.slicing import describe_budget, layers_of, slice_config, slice_model
+from bridgeblip.vlm.slicing import describe_budget, layers_of, slice_empty, slice_model
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [0, 2, 5]
@@ -267,13 +267,13 @@ REFUSED = {
 def test_what_a_cut_would_change_is_refused(name):
     config, layers, message = REFUSED[name]
     with pytest.raises(InputError, match=message):
-        slice_config(config, layers)
+        slice_empty(empty_model(config), layers)
 
 
 def test_layers_that_are_fed_by_place_may_be_kept():
     config, _, _ = REFUSED["fed by place"]
-    sliced, kept = slice_config(config, "0,1,5")
-    assert sliced.text_config.num_hidden_layers == 3 == len(kept)
+    sliced, kept = slice_empty(empty_model(config), "0,1,5")
+    assert sliced.config.text_config.num_hidden_layers == 3 == len(kept)
     assert config.text_config.num_hidden_layers == 6
 
 
@@ -329,8 +329,8 @@ def test_doctor_counts_the_sliced_model(llava, csv, capsys):
     command = f"doctor --stage tune --base {llava} --csv {csv} --layers even-3"
     main(command.split())
     said = capsys.readouterr().out
-    sliced, _ = slice_config(AutoConfig.from_pretrained(llava), "even-3")
-    count = count_parameters(sliced)
+    whole = empty_model(AutoConfig.from_pretrained(llava))
+    count = slice_empty(whole, "even-3")[0].num_parameters()
     assert f"{count:,} parameters, each counted once, of at most 3,000,000,000" in said
     # both sides of seven linears in three layers, 32 wide, rank 2
     learning = 2 * 3 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
@@ -386,14 +386,15 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_before_and_after_the_shallowest_cut_that_fits(name):
     config, count, said = PUBLISHED[name]
-    assert count_parameters(config) == count
-    fits, line = describe_budget(config, config)
+    whole = empty_model(config)
+    assert whole.num_parameters() == count
+    fits, line = describe_budget(whole, whole)
     assert fits == (count <= 3e9) and line.endswith(said)
     if not fits:
         shallowest = int(re.search(r"block-(\d+)", said)[1])
-        less, _ = slice_config(config, f"block-{shallowest + 1}")
-        assert count_parameters(less) > 3e9
-        assert "no cut" in describe_budget(config, config, 10**8)[1]
+        less, _ = slice_empty(whole, f"block-{shallowest + 1}")
+        assert less.num_parameters() > 3e9
+        assert "no cut" in describe_budget(whole, whole, 10**8)[1]
 
 
 def test_the_recipes_are_what_doctor_computes(monkeypatch):
@@ -406,9 +407,9 @@ def test_the_recipes_are_what_doctor_computes(monkeypatch):
     assert rows[0] == rows[1] and {row[0] for row in rows[0]} == set(PUBLISHED)
     for name, whole, layers, rest in rows[0]:
         config, count, _ = PUBLISHED[name]
-        sliced, kept = slice_config(config, layers)
+        sliced, kept = slice_empty(empty_model(config), layers)
         learning, held = held_memory(sliced, TuneSettings(layers=layers))
         depth = config.get_text_config().num_hidden_layers
-        facts = [f"{len(kept)} / {depth}", f"{count_parameters(sliced):,}", f"{learning:,}"]
+        facts = [f"{len(kept)} / {depth}", f"{sliced.num_parameters():,}", f"{learning:,}"]
         assert whole == f"{count:,}"
         assert rest.split(" | ") == [*facts, f"{held / 1e9:.1f}"]

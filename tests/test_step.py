@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import InstructBlipConfig
 
 from bridgeblip.bridge import ahead
-from bridgeblip.bridge.base import stored_dtype
-from bridgeblip.bridge.config import slice_config
+from bridgeblip.bridge.base import slice_config, stored_dtype
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import empty_model
 from bridgeblip.bridge.settings import BridgeSettings

@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 
-from bridgeblip.data.questions import Question
 from bridgeblip.embedded.digits import KINDS, digit_pictures, make_question, split_questions
 from bridgeblip.vlm.batches import letter_logits
 from bridgeblip.vlm.families import TINY_CHAT, load_config, load_model, load_processor
@@ -33,9 +32,8 @@ def asked() -> list:
 def batch(made, asked) -> tuple[dict, torch.Tensor]:
     """What ``tune`` asks a model, and the pictures."""
     pictures = [picture for picture, _ in digit_pictures()["test"][:12]]
-    questions = [Question(q.kind, None, q.question, q.choices, q.answer) for q in asked]
     pixels = made[0].image_processor(pictures, return_tensors="pt")["pixel_values"]
-    return made[2].batches.ask(questions, pictures), pixels
+    return made[2].batches.ask(asked, pictures), pixels
 
 
 def test_the_rows_are_the_prompts_that_tune_asks(made, asked, batch):
@@ -65,7 +63,7 @@ def test_what_leads_to_the_letter_is_taught_where_question_and_choices_end(made)
 
 def test_no_word_of_a_question_is_unknown(made, asked):
     for q in asked:
-        assert not made[2].batches.unread(Question(q.kind, None, q.question, q.choices, q.answer))
+        assert not made[2].batches.unread(q)
 
 
 def test_the_training_forward_is_the_models_own(made, asked, batch):

@@ -2,6 +2,7 @@
 that planted faults turn red."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -73,23 +74,22 @@ def test_training_is_compared_and_resumed(whole):
 
 
 def test_pictures_that_cannot_be_pinned_are_a_red_row(tmp_path, work, monkeypatch):
-    def expanded(self, questions):
-        return {"image_embeds": self.embeds.expand(len(questions), -1, -1)}
+    def expanded(embeds, questions):
+        return {"image_embeds": embeds.expand(len(questions), -1, -1)}
 
-    monkeypatch.setattr(training.BlankPictures, "__call__", expanded)
+    monkeypatch.setattr(training, "blank_pictures", expanded)
     code, rows = run(tmp_path / "out", tmp_path / "work", "--only", "train")
     assert code == 1 and rows[-1]["verdict"] == "FAIL"
     assert "more than one element" in rows[-1]["measured"]
 
 
-@pytest.mark.parametrize("cleaner, kind", [("free_devices", "Device"), ("free_numbers", "Tensor")])
-def test_a_constant_that_sits_on_a_device_is_a_red_row(
-    tmp_path, whole, work, monkeypatch, cleaner, kind
-):
-    monkeypatch.setattr(trace, cleaner, lambda graph: None)
+def test_constants_that_sit_on_a_device_are_a_red_row(tmp_path, whole, work, monkeypatch):
+    for cleaner in ("free_devices", "free_numbers"):
+        monkeypatch.setattr(trace, cleaner, lambda graph: None)
     code, rows = run(tmp_path, work, "--only", "export")
-    red = [row for row in rows if row["verdict"] == "FAIL"]
-    assert code == 1 and kind in str(red)
+    (red,) = [row for row in rows if "constants" in row["what"]]
+    counts = re.findall(r"'(\w+)Type': [1-9]", red["measured"])
+    assert code == 1 and red["verdict"] == "FAIL" and counts == ["DeviceObj", "Tensor"]
 
 
 def test_a_repeated_step_takes_the_place_of_its_rows(whole, work):

@@ -16,8 +16,8 @@ from test_merge import run_of
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.bundle import predict as bundled
+from bridgeblip.bundle.export import ParityError
 from bridgeblip.bundle.format import as_traced, load_bundle
-from bridgeblip.bundle.gate import ParityError
 from bridgeblip.bundle.trace import constants_of, graphs
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import NUM_CHOICES, Question, read_questions
@@ -103,15 +103,12 @@ def test_answers_as_the_live_model_does(bundle, live, competition, monkeypatch):
     rows = read_questions(competition / "test.csv")
     rows.append(Question("blank", None, "What?", ("a", "b", "c", "d", "e")))
     long = " ".join(["and"] * 3000)
-    encoded, encode = [], bundled._encode_pictures
-
-    def count(bundle, pixels, size):
-        encoded.extend(pixels)
-        return encode(bundle, pixels, size)
-
-    monkeypatch.setattr(bundled, "_encode_pictures", count)
+    loaded, load = [], bundle.processor.load_pixels
+    monkeypatch.setattr(
+        bundle.processor, "load_pixels", lambda path: loaded.append(path) or load(path)
+    )
     ours, theirs = bundled.predict(bundle, rows), answer.predict(live, rows)
-    assert len(encoded) == 1 + len({row.image.read_bytes() for row in rows[:-1]}) < len(rows) / 2
+    assert len(loaded) == len({row.image.read_bytes() for row in rows[:-1]}) < len(rows) / 2
     np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-5)
     assert letters_of(ours.probabilities) == letters_of(theirs.probabilities)
     assert (ours.flags, ours.problems) == (theirs.flags, theirs.problems)

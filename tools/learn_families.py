@@ -1,31 +1,31 @@
 """What tuning with all weights makes of random models on the embedded pictures: choices by a model
 with a chat template and one without, captions by a captioner.
 
-    python tools/learn_families.py [--pictures N] [--epochs N]
+    python tools/verify.py families
 
-The choices stand in one order: what is learned is to tell pictures apart. With the choices in other
-orders, too, random models of this size were at guessing after 1,900 steps: reading which letter
-stands at a word is learned from far more text than a few hundred pictures come with.
+The choices stand in one order: what is learned is to tell pictures apart. In other orders they are
+not learned at this size, and pictures are not what it fails on: three layers, 64 wide, were at
+guessing after 2,800 steps of 32 questions, and so they were where the question names the choice
+("Which is two?"). Finding the letter beside a word is learned from far more text than this.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import families  # noqa: E402  (beside the tests)
+import families  # beside the tests
 
-from bridgeblip.data.questions import letters  # noqa: E402
-from bridgeblip.embedded.digits import NUMBERS, digit_pictures  # noqa: E402
-from bridgeblip.evidence.texts import score_captions  # noqa: E402
-from bridgeblip.training.settings import TrainSettings  # noqa: E402
-from bridgeblip.vlm.settings import TuneSettings  # noqa: E402
-from bridgeblip.vlm.tune import tune  # noqa: E402
+from bridgeblip.data.questions import letters
+from bridgeblip.embedded.digits import NUMBERS, digit_pictures
+from bridgeblip.evidence.texts import score_captions
+from bridgeblip.training.settings import TrainSettings
+from bridgeblip.vlm.settings import TuneSettings
+from bridgeblip.vlm.tune import tune
+from tools.rows import Row, at_least
 
 SIZES = {"width": 64, "image_size": 56, "patch_size": 14}
 
@@ -60,39 +60,26 @@ def learn(family: str, task: str, data: Path, folder: Path, epochs: int, rate: f
     return tune(base, data, folder / f"run-{family}-{task}", settings, train)
 
 
-def checks(pictures: int = 700, epochs: int = 60) -> list[tuple[str, str, str, bool]]:
-    """What is asked and measured, a row a check, as ``verify.py`` shows it."""
+def checks(pictures: int = 700, epochs: int = 60) -> list[Row]:
+    """What is asked and measured."""
     folder, rows = Path(tempfile.mkdtemp()), []
     files = write_files(folder / "data", pictures)
     for family in ("llava", "blip"):
         result = learn(family, "choice", files["choice"], folder, epochs, 1e-3)
         answers = [question.answer for question in result.validation]
         right = float((result.probabilities.argmax(-1) == answers).mean())
-        rows.append((f"{family}, choices", "at least 0.90", f"{right:.3f}", right >= 0.9))
+        rows.append(at_least(f"{family}, choices", 0.9, right, ".3f"))
     result = learn("blip", "caption", files["caption"], folder, epochs, 1e-3)
     references = [question.references for question in result.validation]
-    exact = 0
-    for text, right in zip(result.texts, references, strict=True):
-        exact += text in right
-    exact /= len(references)
+    pairs = zip(result.texts, references, strict=True)
+    exact = sum(text in right for text, right in pairs) / len(references)
     cider = score_captions(references, result.texts)["CIDEr"]
     most = score_captions(references, [right[0] for right in references])["CIDEr"]
     best = result.history["CIDEr"].dropna().iloc[1:].max()
     chosen = abs(best - cider) < 1e-6
     return [
         *rows,
-        ("blip, captions written exactly", "at least 0.90", f"{exact:.3f}", exact >= 0.9),
-        ("their CIDEr", f"at least {0.9 * most:.2f}", f"{cider:.2f}", cider >= 0.9 * most),
-        ("best epoch by CIDEr", f"{best:.4f}", f"{cider:.4f}", chosen),
+        at_least("blip, captions written exactly", 0.9, exact, ".3f"),
+        at_least("their CIDEr", round(0.9 * most, 2), cider),
+        Row("best epoch by CIDEr", f"{best:.4f}", f"{cider:.4f}", chosen),
     ]
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=700)
-    parser.add_argument("--epochs", type=int, default=60)
-    arguments = parser.parse_args()
-    found = checks(arguments.pictures, arguments.epochs)
-    for row in found:
-        print(*row, sep="  ")
-    sys.exit(not all(row[-1] for row in found))

@@ -48,12 +48,11 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip.bridge.processing import NUM_CHOICES, render_prompt
-from bridgeblip.data.questions import letter
+from bridgeblip.data.questions import Question, letter
 from bridgeblip.embedded.digits import (
     KINDS,
     NUMBERS,
     WORDS,
-    DigitQuestion,
     digit_pictures,
     make_question,
     split_questions,
@@ -70,7 +69,7 @@ FINDING = {
 }  # stages in order: their share of tasks that need no picture
 
 
-def question_prompt(question: DigitQuestion) -> str:
+def question_prompt(question: Question) -> str:
     return render_prompt(question.question, question.choices)
 
 
@@ -371,7 +370,7 @@ def generative_accuracy(folder: str | Path, split: str) -> tuple[float, int]:
 def model_card(commands: str, parameters: int, encoder_layers: int, scorer: LetterScorer) -> str:
     """The card: how the model was made, and what each decoder layer is worth."""
     hits = scorer.hits()
-    kinds = {kind: hits[[q.kind == kind for q in scorer.questions]].mean() for kind in KINDS}
+    kinds = {kind: hits[[q.id == kind for q in scorer.questions]].mean() for kind in KINDS}
     slices = {
         "all 24": range(24),
         "0,3,...,21": range(0, 24, 3),

@@ -50,7 +50,6 @@ from bridgeblip.embedded.digits import (
     KINDS,
     NUMBERS,
     WORDS,
-    DigitQuestion,
     digit_pictures,
     make_question,
     split_questions,
@@ -205,12 +204,12 @@ class Rows:
             ids += self.word(word) if word else []
         return ids
 
-    def prompt(self, question: DigitQuestion) -> list[int]:
+    def prompt(self, question: Question) -> list[int]:
         text = self.batches.text(Question("", None, question.question, question.choices))
         start = self.tokenizer.bos_token_id
         return [start, *self.before, *self.encode(text), *self.behind]
 
-    def tokens(self, questions: Sequence[DigitQuestion]) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokens(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids, (B, L), of prompts with their answers behind them, and each prompt's length,
         (B,)."""
         prompts = [self.prompt(question) for question in questions]
@@ -226,11 +225,11 @@ class Rows:
         lines = [row.nonzero()[1 : NUM_CHOICES + 2, 0] for row in ids == self.newline]
         return torch.stack(lines) - 1
 
-    def first_words(self, questions: Sequence[DigitQuestion]) -> torch.Tensor:
+    def first_words(self, questions: Sequence[Question]) -> torch.Tensor:
         """The token that each answer begins with, (B,); -100 where only the choices tell it."""
         words = []
         for question in questions:
-            known = question.kind not in OPEN
+            known = question.id not in OPEN
             words.append(self.encode(question.choices[question.answer])[0] if known else -100)
         return torch.tensor(words)
 
@@ -332,7 +331,7 @@ class Lessons:
             loss += PENALTY * self._alone(asked, pixels, part_of(LAYERS, rng))
         return loss
 
-    def _answering(self, asked: Sequence[DigitQuestion], pixels: torch.Tensor) -> torch.Tensor:
+    def _answering(self, asked: Sequence[Question], pixels: torch.Tensor) -> torch.Tensor:
         """The loss of the letters and of what leads to them, each in its third of the layers."""
         (ids, lengths), rows = self.rows.tokens(asked), torch.arange(len(asked))[:, None]
         states, norm = (
@@ -348,7 +347,7 @@ class Lessons:
         right = F.binary_cross_entropy_with_logits(
             right, F.one_hot(answers, NUM_CHOICES).float(), reduction="none"
         )
-        told = torch.tensor([question.kind != "above" for question in asked])
+        told = torch.tensor([question.id != "above" for question in asked])
         said = torch.stack([lengths - 1, lengths], 1)  # where the letter, and the end, follow
         logits = self.model.lm_head(last[rows, said])
         return (
@@ -359,7 +358,7 @@ class Lessons:
         )
 
     def _alone(
-        self, asked: Sequence[DigitQuestion], pixels: torch.Tensor, layers: Sequence[int]
+        self, asked: Sequence[Question], pixels: torch.Tensor, layers: Sequence[int]
     ) -> torch.Tensor:
         """How far a part of the layers is from an even guess when it answers alone."""
         ids, lengths = self.rows.tokens(asked)
@@ -438,7 +437,7 @@ def model_card(model, scorer: Scorer, test: Scorer, minutes: float) -> str:
     """The card: how the model was made, and what each decoder layer is worth."""
     hits, kinds, slices, costs = scorer.hits(model), "", "", ""
     for kind in KINDS:
-        kinds += f"| {kind} | {hits[[q.kind == kind for q in scorer.questions]].mean():.3f} |\n"
+        kinds += f"| {kind} | {hits[[q.id == kind for q in scorer.questions]].mean():.3f} |\n"
     every = range(LAYERS)
     cuts = {"all 24": every, "22: 11 and 22 cut": [i for i in every if i % 11 or not i]}
     cuts |= {f"{len(cut)}: {k} and every third on cut": cut for k, cut in enumerate(EVERY_THIRD)}

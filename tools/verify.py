@@ -18,17 +18,18 @@ from pathlib import Path
 
 import pandas as pd
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.rows import Row, at_least, at_most, markdown
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
-def check_demo() -> list[tuple[str, str, str, bool]]:
+def check_demo() -> list[Row]:
     """The demo in a process of its own: time, memory, and what the answers are worth."""
-    out = Path(tempfile.mkdtemp())
-    began = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-m", "bridgeblip", "demo", "--out", str(out)], cwd=ROOT, check=True
-    )
+    out, began = Path(tempfile.mkdtemp()), time.monotonic()
+    command = [sys.executable, "-m", "bridgeblip", "demo", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
     minutes = (time.monotonic() - began) / 60
     gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     truth = pd.read_csv(out / "answers.csv").set_index("ID")["answer"]
@@ -37,51 +38,31 @@ def check_demo() -> list[tuple[str, str, str, bool]]:
     bridged = (submission.set_index("ID")["answer"] == truth).mean()
     table = pd.read_csv(out / "scores.csv").set_index("answers by")["accuracy"]
     sliced, blank = table["sliced, not bridged"], table["the same without looking: blank images"]
-    formed = list(submission["ID"]) == list(sample["ID"]) and set(submission["answer"]) <= set(
-        "ABCD"
-    )
+    ids = list(submission["ID"]) == list(sample["ID"])
+    formed = ids and set(submission["answer"]) <= set("ABCD")
     return [
-        ("demo, minutes", "at most 6", f"{minutes:.1f}", minutes <= 6),
-        ("demo, GB of the largest process", "under 3", f"{gigabytes:.2f}", gigabytes < 3),
-        ("held-out questions", "at least 1000", str(len(truth)), len(truth) >= 1000),
-        ("bridged accuracy", "at least 0.93", f"{bridged:.4f}", bridged >= 0.93),
-        (
-            "lost by slicing without a bridge",
-            "at least 0.20",
-            f"{bridged - sliced:.4f}",
-            bridged - sliced >= 0.20,
-        ),
-        (
-            "lost on blank images",
-            "at least 0.40",
-            f"{bridged - blank:.4f}",
-            bridged - blank >= 0.40,
-        ),
-        ("submission formed as the sample", "yes", "yes" if formed else "no", formed),
+        at_most("demo, minutes", 6, minutes),
+        at_most("demo, GB of the largest process", 3, gigabytes),
+        at_least("held-out questions", 1000, len(truth), "d"),
+        at_least("bridged accuracy", 0.93, bridged, ".4f"),
+        at_least("lost by slicing without a bridge", 0.20, bridged - sliced, ".4f"),
+        at_least("lost on blank images", 0.40, bridged - blank, ".4f"),
+        Row("submission formed as the sample", "yes", str(formed), formed),
     ]
 
 
-def check_tiny_base() -> list[tuple[str, str, str, bool]]:
+def check_tiny_base() -> list[Row]:
     """The tiny base as it was pretrained: unsliced, generating text, on the held-out questions."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    from train_tiny_base import generative_accuracy
-
     from bridgeblip.bridge.base import TINY_BASE
+    from tools.train_tiny_base import generative_accuracy
 
     accuracy, count = generative_accuracy(TINY_BASE, "test")
     size = sum(f.stat().st_size for f in TINY_BASE.rglob("*") if f.is_file()) / 1e6
-    return [
-        (
-            f"tiny base, generative, {count} questions",
-            "at least 0.95",
-            f"{accuracy:.4f}",
-            accuracy >= 0.95,
-        ),
-        ("tiny base, MB", "at most 8", f"{size:.2f}", size <= 8),
-    ]
+    what = f"tiny base, generative, {count} questions"
+    return [at_least(what, 0.95, accuracy, ".4f"), at_most("tiny base, MB", 8, size)]
 
 
-def check_full_size() -> list[tuple[str, str, str, bool]]:
+def check_full_size() -> list[Row]:
     """The real model's size, random weights, on the CPU: needs 24 GB of memory, 25 GB of disk, half
     an hour.
 
@@ -96,23 +77,24 @@ def check_full_size() -> list[tuple[str, str, str, bool]]:
     for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
         # a step that could not be run has shown nothing
         if row["verdict"] or ("not run" in row["measured"] and "launches" not in row["what"]):
-            rows.append((row["what"], row["asked"], row["measured"], row["verdict"] == "ok"))
+            ok = row.pop("verdict") == "ok"
+            rows.append(Row(row["what"], row["asked"], row["measured"], ok))
     shutil.rmtree(work)
     return rows
 
 
-def check_tests(name: str) -> list[tuple[str, str, str, bool]]:
+def check_tests(name: str) -> list[Row]:
     """Tests that ``make test`` runs too, here with more examples."""
     rows = []
     for what, test, variable, count in TESTS[name]:
         environment = os.environ | {variable: str(count)}
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"tests/test_{test}"]
         passed = not subprocess.run(command, cwd=ROOT, env=environment).returncode
-        rows.append((what, "passes", "passed" if passed else "failed", passed))
+        rows.append(Row(what, "passes", "passed" if passed else "failed", passed))
     return rows
 
 
-def check_captions() -> list[tuple[str, str, str, bool]]:
+def check_captions() -> list[Row]:
     """BLEU, ROUGE-L and CIDEr against pycocoevalcap's, on the same tokens: where it is
     installed."""
     from bridgeblip.evidence import captions
@@ -122,7 +104,7 @@ def check_captions() -> list[tuple[str, str, str, bool]]:
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError:
-        return [("caption scores", "pycocoevalcap", "not installed: nothing shown", False)]
+        return [Row("caption scores", "pycocoevalcap", "not installed: nothing shown", False)]
     chance = random.Random(0)
     words = [f"word{number}" for number in range(60)]
     right, given = [], []
@@ -140,20 +122,17 @@ def check_captions() -> list[tuple[str, str, str, bool]]:
         values = measure(right, given)
         ours.append(sum(values) / len(values))
     apart = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
-    return [
-        ("caption scores, farthest from pycocoevalcap's", "1e-9", f"{apart:.1e}", apart <= 1e-9)
-    ]
+    return [at_most("caption scores, farthest from pycocoevalcap's", 1e-9, apart, ".1e")]
 
 
-def check_families() -> list[tuple[str, str, str, bool]]:
+def check_families() -> list[Row]:
     """What tuning makes of random models of two families on the embedded pictures."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    from learn_families import checks
+    from tools.learn_families import checks
 
     return checks()
 
 
-def check_ablation() -> list[tuple[str, str, str, bool]]:
+def check_ablation() -> list[Row]:
     """The layer-selection experiment from nothing, in one command."""
     work = Path(tempfile.mkdtemp())
     command = [sys.executable, "experiments/ablation.py", "--base", "tiny", "--seeds", "3"]
@@ -171,14 +150,15 @@ def check_ablation() -> list[tuple[str, str, str, bool]]:
     computed = int(done.stdout.split("has run on ")[1].split()[0])
     runs = len(list((work / "out" / "runs").glob("*.json")))
     shutil.rmtree(work)
+    asked = "2400, as one run"
     return [
-        ("three seeds of eight arms, runs", "24", str(runs), runs == 24),
-        ("minutes", "at most 20", f"{minutes:.1f}", minutes <= 20),
-        ("questions through the frozen part", "2400, as one run", str(computed), computed == 2400),
+        Row("three seeds of eight arms, runs", "24", str(runs), runs == 24),
+        at_most("minutes", 20, minutes),
+        Row("questions through the frozen part", asked, str(computed), computed == 2400),
     ]
 
 
-def check_speed() -> list[tuple[str, str, str, bool]]:
+def check_speed() -> list[Row]:
     """Against Hugging Face's own InstructBLIP at full size: needs 20 GB of memory, 16 GB of disk,
     more than an hour.
 
@@ -193,22 +173,14 @@ def check_speed() -> list[tuple[str, str, str, bool]]:
     bundle, orders = found["inference"]["bundle"], found["inference"]["bundle, orders"]
     epochs = found["training"]["bridge, cached features"]["times as fast as PEFT"]
     first = "first answer over generate's"
-    least = [
-        ("rows a second over generate's", 2.0, bundle["over generate"]),
-        ("the same, four orders for the unsure fifth", 1.2, orders["over generate"]),
-        ("share of the floor by operations", 0.7, bundle["share of the floor"]),
-        ("five epochs: how many times as fast as PEFT's", 3.5, epochs),
+    return [
+        at_least("rows a second over generate's", 2.0, bundle["over generate"]["median"]),
+        at_least("the same, unsure fifth in four orders", 1.2, orders["over generate"]["median"]),
+        at_least("share of the floor by operations", 0.7, bundle["share of the floor"]["median"]),
+        at_least("five epochs: times as fast as PEFT's", 3.5, epochs["median"]),
+        at_most(f"{first}, no digest remembered", 1.25, bundle[first]["median"]),
+        at_most(f"{first}, digest remembered", 1.1, orders[first]["median"]),
     ]
-    most = [
-        (f"{first}, no digest remembered", 1.25, bundle[first]),
-        (f"{first}, digest remembered", 1.1, orders[first]),
-    ]
-    rows = []
-    for sign, word, lines in ((1, "at least", least), (-1, "at most", most)):
-        for what, asked, value in lines:
-            median = value["median"]
-            rows.append((what, f"{word} {asked}", f"{median:.2f}", sign * (median - asked) >= 0))
-    return rows
 
 
 # by name: what, the test, the variable that says how many, and how many
@@ -220,6 +192,7 @@ TESTS = {
         ("tuning killed in each step", "tune.py::test_a_killed_run_ends_as_an_uninterrupted_one",
          "BRIDGEBLIP_KILLS", 7),
     ],
+    "step": [("launches and waits of a training step", "step.py", "BRIDGEBLIP_EXAMPLES", 1)],
     "races": [("two runs, one folder", "hold.py", "BRIDGEBLIP_RACES", 20)],
     "properties": [
         ("tables come back", "reading_properties.py", "BRIDGEBLIP_EXAMPLES", 2000),
@@ -243,12 +216,9 @@ CHECKS = {
 def main(names: list[str]) -> int:
     rows = []
     for name in names or CHECKS:
-        rows += [(name, *row) for row in CHECKS[name]()]
-    table = pd.DataFrame(rows, columns=["check", "what", "asked", "measured", "ok"])
-    print(
-        f"\n{os.cpu_count()} cores, Python {sys.version.split()[0]}\n{table.to_string(index=False)}"
-    )
-    return 0 if table["ok"].all() else 1
+        rows += [{"check": name} | row.shown() for row in CHECKS[name]()]
+    print(f"\n{os.cpu_count()} cores, Python {sys.version.split()[0]}\n{markdown(rows)}")
+    return 1 if any(row["verdict"] == "FAIL" for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -47,13 +47,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bridgeblip import InputError
 from bridgeblip.bridge import export as exporting
 from bridgeblip.bridge import train as training
-from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.budget import held_memory
-from bridgeblip.bridge.config import slice_config
+from bridgeblip.bridge.base import resolve_base, slice_config
+from bridgeblip.bridge.budget import certify_budget, held_memory
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
+from bridgeblip.bundle.export import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.format import Bundle, as_traced, load_bundle
-from bridgeblip.bundle.gate import MERGING_SHARE, PARITY_BOUND
 from bridgeblip.bundle.predict import predict
 from bridgeblip.bundle.trace import constants_of, graphs
 from bridgeblip.data.pictures import LOADERS, picture_key
@@ -62,13 +61,15 @@ from bridgeblip.data.tables import read_table
 from bridgeblip.files import write_text
 from bridgeblip.hosting import checks
 from bridgeblip.machine import best_device, choose_precision, is_out_of_memory
+from bridgeblip.training import trainer
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.stopping import TrainingStopped
+from bridgeblip.training.state import TrainingStopped
 from bridgeblip.training.weights import load_weights
 from experiments.bench import EACH, count_floor, write_photo_questions
-from experiments.contenders import Generating, PeakMemory, clock, markdown
+from experiments.contenders import Generating, PeakMemory, ceiling, clock
 from tools import make_full_size_base as maker
 from tools import verify_real as real
+from tools.rows import VERDICTS, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_TESTS = ("pinning", "training", "precision", "features", "export", "inference", "callbacks")
@@ -96,30 +97,19 @@ class Check:
 
     def row(self, what: str, asked: str, measured: str, ok: bool | None = None) -> None:
         """Print and store a row; ``ok`` is None where nothing is asked, or nothing could be run."""
-        verdict = {True: "ok", False: "FAIL", None: ""}[ok]
         row = {"step": self.step, "what": what, "asked": asked, "measured": measured}
-        self.rows.append(row | {"verdict": verdict})
+        self.rows.append(row | {"verdict": VERDICTS[ok]})
         print(" | ".join(self.rows[-1].values()), flush=True)
-        self.store()
-
-    def store(self) -> None:
         versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
         facts = {"card": self.card, "date": time.strftime("%Y-%m-%d"), "versions": versions}
         write_text(self.file, json.dumps(facts | {"rows": self.rows}, indent=1) + "\n")
         title = f"# {self.card}, {facts['date']}, torch {torch.__version__}"
-        table = markdown(self.rows) if self.rows else ""
-        write_text(self.file.with_suffix(".md"), f"{title}\n\n{table}\n")
+        write_text(self.file.with_suffix(".md"), f"{title}\n\n{markdown(self.rows)}\n")
 
     @cached_property
     def ceiling(self) -> float:
         """Operations a second of a large matrix product, in the number format of the model."""
-        size = 8192 if self.cuda else 256
-        return 2 * size**3 / self.multiply(size, self.dtype)
-
-    def multiply(self, size: int, dtype: torch.dtype) -> float:
-        """Median seconds of a product of two square matrices."""
-        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in "ab")
-        return statistics.median(clock(lambda: a @ b) for _ in range(5))
+        return ceiling(self.device, self.dtype)
 
     @cached_property
     def questions(self) -> Path:
@@ -194,7 +184,7 @@ class Check:
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
 
-        class Watching(training.Progress):
+        class Watching(trainer.Progress):
             def on_step_end(self, *args, **kwargs):
                 ends.append(time.perf_counter())
                 if watched and len(ends) in (4, 6):
@@ -204,7 +194,7 @@ class Check:
                 super().on_step_end(*args, **kwargs)
 
         self.peak()
-        with patch.object(training, "Progress", Watching), PeakMemory() as memory:
+        with patch.object(trainer, "Progress", Watching), PeakMemory() as memory:
             chosen, features = TrainSettings(**settings), self.work / "features"
             result = training.train(csv, self.base, folder, chosen, features=features)
         weights, gaps = result.weights[-1], np.diff(ends[6:])  # before that it warms up
@@ -229,17 +219,14 @@ def machine(check: Check) -> None:
     for finding in found:
         ok = finding.level != "problem"
         check.row(f"{check.card}, {os.cpu_count()} cores", "computes", finding.what, ok)
-    size = 8192 if check.cuda else 256
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        seconds = check.multiply(size, dtype)
-        check.row(f"matrix product, {dtype}", "", f"{2 * size**3 / seconds / 1e12:.2f} TFLOP/s")
-    pageable = torch.randn(size * size)
-    for name in ("pageable", "pinned") if check.cuda else ("pageable",):
-        host = pageable.pin_memory() if name == "pinned" else pageable
-        seconds = statistics.median(
-            clock(lambda host=host: host.to(check.device)) for _ in range(3)
-        )
-        check.row(f"host to device, {name}", "", f"{host.nbytes / seconds / 1e9:.1f} GB/s")
+    formats = (torch.float32, torch.float16, torch.bfloat16) if check.cuda else (check.dtype,)
+    for dtype in formats:
+        rate = ceiling(check.device, dtype) / 1e12
+        check.row(f"matrix product, {dtype}", "", f"{rate:.2f} TFLOP/s")
+    if check.cuda:
+        host = torch.randn(2**26).pin_memory()
+        seconds = statistics.median(clock(lambda: host.to(check.device)) for _ in range(3))
+        check.row("host to device, pinned", "", f"{host.nbytes / seconds / 1e9:.1f} GB/s")
 
 
 def base(check: Check) -> None:
@@ -309,18 +296,20 @@ def parity(check: Check) -> None:
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         for dtype in (torch.bfloat16, torch.float32):
-            run = real.Run(args, folder, None, check.config, processor, check.device, dtype)
-            for found in real.check_parity(run)[0]:
-                check.row(f"{found.what}, {dtype}", found.asked, found.measured, found.ok)
+            run = real.Run(args, folder, check.config, processor, check.device, dtype)
+            for what, asked, measured, ok in real.check_base(run):
+                check.row(f"{what}, {dtype}", asked, measured, ok)
         if not check.small:
             return
         run = replace(run, dtype=check.dtype)
         *_, inputs = real.model_inputs(run)
-        ours = real.ask_ours(run, inputs, DEFAULT_DECODER_LAYERS)
-        count = real.count_parameters(check.config)["sliced"]
-        what, found = "parameters of the slice", ours.parameters
-        check.row(what, f"{count:,}", f"{found:,}", found == count)
-        share = ours.added_gb / ours.kept_gb
+        with PeakMemory(check.device) as peak:
+            model = real.load_ours(run, DEFAULT_DECODER_LAYERS)
+            real.ask(model, run, inputs)
+        count = certify_budget(slice_config(check.config, DEFAULT_DECODER_LAYERS))["total"]
+        found = sum(parameter.numel() for parameter in model.parameters())
+        check.row("parameters of the slice", f"{count:,}", f"{found:,}", found == count)
+        share = peak.added / (sum(parameter.nbytes for parameter in model.parameters()) / 1e9)
         ok = None if check.tiny or check.cuda else share <= 1.2
         asked = "" if ok is None else "at most 1.2"
         check.row("peak of memory in loading over kept bytes", asked, f"{share:.2f}", ok)
@@ -473,14 +462,14 @@ def memory(check: Check) -> None:
 
 def resume(check: Check) -> None:
     """Twice the same, and stopped in the middle and resumed; by default and deterministic."""
-    rows = 48 if check.small else 256
+    rows = 40 if check.small else 256
     for strict in (False, True):
         name = "deterministic" if strict else "default"
-        train = partial(check.train, rows=rows, batch_size=8, deterministic=strict)
+        train = partial(check.train, rows=rows, batch_size=12, deterministic=strict)
         whole = train(f"whole-{name}").tensors
         others = {"twice": train(f"again-{name}").tensors}
         try:
-            train(f"cut-{name}", stop=3)
+            train(f"cut-{name}", stop=2)
             raise RuntimeError("the signal did not stop the training")
         except TrainingStopped:
             others["stopped and resumed"] = train(f"cut-{name}", fresh=False).tensors

@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import stored_dtype
-from bridgeblip.bridge.config import BridgeBlipConfig
+from bridgeblip.bridge.base import BridgeBlipConfig, stored_dtype
 from bridgeblip.bridge.lora import BRIDGED_LINEARS
-from bridgeblip.bridge.model import empty_model
+from bridgeblip.bridge.model import empty_model, own_parameters
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.training.layers import BUDGET_LIMIT
+from bridgeblip.training.settings import BUDGET_LIMIT, rank_for
 
 PARTS = {
     "vision_model": "vision tower",
@@ -34,22 +33,20 @@ def count_parts(model: nn.Module) -> dict[str, int]:
     Counted logically: a shared tensor once, and by shape, whatever the storage packs into a byte.
     """
     counts = dict.fromkeys(PARTS.values(), 0)
-    for name, parameter in model.named_parameters():
-        if "embed_tokens" not in name:  # these are language_model.shared
-            counts[next(part for prefix, part in PARTS.items() if name.startswith(prefix))] += (
-                parameter.numel()
-            )
+    for name, parameter in own_parameters(model).items():
+        prefix = next(filter(name.startswith, PARTS))
+        counts[PARTS[prefix]] += parameter.numel()
     return counts
 
 
 def count_trained(model: nn.Module, bridge: BridgeSettings) -> int:
     """Return how many numbers training changes, adapters and head, without making adapters."""
-    pattern = BRIDGED_LINEARS[bridge.targets]
-    rank = bridge.rank_for(model.config.text_config.d_model)
-    linears = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
-    return rank * sum(m.in_features + m.out_features for m in linears) + sum(
-        p.numel() for p in model.head.parameters()
-    )
+    rank = rank_for(bridge.rank, model.config.text_config.d_model)
+    count = model.head.weight.numel() + model.head.bias.numel()
+    for name, module in model.named_modules():
+        if re.fullmatch(BRIDGED_LINEARS[bridge.targets], name):
+            count += rank * (module.in_features + module.out_features)
+    return count
 
 
 def certify_budget(config: BridgeBlipConfig, limit: int = BUDGET_LIMIT) -> dict[str, int]:
@@ -79,19 +76,16 @@ def held_memory(
     pictures, buffers.
     """
     model = empty_model(config)
-    stored = {
-        name: parameter.numel() * stored_dtype(name, dtype).itemsize
-        for name, parameter in model.named_parameters()
-        if "embed_tokens" not in name  # these are language_model.shared
-    }
+    exported = frozen = 0
+    for name, parameter in own_parameters(model).items():
+        size = parameter.numel() * stored_dtype(name, dtype).itemsize
+        exported += 0 if re.fullmatch(LEFT_OUT, name) else size
+        frozen += 0 if name.startswith("head.") else size
     if bridge is None:
-        total = sum(size for name, size in stored.items() if not re.fullmatch(LEFT_OUT, name))
-        return {"weights": total, "total": total}
+        return {"weights": exported, "total": exported}
     trained = count_trained(model, bridge) * torch.float32.itemsize
     parts = {
-        "frozen weights": sum(
-            size for name, size in stored.items() if not name.startswith("head.")
-        ),
+        "frozen weights": frozen,
         "adapters and head": trained,
         "their gradients": trained,
         "AdamW's two moments": 2 * trained,

@@ -10,15 +10,14 @@ from torch import nn
 from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.config import BridgeBlipConfig, compare_configs
+from bridgeblip.bridge.base import BridgeBlipConfig, resolve_base
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.bundle.export import export_device, write_bundle
-from bridgeblip.bundle.gate import ParityGate
-from bridgeblip.files import file_digest
+from bridgeblip.bundle.export import MERGING_SHARE, ParityGate, export_device, write_bundle
+from bridgeblip.files import file_digest, require_place, without
+from bridgeblip.machine import number_format
 from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
 
 INPUTS = (
@@ -68,7 +67,7 @@ def restore(
         raise InputError(
             f"{weights} was trained with another tokenizer or image processor than {base} has"
         )
-    dtype = getattr(torch, dtype or manifest.get("dtype", "float32"))
+    dtype = number_format(dtype or manifest["dtype"])
     device = device or export_device(dtype)
     sliced = load_sliced(
         base,
@@ -78,7 +77,7 @@ def restore(
         device=device,
         revision=revision,
     )
-    model = attach_bridge(sliced, BridgeSettings(**manifest["bridge"]))
+    model = attach_bridge(sliced, BridgeSettings.recorded(manifest["bridge"]))
     load_trained(model, loaded.tensors)
     return Restored(model.eval(), processor, manifest, dtype)
 
@@ -88,8 +87,15 @@ def config_changes(weights: str | Path, base: str | Path | None = None) -> list[
     file."""
     manifest = load_weights(weights).manifest
     folder = resolve_base(base or manifest["base"], manifest["revision"])
-    sliced = BridgeBlipConfig.from_dict(json.loads(manifest["config"]))
-    return compare_configs(InstructBlipConfig.from_pretrained(folder), sliced)
+    sliced = BridgeBlipConfig.from_dict(json.loads(manifest["config"])).to_dict()
+    whole = InstructBlipConfig.from_pretrained(folder).to_dict()
+    before, after = pd.json_normalize(whole).loc[0], pd.json_normalize(sliced).loc[0]
+    return [
+        f"{key}: {before.get(key, 'not there')} -> {after.get(key, 'not there')}"
+        for key in before.index.union(after.index)
+        if before.get(key) != after.get(key)
+        and key.split(".")[-1] not in ("architectures", "transformers_version")
+    ]
 
 
 class TraceableModel(nn.Module):
@@ -147,15 +153,16 @@ def export_bundle(
             written then.
     """
     out, weights = Path(out), Path(weights)
+    require_place(out)
     restored = restore(weights, base, dtype=dtype, device=None)
     probe = restored.manifest["probe"]
     inputs = {name: probe["inputs"][name] for name in INPUTS}
     gate = ParityGate(inputs, restored.model, restored.dtype)
     gate.compare_trained(probe["logits"], restored.manifest["dtype"])
     merged = merge_bridge(restored.model)
-    gate.compare_merged(merged)
+    gate.step("merged", merged, MERGING_SHARE)
     gate.check(out)
-    trained = {k: v for k, v in restored.manifest.items() if k not in ("probe", "config")}
+    trained = without(restored.manifest, "probe", "config")
     made_from = {"file": weights.name, "sha256": file_digest(weights)}
     about = {
         "kind": "instructblip",

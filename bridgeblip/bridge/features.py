@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.data.pictures import LOADERS, load_ahead
 from bridgeblip.data.questions import Question
-from bridgeblip.files import write_atomically
+from bridgeblip.files import atomically
 
 DEFAULT_LIMIT = 40 * 10**9  # bytes of features on disk: some 55,000 pictures of the real model
 PICTURES_AT_ONCE = 32  # that the vision tower is given
@@ -57,15 +57,10 @@ class FeatureCache:
         """Store the features of the picture with content ``key``, with their checksum."""
         features = features.detach().cpu().contiguous()
         checksum = {"crc32": str(_crc32(features))}
-
-        def write(partial: Path):
+        with atomically(self.path(key), tag=f".{os.getpid()}") as partial:
             save_file({"features": features}, partial, checksum)
-
-        def verify(partial: Path):
             if _read(partial) is None:
                 raise OSError(f"{partial} was not stored as written: is the disk full?")
-
-        write_atomically(self.path(key), write, verify, tag=f".{os.getpid()}")
 
     def has(self, key: str) -> bool:
         """Whether whole features of this picture are there; torn ones count as none."""

@@ -22,8 +22,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import EMBEDDINGS, LM_HEAD, open_base, source_name, stored_dtype
-from bridgeblip.bridge.config import BridgeBlipConfig, slice_config
+from bridgeblip.bridge.base import (
+    EMBEDDINGS,
+    LM_HEAD,
+    BridgeBlipConfig,
+    open_base,
+    slice_config,
+    source_name,
+    stored_dtype,
+)
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
 from bridgeblip.machine import NonFiniteError, first_non_finite_module
 from bridgeblip.training.losses import choice_loss
@@ -280,6 +287,12 @@ def empty_model(config: BridgeBlipConfig) -> BridgeBlipForMultipleChoice:
         return BridgeBlipForMultipleChoice(config)
 
 
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of an unbridged model by name, the shared embeddings once."""
+    named = model.named_parameters()
+    return {name: parameter for name, parameter in named if "embed_tokens" not in name}
+
+
 def load_sliced(
     base: str | Path,
     letter_ids: Sequence[int],
@@ -302,12 +315,11 @@ def load_sliced(
     reader = open_base(base, revision, device)
     config = slice_config(InstructBlipConfig.from_pretrained(reader.folder), layers)
     model = empty_model(config)
-    shapes = {
-        name: parameter.shape
-        for name, parameter in model.named_parameters()
-        if not name.startswith("head.") and "embed_tokens" not in name
-    }
-    source_of = {name: source_name(name, config.kept_decoder_layers) for name in shapes}
+    shapes, source_of = {}, {}
+    for name, parameter in own_parameters(model).items():
+        if not name.startswith("head."):
+            shapes[name] = parameter.shape
+            source_of[name] = source_name(name, config.kept_decoder_layers)
     read = reader.read(list(source_of.values()), lambda name: stored_dtype(name, dtype))
     state = {name: read.pop(source) for name, source in source_of.items()}
     for name, shape in shapes.items():

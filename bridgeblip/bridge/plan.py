@@ -1,7 +1,9 @@
-"""What a training run decides before anything long starts, and the model that it then builds."""
+"""What a training run decides before anything long starts, the model that it then builds, and what
+that has come to, in a few lines of text."""
 
 import gc
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -10,6 +12,7 @@ from operator import ne
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import PartialState
 from peft.tuners.lora import LoraLayer
@@ -17,31 +20,29 @@ from torch import nn
 from transformers import InstructBlipConfig, enable_full_determinism, set_seed
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import resolve_base
-from bridgeblip.bridge.budget import certify_budget
-from bridgeblip.bridge.config import slice_config
+from bridgeblip.bridge.base import resolve_base, slice_config
+from bridgeblip.bridge.budget import certify_budget, count_parts
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
 from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
-from bridgeblip.files import digest_of, require_writable
+from bridgeblip.files import digest_of, require_writable, without
 from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
-from bridgeblip.training.layers import BUDGET_LIMIT, decoder_layers
-from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
+from bridgeblip.training.settings import BUDGET_LIMIT, NOT_THE_RESULT, TrainSettings, decoder_layers
 from bridgeblip.training.state import refuse_other_run
 from bridgeblip.training.trainer import require_service
+
+KEPT, CUT = "■", "·"  # of the drawing of a slice
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
 class Plan:
     """All that is decided before anything long starts."""
 
-    base: str | Path
-    revision: str | None
-    layers: list[int]
     settings: TrainSettings
     bridge: BridgeSettings
     # The checkpoint folder, and perhaps a second one for copies.
@@ -106,18 +107,24 @@ def plan_training(
             "base": str(base),
             "revision": revision,
             "layers": layers,
-            "bridge": {key: value for key, value in asdict(bridge).items() if key != "layers"},
+            "bridge": without(asdict(bridge), "layers"),
             "train": asdict(settings),
             "dtype": str(precision.dtype).removeprefix("torch."),
             "budget": budget | {"limit": budget_limit},
             "config": config.to_json_string(),
             "pictures": sorted({keys[q.image][:SHORT_KEY] for q in training}),
-        } | _contract(processor)
+            # What whoever uses the weights must agree on, and the versions that made them.
+            "letters": list(processor.letters),
+            "letter_ids": processor.letter_ids,
+            "prompt": PROMPT_TEMPLATE,
+            "processor": processor.fingerprint,
+            "versions": {name: version(name) for name in PACKAGES},
+        }
         identity = _identity(manifest, questions, keys, process.num_processes)
-        manifest["run"] = digest_of({k: v for k, v in identity.items() if k != "versions"})
+        manifest["run"] = digest_of(without(identity, "versions"))
         refuse_other_run(places, identity)
         return Plan(
-            base, revision, layers, settings, bridge, places, training, validation, keys, processor,
+            settings, bridge, places, training, validation, keys, processor,
             process, device, precision.dtype, manifest, identity,
         )  # fmt: skip
 
@@ -161,13 +168,13 @@ def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:
     torch.use_deterministic_algorithms(False)
     (enable_full_determinism if plan.settings.deterministic else set_seed)(plan.settings.seed)
     sliced = load_sliced(
-        plan.base,
+        plan.manifest["base"],
         plan.processor.letter_ids,
-        plan.layers,
+        plan.manifest["layers"],
         plan.bridge.head_init,
         plan.dtype,
         plan.device,
-        plan.revision,
+        plan.manifest["revision"],
     )
     sliced.label_smoothing = plan.settings.label_smoothing
     sliced.random_state = torch.get_rng_state()
@@ -192,25 +199,57 @@ def _identity(
     """What must be the same for a run to go on: its weights' manifest, its questions, its
     processes; and its versions, of which a difference is only named."""
     rows = [[q.id, keys[q.image], q.question, q.choices, q.answer] for q in questions]
-    apart = ("config", "budget", "train", "pictures")
-    kept = {key: value for key, value in manifest.items() if key not in apart}
-    settings = {key: value for key, value in manifest["train"].items() if key not in NOT_THE_RESULT}
-    run = kept | {
-        "settings": settings,
-        "questions": digest_of(rows),
-        "processes": processes,
-    }
-    return json.loads(json.dumps(run))
+    kept = without(manifest, "config", "budget", "train", "pictures")
+    settings = without(manifest["train"], *NOT_THE_RESULT)
+    more = {"settings": settings, "questions": digest_of(rows), "processes": processes}
+    return json.loads(json.dumps(kept | more))
 
 
-def _contract(processor: QuestionProcessor) -> dict:
-    """What whoever uses the weights must agree on, and the versions that made them."""
-    return {
-        "letters": list(processor.letters),
-        "letter_ids": processor.letter_ids,
-        "prompt": PROMPT_TEMPLATE,
-        "processor": processor.fingerprint,
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "peft", "accelerate")
-        },
+def describe_slice(sliced: BridgeBlipForMultipleChoice) -> str:
+    """Which decoder layers stay, and what that does to the count of parameters; asked before the
+    bridge is there."""
+    config, text = sliced.config, sliced.config.text_config
+    kept, layers = config.kept_decoder_layers, range(config.base_decoder_layers)
+    after = count_parts(sliced)
+    block = sliced.language_model.decoder.block[-1].named_parameters()
+    layer = sum(p.numel() for name, p in block if "relative_attention_bias" not in name)
+    tied = text.tie_word_embeddings
+    before = after | {
+        "T5 decoder": after["T5 decoder"] + (len(layers) - len(kept)) * layer,
+        "head": 0 if tied else text.vocab_size * text.d_model,
     }
+    table = pd.DataFrame({"whole base": before, "slice": after})
+    table.loc["all"] = table.sum()
+    drawing = "".join(KEPT if index in kept else CUT for index in layers)
+    return (
+        f"decoder layers: {drawing}\n{len(kept)} of {len(layers)} stay: "
+        f"{', '.join(map(str, kept))}\n\nparameters\n"
+        f"{table.to_string(float_format='{:,.0f}'.format, formatters=['{:,}'.format] * 2)}"
+    )
+
+
+def describe_bridge(model: nn.Module) -> str:
+    """Where the adapters sit, their rank, and how many weights learn."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = trained / sum(p.numel() for p in model.parameters())
+    adapters = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            adapters[module.r["default"], ".".join(name.split(".")[-2:])] += 1
+    lines = []
+    for (rank, place), count in adapters.items():
+        lines.append(f"{count} adapters of rank {rank} on {place}")
+    bridge = "\n".join(lines) or "no adapters"
+    return f"{bridge}\n{trained:,} weights learn, head included: {share:.1%} of all"
+
+
+def describe_head(plan: Plan) -> str:
+    """From which rows of the base's LM head the head starts."""
+    processor = plan.processor
+    if plan.bridge.head_init == "random":
+        return f"the head starts from noise, a row for each of {', '.join(processor.letters)}"
+    lines = []
+    for letter, row in zip(processor.letters, processor.letter_ids, strict=True):
+        token = processor.tokenizer.id_to_token(row)
+        lines.append(f"{letter}: row {row} of the LM head, the token {token!r}")
+    return "\n".join(lines)

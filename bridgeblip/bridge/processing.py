@@ -7,6 +7,7 @@ being there.
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -45,22 +46,16 @@ class QuestionProcessor(Processor):
         )
         self.unknown = self.tokenizer.token_to_id("<unk>")
         # Typographic characters that the vocabulary lacks, as ``str.translate`` takes them.
-        self.plain = {
-            ord(written): plain
-            for plain, forms in PLAIN.items()
-            for written in forms
-            if self.unread(written) and not self.unread(plain)
-        }
+        self.plain = {}
+        for plain, forms in PLAIN.items():
+            if not self.unread(plain):
+                self.plain |= dict.fromkeys(map(ord, self.unread(forms)), plain)
         tokenizers = (self.tokenizer, self.qformer_tokenizer)
-        self.special = [
-            t.content for r in tokenizers for t in r.get_added_tokens_decoder().values()
-        ]
+        added = chain(*(reader.get_added_tokens_decoder().values() for reader in tokenizers))
+        self.special = [token.content for token in added]
         levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)
-        mean, std = (
-            np.array(settings[key], dtype=np.float32)[:, None]
-            for key in ("image_mean", "image_std")
-        )
-        self.levels = (levels - mean) / std
+        mean = np.array(settings["image_mean"], dtype=np.float32)[:, None]
+        self.levels = (levels - mean) / np.array(settings["image_std"], dtype=np.float32)[:, None]
 
     @classmethod
     def from_base(cls, folder: str | Path) -> "QuestionProcessor":
@@ -177,28 +172,26 @@ class QuestionProcessor(Processor):
             "attention_mask": torch.cat([torch.ones_like(placeholders), mask], dim=1),
         }
 
-    def load_pictures(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        """Return ``pixel_values`` (B, 3, height, width) of the questions' pictures."""
-        return {"pixel_values": torch.stack([self.load_pixels(q.image) for q in questions])}
-
     def collate(
         self,
         questions: Sequence[Question],
         pictures: Callable[[Sequence[Question]], dict[str, torch.Tensor]] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Return a training batch: the pictures, the text inputs, ``choice_mask`` and ``labels``.
+        """Return a training batch: ``pixel_values`` (B, 3, height, width), the text inputs,
+        ``choice_mask`` and ``labels``.
 
         Args:
             pictures: gives the pictures of questions in another form, such as cached
                 ``image_embeds``.
         """
-        batch = self.encode_prompts([self.prompt(q) for q in questions]) | (
-            pictures or self.load_pictures
-        )(questions)
-        batch["choice_mask"] = torch.tensor([self.choice_mask(q) for q in questions])
-        if all(q.answer is not None for q in questions):
-            batch["labels"] = torch.tensor([q.answer for q in questions])
-        return batch
+        batch = self.encode_prompts(list(map(self.prompt, questions)))
+        if pictures:
+            batch |= pictures(questions)
+        else:
+            batch["pixel_values"] = torch.stack([self.load_pixels(q.image) for q in questions])
+        batch["choice_mask"] = torch.tensor(list(map(self.choice_mask, questions)))
+        answers = [question.answer for question in questions]
+        return batch if None in answers else batch | {"labels": torch.tensor(answers)}
 
 
 def render_prompt(question: str, choices: Sequence[str]) -> str:
@@ -208,9 +201,6 @@ def render_prompt(question: str, choices: Sequence[str]) -> str:
     letter as ``A. text`` because the T5 vocabulary then holds the letter as one token of its own,
     the very token (``▁A``) that the model gives as its answer: answering is pointing back.
     """
-    options = " ".join(
-        f"{letter}. {choice}"
-        for letter, choice in zip(letters(len(choices)), choices, strict=True)
-        if choice
-    )
+    named = zip(letters(len(choices)), choices, strict=True)
+    options = " ".join(f"{letter}. {choice}" for letter, choice in named if choice)
     return PROMPT_TEMPLATE.format(question=question, options=options)

@@ -7,17 +7,16 @@ from pathlib import Path, PureWindowsPath
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from bridgeblip import InputError
-from bridgeblip.bridge.base import pinned_revision
-from bridgeblip.bridge.config import BridgeBlipConfig
+from bridgeblip.bridge.base import BridgeBlipConfig, pinned_revision
 from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import empty_model
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.files import replace_folder, write_text
+from bridgeblip.files import replacing, require_writable, write_text
 from bridgeblip.training.weights import load_trained, load_weights
 
 CARD_FILE = "README.md"
@@ -98,13 +97,16 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
             or ``out`` is something else already.
     """
     out, loaded = Path(out), load_weights(weights)
-    settings = BridgeSettings(**loaded.manifest["bridge"])
+    settings = BridgeSettings.recorded(loaded.manifest["bridge"])
     if settings.rank == 0:
         raise InputError(
             f"{weights} has rank 0, a head and no adapter: train with a rank above 0, or share the "
             f"file"
         )
     _refuse_anything_else(out)
+    require_writable(out.parent)
+    if "config" not in loaded.manifest:
+        raise InputError(f"{weights} does not record its model's config: train again to share it")
     config = BridgeBlipConfig.from_dict(json.loads(loaded.manifest["config"]))
     model = attach_bridge(empty_model(config), settings)
     load_trained(model, loaded.tensors)  # names and shapes: an empty model takes no values
@@ -113,12 +115,15 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
     lora = model.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = base, revision
     card = _card(loaded.manifest, loaded.tensors, config, lora, out.name)
-
-    def fill(partial: Path) -> None:
-        _fill(partial, model, loaded.tensors, config)
-        write_text(partial / CARD_FILE, card)
-
-    replace_folder(out, fill)
+    with replacing(out) as folder:  # peft and transformers write; the tensors are read back
+        model.save_pretrained(folder, state_dict=loaded.tensors, save_embedding_layers=False)
+        config.save_pretrained(folder)
+        write_text(folder / CARD_FILE, card)
+        stored = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        wanted = get_peft_model_state_dict(model, loaded.tensors, save_embedding_layers=False)
+        whole = stored.keys() == wanted.keys() and len(wanted) == len(loaded.tensors)
+        if not whole or not all(torch.equal(stored[name], wanted[name]) for name in wanted):
+            raise OSError(f"{folder} was not stored as written: is the disk full?")
     return out
 
 
@@ -154,21 +159,6 @@ def _refuse_anything_else(out: Path) -> None:
             )
     elif out.exists():
         raise InputError(f"{out} is a file: give a folder that is not there yet as --out")
-
-
-def _fill(
-    folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], config: BridgeBlipConfig
-) -> None:
-    """Have peft and transformers write their files; read the tensors back."""
-    model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
-    config.save_pretrained(folder)
-    stored = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    wanted = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
-    whole = stored.keys() == wanted.keys() and all(
-        torch.equal(stored[name], wanted[name]) for name in wanted
-    )
-    if not whole or len(wanted) != len(tensors):
-        raise OSError(f"{folder} was not stored as written: is the disk full?")
 
 
 def _public_name(base: str) -> str:

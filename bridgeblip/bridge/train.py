@@ -2,7 +2,7 @@
 night."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,32 +25,23 @@ from bridgeblip.bridge.features import (
 from bridgeblip.bridge.plan import Plan, build_bridge, held, load_slice, plan_training
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.questions import Question
-from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
-from bridgeblip.files import cache_folder, copy_missing, copy_verified, require_writable
+from bridgeblip.files import cache_folder, copy_missing, require_writable
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
-    Patience,
-    Progress,
-    SelfCheck,
-    StateKeeper,
     WeightsKeeper,
     history_table,
-    in_notebook,
     validations,
 )
-from bridgeblip.training.layers import BUDGET_LIMIT
-from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, newest_state
-from bridgeblip.training.stopping import copying_to, in_one_line
+from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
+from bridgeblip.training.state import STATE_FOLDER, in_one_line, mirror, newest_state
 from bridgeblip.training.trainer import (
     TrainingQuestions,
-    measure_letters,
     optimizer,
     read_before,
     training_arguments,
 )
-from bridgeblip.training.weights import best_epoch, load_weights, save_best, weights_path
+from bridgeblip.training.weights import BEST_FILE, best_epoch, load_weights, save_best, weights_path
 
 PROBE_SIZE = 3  # questions whose logits travel with the weights
 REPORT_FILE = "report.html"
@@ -124,39 +115,24 @@ def train_model(
         sliced = model.get_base_model() if isinstance(model, PeftModel) else model
         pictures = _cached_pictures(features, sliced, plan)
         grey = plan.processor.blank_pixels[None].to(plan.device)
-        blank = BlankPictures(sliced.encode_image(grey).detach().cpu())
-        trainer, keeper = _trainer(plan, model, pictures)
+        blank = partial(blank_pictures, sliced.encode_image(grey).detach().cpu())
+        settings, collate = plan.settings, partial(plan.processor.collate, pictures=pictures)
+        require_shared_memory(settings, collate(plan.training[:1]))
+        trainer = AheadTrainer(
+            model,
+            training_arguments(plan.places[0], settings, plan.dtype),
+            train_dataset=TrainingQuestions(plan.training, settings.seed, settings.shuffle_choices),
+            eval_dataset=plan.validation,
+            data_collator=collate,
+            pictures=pictures,
+            optimizers=(optimizer(model, settings), None),
+            average=settings.average,
+        )
+        probe = plan.processor.collate(plan.validation[:PROBE_SIZE])
+        trainer.add_callback(WeightsKeeper(plan.places, plan.manifest, probe))
         model.has_begun = True
-        trainer.go(resumed, keeper)
+        trainer.go(settings, plan.places, plan.identity, resumed)
         return _conclude(trainer, plan, blank)
-
-
-def _trainer(
-    plan: Plan, model: nn.Module, pictures: CachedPictures | None
-) -> tuple[AheadTrainer, StateKeeper]:
-    settings, collate = plan.settings, partial(plan.processor.collate, pictures=pictures)
-    require_shared_memory(settings, collate(plan.training[:1]))
-    trainer = AheadTrainer(
-        model,
-        training_arguments(plan.places[0], settings, plan.dtype),
-        train_dataset=TrainingQuestions(plan.training, settings.seed, settings.shuffle_choices),
-        eval_dataset=plan.validation,
-        data_collator=collate,
-        pictures=pictures,
-        optimizers=(optimizer(model, settings), None),
-        average=settings.average,
-    )
-    groups = picture_groups(plan.validation)
-    trainer.compute_metrics = partial(measure_letters, trainer, plan.places, groups)
-    probe = plan.processor.collate(plan.validation[:PROBE_SIZE])
-    keeper = StateKeeper(plan.places, plan.identity, trainer.averages, settings.save_minutes)
-    trainer.add_callback(SelfCheck(model))
-    trainer.add_callback(Progress(live=in_notebook()))
-    trainer.add_callback(WeightsKeeper(plan.places, plan.manifest, probe))
-    trainer.add_callback(keeper)
-    if settings.patience:
-        trainer.add_callback(Patience(settings.patience))
-    return trainer, keeper
 
 
 def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor]) -> None:
@@ -171,7 +147,7 @@ def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor])
         )
 
 
-def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> TrainResult:
+def _conclude(trainer: AheadTrainer, plan: Plan, blank: Callable) -> TrainResult:
     """Measure the best epoch's weights, those that exporting takes, and write the report."""
     history = history_table(trainer.state.log_history)
     accuracies, losses = validations(trainer.state.log_history)
@@ -194,11 +170,7 @@ def _conclude(trainer: AheadTrainer, plan: Plan, blank: "BlankPictures") -> Trai
             data=f"{len(questions):,} validation questions",
         )
         save_best(plan.places[0], accuracies, losses, margin)
-        for place in plan.places[1:]:
-            with copying_to(place):
-                save_best(place, accuracies, losses, margin)
-                for path in (report, report.with_suffix(".json")):
-                    copy_verified(path, place / path.name)
+        mirror(plan.places, [BEST_FILE, REPORT_FILE, report.with_suffix(".json").name])
         print(say("verdict", sentence=facts["verdict"]["sentence"], report=report))
     return TrainResult(history, questions, once, unseen, weights)
 
@@ -224,22 +196,16 @@ def _load_best(
     if weights.manifest.get("run") != plan.manifest["run"]:
         raise InputError(f"{best} is not this run's, so nothing is reported of it: {remedy}")
     trainer.averages.take(weights.tensors)
-    there = [path for path in paths if path.is_file()]
     for path in paths:
-        if path not in there:
+        if not path.is_file():
             plan.process.print(f"note: {path} is gone; it is not the best, so nothing hangs on it")
-    return there
+    return list(filter(Path.is_file, paths))
 
 
-class BlankPictures:
-    """Gives every question the mean grey picture, encoded once."""
-
-    def __init__(self, embeds: torch.Tensor):
-        self.embeds = embeds
-
-    def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        # Repeated, not expanded: CUDA can't pin a tensor whose rows share their place.
-        return {"image_embeds": self.embeds.repeat(len(questions), 1, 1)}
+def blank_pictures(embeds: torch.Tensor, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+    """Give every question the mean grey picture, encoded once."""
+    # Repeated, not expanded: CUDA can't pin a tensor whose rows share their place.
+    return {"image_embeds": embeds.repeat(len(questions), 1, 1)}
 
 
 def _cached_pictures(

@@ -1,11 +1,15 @@
-"""``torchscript.pt``: what is in it, and loading it."""
+"""``torchscript.pt``: what is in it, loading it, and whether it is as it was written: found out
+beside loading, and remembered."""
 
 import hashlib
 import json
 import pkgutil
+import re
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +17,14 @@ import torch
 
 from bridgeblip import InputError
 from bridgeblip.bundle.processing import Processor
-from bridgeblip.bundle.whole import checked
-from bridgeblip.machine import is_out_of_memory
+from bridgeblip.files import cache_folder, write_text
+from bridgeblip.machine import FORMATS, is_out_of_memory
 
+# In a process of their own: loading TorchScript keeps Python's lock from all threads.
+SHA256 = (
+    "import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], 'rb'), 'sha256').hexdigest())"
+)
+CHECKSUMS = "import sys, zipfile; print(zipfile.ZipFile(sys.argv[1]).testzip() or '')"
 BUNDLE_FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 # Who turns questions into a model's inputs, by the manifest's ``kind``. Paths and not classes:
@@ -37,7 +46,7 @@ MANIFEST = {
     "letters": _is(list),
     "letter_ids": _is(list),
     "prompt": _is(str),
-    "dtype": lambda name: isinstance(getattr(torch, str(name), None), torch.dtype),
+    "dtype": lambda name: name in FORMATS,
     "config": _is(dict),
     "trained": lambda it: isinstance(it, dict) and _is(float | int)(it.get("permute_below") or 0),
 }
@@ -95,22 +104,19 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     path = find_bundle(path)
     with checked(path):
         header = read_header(path)
-        return replace(header, model=_load_model(path, device), device=torch.device(device))
-
-
-def _load_model(path: Path, device: str | torch.device) -> torch.jit.ScriptModule:
-    try:
-        return torch.jit.load(str(path), map_location=device).eval()
-    except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is one
-        if is_out_of_memory(error):
+        try:
+            model = torch.jit.load(str(path), map_location=device).eval()
+        except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise InputError(
+                    f"{path} is no TorchScript file ({str(error)[:200]}): export or copy it again"
+                ) from error
             size = path.stat().st_size / 1e9
             raise InputError(
                 f"no memory on {device} for {path}, {size:.1f} GB: restart this and other "
                 f"notebooks, or take a larger machine"
             ) from error
-        raise InputError(
-            f"{path} is no TorchScript file ({str(error)[:200]}): export or copy it again"
-        ) from error
+    return replace(header, model=model, device=torch.device(device))
 
 
 def read_header(path: str | Path) -> Bundle:
@@ -135,7 +141,7 @@ def read_header(path: str | Path) -> Bundle:
         ) from error
     if MANIFEST_FILE not in files:
         raise InputError(
-            f"{path} is TorchScript but no bridgeblip bundle, it lacks {MANIFEST_FILE}: export it"
+            f"{path} is no bridgeblip bundle, it lacks {MANIFEST_FILE}: give what export writes"
         )
     manifest = _read_manifest(path, files.pop(MANIFEST_FILE))
     processor = _make_processor(path, manifest, files)
@@ -184,6 +190,107 @@ def _make_processor(path: Path, manifest: dict, files: dict[str, str]) -> Proces
         )
     if manifest["prompt"] != processor.template:
         raise InputError(
-            f"{path} was trained with the prompt {manifest['prompt']!r}, this version has another"
+            f"{path} was trained with the prompt {manifest['prompt']!r}, this version has another: "
+            f"take the version of bridgeblip that wrote it"
         )
     return processor
+
+
+@contextmanager
+def checked(path: Path):
+    """Find out, beside what is done within, whether a file is as it was written.
+
+    It is held against the SHA-256 beside it, which is remembered of an unchanged file, or without
+    one against the checksums inside.
+
+    Raises:
+        InputError: on leaving, if the file is damaged; also in place of an InputError within.
+    """
+    named = read_digests(path)
+    if recall(path) in named:
+        yield
+        return
+    command = [sys.executable, "-I", "-c", SHA256 if named else CHECKSUMS, str(path)]
+    pipe, failure = subprocess.PIPE, None
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    try:
+        yield
+    except InputError as error:
+        failure = error
+    except BaseException:
+        process.kill()
+        raise
+    found = process.communicate()[0].strip()  # empty if the file can't be read to its end
+    if named and found not in named:
+        raise InputError(
+            f"{path} has not the SHA-256 that {digest_path(path)} names: copy both again, or "
+            f"export again"
+        ) from failure
+    if failure:
+        raise failure
+    if named:
+        remember(path, found)
+    elif found or process.returncode:
+        raise InputError(
+            f"{path} is no whole TorchScript file ({found or 'unreadable'} is damaged): export or "
+            f"copy it again"
+        )
+
+
+def digest_path(path: Path) -> Path:
+    """Where the SHA-256 of a file lies."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def read_digests(path: Path) -> list[str]:
+    """Return the SHA-256 that lie beside a file; empty where there is no such file.
+
+    More than one while the file is being replaced. Tools write them in small letters or capitals,
+    with names before or behind, some of them in UTF-16.
+
+    Raises:
+        InputError: if none can be found in it.
+    """
+    beside = digest_path(path)
+    if not beside.is_file():
+        return []
+    content = beside.read_bytes().replace(b"\0", b"")  # UTF-16 of plain letters, in any order
+    found = re.findall(rb"(?<![0-9a-zA-Z])[0-9a-fA-F]{64}(?![0-9a-zA-Z])", content)
+    if not found:
+        raise InputError(
+            f"{beside} holds no SHA-256: copy it again, or remove it to check {path.name} by its "
+            f"own checksums"
+        )
+    return [digest.decode().lower() for digest in found]
+
+
+def recall(path: Path) -> str | None:
+    """Return the SHA-256 that a file had when it was last read; None if it has changed since."""
+    match _memory().get(str(path.resolve())):
+        case [state, str(digest)] if state == _state(path):
+            return digest
+    return None
+
+
+def remember(path: Path, digest: str) -> None:
+    """Keep the SHA-256 of a file as it is now."""
+    kept = _memory() | {str(path.resolve()): (_state(path), digest)}
+    with suppress(OSError):  # a read-only home: next time the file is read again
+        write_text(_memory_path(), json.dumps(kept))
+
+
+def _memory() -> dict[str, list]:
+    try:
+        return dict(json.loads(_memory_path().read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # not there, or damaged
+        return {}
+
+
+def _memory_path() -> Path:
+    return cache_folder() / "digests.json"
+
+
+def _state(path: Path) -> list[int]:
+    """What changes when a file does."""
+    stat = path.stat()
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

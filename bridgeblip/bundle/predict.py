@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.bundle.format import Bundle, as_traced
-from bridgeblip.data.orders import ask_in_orders
-from bridgeblip.data.pictures import load_ahead, picture_keys
-from bridgeblip.data.questions import Question
+from bridgeblip.data.pictures import load_ahead
+from bridgeblip.data.questions import Question, ask_in_orders, content_keys
 from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
 from bridgeblip.files import write_text
 from bridgeblip.machine import is_out_of_memory, process_rank
@@ -31,7 +31,6 @@ from bridgeblip.messages import say
 PICTURES_A_WINDOW = 32
 # Of the language model, padding included: long prompts come in smaller batches.
 TOKENS_A_BATCH = 8192
-BLANK = "blank"  # key of the picture that stands for a missing one
 PATIENCE = timedelta(minutes=10)  # for the other processes to appear
 WORK = timedelta(days=1)  # for the slowest of them to finish
 
@@ -64,41 +63,55 @@ def predict(
         InputError: if a question has more choices than the model has letters, the model gives no
             finite number for a row, or other processes that the environment names do not come.
     """
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}: expected at least 1")
+    check_asking(batch_size, permute_below)
     bundle.processor.check_choices(questions)
     if permute_below is None:
         permute_below = bundle.manifest.get("trained", {}).get("permute_below") or 0
-    if blank_images:
-        questions = [replace(question, image=None) for question in questions]
     width = len(bundle.processor.letters)
     answer = partial(_answer_window, bundle, batch_size, permute_below)
-    load = partial(or_blank, bundle.processor.load_pixels, bundle.processor.blank_pixels)
+    load, blank = bundle.processor.load_pixels, bundle.processor.blank_pixels
     settings = [bundle.fingerprint, batch_size, permute_below]
-    return as_answers(questions, in_windows(questions, load, answer, settings, out), width)
+    made = in_windows(questions, load, blank, answer, settings, blank_images, out)
+    return as_answers(questions, made, width)
+
+
+def check_asking(batch_size: int, permute_below: float | None = None) -> None:
+    """Refuse what no question can be asked with."""
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}: expected at least 1")
+    if permute_below is not None and not permute_below >= 0:
+        raise InputError(f"permute_below is {permute_below}: expected a margin from 0 to 2")
 
 
 def in_windows(
     questions: Sequence[Question],
-    load: Callable[[Path | None], Any],
+    load: Callable[[Path], Any],
+    blank: Any,
     answer: Callable[[list[list[Question]], list[Any], tqdm], list],
     settings: list,
-    out: str | Path | None = None,
+    blank_images: bool,
+    out: str | Path | None,
 ) -> list:
     """Return what ``answer`` makes of each question, in order; each distinct picture is loaded
     once.
 
     Args:
-        load: gives what the model takes of a picture's file, or of none.
+        load: gives what the model takes of a picture's file; of none, it takes ``blank``.
         answer: answers questions grouped by picture, beside the pictures; what it makes of each,
             in order, must be fit for JSON. It moves the bar on.
         settings: what tells this run from another that would answer otherwise.
-        out: as for ``predict``.
+        blank_images, out: as for ``predict``.
     """
+    if blank_images:
+        questions = [replace(question, image=None) for question in questions]
     rank, world = process_rank()
     processes = _join_processes() if world > 1 else None
-    keys = _picture_keys(questions, quiet=rank > 0)
-    windows = _windows(keys)
+    keys = content_keys(questions, quiet=rank > 0, strict=False)  # decoding says what is wrong
+    rows_of = {}
+    for row, key in enumerate(keys):
+        rows_of.setdefault(key, []).append(row)
+    groups = list(rows_of.values())
+    windows = [groups[i : i + PICTURES_A_WINDOW] for i in range(0, len(groups), PICTURES_A_WINDOW)]
 
     # What an interrupted run has left is taken only if the same would be done again.
     fingerprint = _fingerprint(questions, keys, settings)
@@ -107,7 +120,7 @@ def in_windows(
     to_do = [index for index in mine if index not in done]
 
     pictures = [[questions[rows[0]].image for rows in windows[index]] for index in to_do]
-    loaded = load_ahead(load, pictures)
+    loaded = load_ahead(partial(_or_blank, load, blank), pictures)
     rows_to_do = sum(len(rows) for index in to_do for rows in windows[index])
     with tqdm(total=rows_to_do, desc=say("answering"), unit="row", disable=rank > 0) as bar:
         for index, group in zip(to_do, loaded, strict=True):
@@ -117,17 +130,14 @@ def in_windows(
                 content = {"fingerprint": fingerprint, "answers": done[index]}
                 write_text(kept_folder(out) / f"{index}.json", json.dumps(content))
 
-    parts = [done]
+    parts = [done] * world
     if world > 1:
-        parts = [None] * world
         torch.distributed.all_gather_object(parts, done, processes)
-    answers = [None] * len(questions)
+    answers = {}
     for part in parts:
         for index, made in part.items():
-            rows = [row for rows in windows[index] for row in rows]
-            for row, one in zip(rows, made, strict=True):
-                answers[row] = one
-    return answers
+            answers |= zip(chain(*windows[index]), made, strict=True)
+    return [answers[row] for row in range(len(questions))]
 
 
 def _join_processes():
@@ -145,15 +155,6 @@ def _join_processes():
         ) from error
 
 
-def _windows(keys: Sequence[str]) -> list[list[list[int]]]:
-    """Return the rows of each picture, so many pictures a window."""
-    rows_of: dict[str, list[int]] = {}
-    for row, key in enumerate(keys):
-        rows_of.setdefault(key, []).append(row)
-    groups = list(rows_of.values())
-    return [groups[i : i + PICTURES_A_WINDOW] for i in range(0, len(groups), PICTURES_A_WINDOW)]
-
-
 def _fingerprint(questions: Sequence[Question], keys, settings: list) -> str:
     """Tell one run from another that would answer otherwise."""
     settings = [*settings, PICTURES_A_WINDOW, TOKENS_A_BATCH]
@@ -166,20 +167,11 @@ def _fingerprint(questions: Sequence[Question], keys, settings: list) -> str:
 
 def as_answers(questions: Sequence[Question], made: Sequence[tuple], width: int) -> Answers:
     """Put probabilities, flags and problem of each question together, in so many columns."""
-    probabilities = np.zeros((len(made), width), dtype=np.float32)
-    flags, problems = [], []
-    for row, (question, (given, words, problem)) in enumerate(zip(questions, made, strict=True)):
-        probabilities[row] = given
-        flags.append(words)
-        problems.append("; ".join(filter(None, [question.problem, problem])))
-    return Answers(probabilities, flags, problems)
-
-
-def _picture_keys(questions: Sequence[Question], quiet: bool) -> list[str]:
-    """The key of each question's picture: by content, or by name for a file that can't be read."""
-    paths = [question.image for question in questions if question.image]
-    keys = {None: BLANK, **picture_keys(paths, quiet, strict=False)}  # decoding says why
-    return [keys[question.image] for question in questions]
+    probabilities, flags, problems = zip(*made, strict=True) if made else ([], [], [])
+    probabilities = np.array(probabilities, dtype=np.float32).reshape(len(made), width)
+    both = zip((question.problem for question in questions), problems, strict=True)
+    problems = ["; ".join(filter(None, pair)) for pair in both]
+    return Answers(probabilities, list(flags), problems)
 
 
 def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[int, list]:
@@ -192,11 +184,12 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            content = {}  # torn
-        if content.get("fingerprint") == fingerprint:
-            kept[index] = content["answers"]
-        else:
-            strangers += 1
+            content = None  # torn
+        match content:
+            case {"fingerprint": known, "answers": answers} if known == fingerprint:
+                kept[index] = answers
+            case _:
+                strangers += 1
     if strangers:
         print(
             f"passing over {strangers} windows in {folder}: torn, or of another bundle, question "
@@ -207,7 +200,7 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
     return kept
 
 
-def or_blank(load: Callable[[Path], Any], blank: Any, path: Path | None) -> tuple[Any, str]:
+def _or_blank(load: Callable[[Path], Any], blank: Any, path: Path | None) -> tuple[Any, str]:
     """What ``load`` makes of a picture's file, and what is wrong with it: then it is blank."""
     try:
         return load(path) if path else blank, ""
@@ -226,16 +219,31 @@ def _answer_window(
     bar: tqdm,
 ) -> list[tuple[list[float], list[str], str]]:
     """Answer questions grouped by picture: probabilities, flags and problem of each, in order."""
-    processor = bundle.processor
-    pixels, faults = zip(*pictures, strict=True)
-    embeds = _encode_pictures(bundle, pixels, batch_size)
-    asked = [question for group in groups for question in group]
-    places = [place for place, group in enumerate(groups) for _ in group]  # in embeds
-    fitted = [processor.fit(question) for question in asked]
+    processor, (pixels, faults) = bundle.processor, zip(*pictures, strict=True)
+    asked = list(chain(*groups))
+    places = [place for place, group in enumerate(groups) for _ in group]  # among the pictures
+    fitted = list(map(processor.fit, asked))
+
+    def encode(rows: Sequence[int]) -> torch.Tensor:
+        stacked = torch.stack([pixels[row] for row in rows])
+        return bundle.model.encode_image(stacked.to(bundle.device))
+
+    rows = range(len(pixels))
+    embeds = [in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]]
+    embeds = torch.cat(embeds)  # (pictures, patches + 1, vision width)
 
     def score(rows: Sequence[int], shown: Sequence[Question], bar: tqdm | None = None):
-        shown = [processor.fit(question) for question in shown]
-        return _score(bundle, embeds, [places[row] for row in rows], shown, batch_size, bar)
+        shown = list(map(processor.fit, shown))
+        prompts = list(map(processor.prompt, shown))
+
+        def run(batch: Sequence[int]) -> torch.Tensor:
+            texts = processor.encode_prompts([prompts[n] for n in batch])
+            texts = {name: tensor.to(bundle.device) for name, tensor in texts.items()}
+            seen = embeds[[places[rows[n]] for n in batch]]
+            return bundle.model.score(seen, **texts).float().cpu()
+
+        masks, lengths = map(processor.choice_mask, shown), processor.count_tokens(prompts)
+        return probabilities_of(shown, lengths, list(masks), run, batch_size, bar)
 
     def note(row: int) -> tuple[set[str], str]:
         question, shown = asked[row], fitted[row]
@@ -251,8 +259,7 @@ def _answer_window(
             words.add("shortened")
         return words, problem
 
-    faults = [faults[place] for place in places]
-    return weigh(asked, faults, score, permute_below, note, bar)
+    return weigh(asked, [faults[place] for place in places], score, permute_below, note, bar)
 
 
 def weigh(
@@ -288,45 +295,6 @@ def weigh(
         flags = [flag for flag in FLAGS if flag in words]
         answers.append((np.mean(seen, axis=0).tolist(), flags, problem))
     return answers
-
-
-def _encode_pictures(
-    bundle: Bundle, pixels: Sequence[torch.Tensor], batch_size: int
-) -> torch.Tensor:
-    """Return (pictures, patches + 1, vision width)."""
-
-    def encode(rows: Sequence[int]) -> torch.Tensor:
-        return bundle.model.encode_image(
-            torch.stack([pixels[row] for row in rows]).to(bundle.device)
-        )
-
-    rows = range(len(pixels))
-    return torch.cat(
-        [in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]]
-    )
-
-
-def _score(
-    bundle: Bundle,
-    embeds: torch.Tensor,
-    places: Sequence[int],
-    shown: Sequence[Question],
-    batch_size: int,
-    bar: tqdm | None = None,
-) -> np.ndarray:
-    """Return the probabilities (rows, choices) of questions whose pictures stand at ``places`` of
-    ``embeds``."""
-
-    def score(rows: Sequence[int]) -> torch.Tensor:
-        texts = bundle.processor.encode_prompts(
-            [bundle.processor.prompt(shown[row]) for row in rows]
-        )
-        texts = {name: tensor.to(bundle.device) for name, tensor in texts.items()}
-        return bundle.model.score(embeds[[places[row] for row in rows]], **texts).float().cpu()
-
-    lengths = bundle.processor.count_tokens([bundle.processor.prompt(q) for q in shown])
-    masks = [bundle.processor.choice_mask(q) for q in shown]
-    return probabilities_of(shown, lengths, masks, score, batch_size, bar)
 
 
 def probabilities_of(

@@ -2,12 +2,12 @@
 ``tokenizers`` alone, so that answering needs nothing else."""
 
 import hashlib
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -117,14 +117,17 @@ class Processor:
             return question
 
         def shortened(length: int) -> Question:
-            return replace(question, question=_last(question.question, length))
+            return replace(question, question=_cut(question.question, 0, length))
 
         length = self._most(shortened, len(question.question))
         if length >= 0:
             return shortened(length)
         longest = max(map(len, question.choices), default=0)
-        for shorten in (_last, _first, _both_ends, _from_difference(question.choices)):
-            cut = partial(_cut_choices, question, shorten)
+        texts = list(filter(None, question.choices))
+        same = len(os.path.commonprefix(texts))  # noqa: RUF071 (these are no paths)
+        # Their ends, beginnings, both, or what begins where they part.
+        for start, share in ((0, 0), (0, 1), (0, 0.5), (same, 1)):
+            cut = partial(_cut_choices, question, start, share)
             fitted = cut(max(0, self._most(cut, longest)))
             if len(set(fitted.choices)) == len(set(question.choices)):
                 break
@@ -140,32 +143,21 @@ class Processor:
         return bisect_right(lengths, self.prompt_limit, key=lambda n: self._length(shorten(n))) - 1
 
 
-def _last(text: str, length: int) -> str:
-    """The end of a text, with dots where its beginning is cut off."""
-    return text if len(text) <= length else "..." + text[len(text) - length :]
-
-
-def _first(text: str, length: int) -> str:
-    """The beginning of a text, with dots where its end is cut off."""
-    return text if len(text) <= length else text[:length] + "..."
-
-
-def _both_ends(text: str, length: int) -> str:
+def _cut(text: str, head: int, tail: int) -> str:
     """Beginning and end of a text, with dots in place of its middle."""
-    half = length // 2
-    return text if len(text) <= length else text[:half] + _last(text, length - half)
+    if len(text) <= head + tail:
+        return text
+    return text[:head] + "..." + text[len(text) - tail :]
 
 
-def _from_difference(choices: Sequence[str]) -> Callable[[str, int], str]:
-    """Return what cuts a text where all choices begin to differ."""
-    columns = zip(*filter(None, choices), strict=False)
-    same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    return lambda text, length: _first(_last(text, len(text) - same), length)
-
-
-def _cut_choices(question: Question, shorten: Callable[[str, int], str], length: int) -> Question:
-    choices = tuple(shorten(choice, length) for choice in question.choices)
-    return replace(question, question="...", choices=choices)
+def _cut_choices(question: Question, start: int, share: float, length: int) -> Question:
+    """The question with so many characters of each choice from ``start`` on, ``share`` of them from
+    its beginning, the rest from its end."""
+    head, choices = int(length * share), []
+    for choice in question.choices:
+        rest = _cut(choice, 0, max(0, len(choice) - start))
+        choices.append(_cut(rest, head, length - head))
+    return replace(question, question="...", choices=tuple(choices))
 
 
 def stack(encodings: Sequence[Encoding]) -> tuple[torch.Tensor, torch.Tensor]:

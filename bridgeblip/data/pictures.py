@@ -69,7 +69,10 @@ def as_seen(image: Image.Image) -> Image.Image:
     an animation the first frame is taken.
     """
     image.load()  # a PNG may tell its orientation behind its pixels
-    turn = TURNS.get(_orientation(image))
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # tags beyond reading: other viewers show such a picture as it is stored
+        turn = None
     if turn is not None:  # else the photo would be copied for nothing
         image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
@@ -80,13 +83,6 @@ def as_seen(image: Image.Image) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
     return image
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # tags beyond reading: other viewers show such a picture as it is stored
-        return 1
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import NUM_CHOICES, Question, letter, letters, read_rows
-from bridgeblip.files import write_text
+from bridgeblip.files import require_place, write_text
 
 PICTURE_NOT_FOUND = "picture not found"
 LONGEST = 1000  # characters of a question: with its choices, about what the models read
@@ -153,6 +154,7 @@ def write_questions(
         InputError: if no question is usable; nothing is written then.
     """
     out = Path(out)
+    require_place(out)
     folder = out.parent.resolve()
     is_file, resolve = functools.cache(os.path.isfile), functools.cache(Path.resolve)
     rows, left_out, taken, renamed, shortened = [], {}, set(), 0, 0
@@ -169,9 +171,11 @@ def write_questions(
         if len(text) > LONGEST:
             text = "..." + text[-LONGEST:]
             shortened += 1
-        picture = _path_from(folder, resolve(question.image.parent) / question.image.name)
+        picture = resolve(question.image.parent) / question.image.name
+        with suppress(ValueError):  # on another drive of Windows it keeps its whole path
+            picture = Path(os.path.relpath(picture, folder))
         choices = [*question.choices, *[""] * NUM_CHOICES][:NUM_CHOICES]
-        rows.append([name, picture, text, *choices, letter(question.answer)])
+        rows.append([name, picture.as_posix(), text, *choices, letter(question.answer)])
     if not rows:
         raise InputError("; ".join([f"no usable question for {out}", *_reasons(left_out)]))
     table = pd.DataFrame(
@@ -222,12 +226,3 @@ def _reasons(left_out: dict[str, list[Question]]) -> list[str]:
             first += f", {questions[0].image}"
         lines.append(f"left out {len(questions)}: {reason}; the first is {first}")
     return lines
-
-
-def _path_from(folder: Path, picture: Path) -> str:
-    """Path of a picture from a folder, with ``/``; whole if they share no root (two drives of
-    Windows)."""
-    try:
-        return Path(os.path.relpath(picture, folder)).as_posix()
-    except ValueError:
-        return picture.as_posix()

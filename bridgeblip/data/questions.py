@@ -1,4 +1,5 @@
-"""Question files: reading, checking, and splits by picture content."""
+"""Question files: reading, checking, splits by picture content; asking in every order of the
+choices."""
 
 import functools
 import os
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from bridgeblip import InputError
@@ -140,6 +142,8 @@ def read_rows(path: str | Path, need_answers: bool) -> list[Question]:
         problem = ""
         if row.cut_off:
             problem = "the file ends within this row: get a whole copy"
+        elif not cells["img_path"].strip():
+            problem = "img_path is empty; expected the name of a picture's file"
         elif sum(map(bool, choices)) < 2:
             problem = f"fewer than two choices are filled in; expected texts in {', '.join(known)}"
         elif need_answers and answer is None:
@@ -251,9 +255,10 @@ def check_ids(questions: Sequence[Question], path: Path) -> None:
     for question in questions:
         if (question.id.lower(), question.question.lower()) == ("id", "question"):
             raise InputError(f"{path}, line {question.line} is the header once more: take it out")
-        if not question.id:
+        if not question.id.strip():
             raise InputError(f"{path}, line {question.line} has no ID: give it one of its own")
-    ids = pd.Series([question.id for question in questions])
+    # those that look the same are the same
+    ids = pd.Series([unicodedata.normalize("NFC", question.id).strip() for question in questions])
     repeated = ids[ids.duplicated()]
     if len(repeated):
         raise InputError(
@@ -265,6 +270,8 @@ def check_ids(questions: Sequence[Question], path: Path) -> None:
 def _check_place(question: Question, folder: Path) -> Question:
     """Take away a picture that is not there, or not below ``folder``; links are followed."""
     written = os.path.relpath(question.image, folder)
+    if written == os.curdir:
+        return replace(question, image=None)  # none is named, as its problem says
     if written.split(os.sep)[0] == os.pardir:
         problem = f"picture {written} lies outside the folder of the CSV"
     elif not os.path.isfile(question.image):
@@ -276,16 +283,29 @@ def _check_place(question: Question, folder: Path) -> Question:
     )
 
 
-def check_pictures(questions: Sequence[Question], path: Path) -> None:
+def check_pictures(
+    questions: Sequence[Question],
+    path: Path,
+    remedy: str = "unpack the organiser's pictures beside the CSV",
+) -> None:
     """Refuse a file whose pictures are not there, before any long work starts."""
     # False, too, for names that no disk can hold.
     missing = [question for question in questions if not os.path.isfile(question.image)]
     if missing:
         raise InputError(
             f"{path}: {len(missing)} of {len(questions)} pictures not found, the first is "
-            f"{missing[0].image} "
-            f"(ID {missing[0].id}): unpack the organiser's pictures beside the CSV"
+            f"{missing[0].image} (ID {missing[0].id}): {remedy}"
         )
+
+
+def content_keys(
+    questions: Sequence[Question], quiet: bool = True, strict: bool = True
+) -> list[str | None]:
+    """Return the content key of each question's picture, None where it has none; see
+    ``picture_keys``."""
+    images = [question.image for question in questions]
+    keys = picture_keys(filter(None, images), quiet, strict)
+    return list(map(keys.get, images))
 
 
 def split_by_picture(
@@ -300,8 +320,7 @@ def split_by_picture(
     from sklearn.model_selection import StratifiedGroupKFold
 
     folds = round(1 / fraction)
-    keys = picture_keys(q.image for q in questions)
-    groups = [keys[q.image] for q in questions]
+    groups = content_keys(questions)
     if len(set(groups)) < folds:
         raise InputError(
             f"{len(set(groups))} distinct pictures can't be split {folds} ways: give more pictures"
@@ -312,3 +331,39 @@ def split_by_picture(
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     kept, held_out = next(splitter.split(questions, answers, groups))
     return [questions[i] for i in kept], [questions[i] for i in held_out]
+
+
+def ask_in_orders(
+    questions: Sequence[Question],
+    single: np.ndarray,
+    rows: Sequence[int],
+    ask: Callable[[Sequence[int], Sequence[Question]], np.ndarray],
+) -> list[list[np.ndarray]]:
+    """Return the probabilities (choices,) that each question was given: as written, and ``rows`` in
+    every cyclic order of their choices, too, put back to the choices as written.
+
+    Args:
+        single: probabilities (questions, choices), asked as written.
+        ask: gives the probabilities of rows whose choices stand in another order, shown beside
+            them.
+    """
+    turns = [(row, turn) for row in rows for turn in cyclic_orders(questions[row].choices)[1:]]
+    views = [[probabilities] for probabilities in single]
+    if not turns:
+        return views
+    scores = ask([row for row, _ in turns], [questions[row].reordered(turn) for row, turn in turns])
+    for (row, turn), seen in zip(turns, scores, strict=True):
+        view = seen.copy()
+        view[list(turn.values())] = seen[list(turn.keys())]
+        views[row].append(view)
+    return views
+
+
+def cyclic_orders(choices: Sequence[str]) -> list[dict[int, int]]:
+    """Return every cyclic order of the filled choices, the one as written first, as ``reordered``
+    takes it."""
+    filled = [i for i, choice in enumerate(choices) if choice]
+    return [
+        dict(zip(filled, filled[shift:] + filled[:shift], strict=True))
+        for shift in range(max(1, len(filled)))
+    ]

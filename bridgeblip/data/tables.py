@@ -14,6 +14,14 @@ import pandas as pd
 from bridgeblip import InputError
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+OTHERS = {  # how files begin that are taken for a CSV
+    b"PK\x03\x04": "an Excel workbook, or a zip",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook",
+    b"\x1f\x8b": "packed by gzip",
+    b"%PDF": "a PDF",
+    b"<": "a web page",
+    b"version https://git-lfs": "a pointer to the file",
+}
 SPACE_AND_QUOTE = re.compile(r', +"[^",\r\n]')  # in a quoted text, a quote would be doubled
 EXCELS_FIRST_LINE = re.compile(r"sep=.\s*", re.IGNORECASE)  # tells Excel the separator
 QUOTED = re.compile(r'(?:(?<=,)|^)"(?:[^"]|"")*"(?=[,\r\n]|$)')  # a whole cell
@@ -89,6 +97,9 @@ def _text(path: Path) -> str:
         )
     content = path.read_bytes()
     begin = content[:1000]
+    for start, what in OTHERS.items():
+        if begin.lstrip().startswith(start):
+            raise InputError(f"{path} is {what}, no CSV: get the table itself, saved as CSV")
     if begin.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         raise InputError(f"{path} is UTF-32 text, not UTF-8: save it as UTF-8")
     if begin.startswith((b"\xff\xfe", b"\xfe\xff")) or begin.count(0) > len(begin) / 4:

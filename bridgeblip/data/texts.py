@@ -17,7 +17,13 @@ from typing import Any
 
 from bridgeblip import InputError
 from bridgeblip.data.formats import load_json
-from bridgeblip.data.questions import Question, check_ids, known_names, read_questions
+from bridgeblip.data.questions import (
+    Question,
+    check_ids,
+    check_pictures,
+    known_names,
+    read_questions,
+)
 from bridgeblip.data.tables import read_csv
 
 EXPECTED = (
@@ -28,7 +34,8 @@ PICTURE_COLUMNS = ("image", "img_path", "frame", "file", "filename", "file_name"
 LABELS_FILE = "labels.csv"
 FRAMES = "frames"  # the folder of the pictures of labels.csv
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-TASKS = ("choice", "caption", "answer")
+LEFT_OUT = {"is_rejected": "rejected captions", "is_precanned": "canned captions"}  # of VizWiz
+HOLDS = {"choice": "choices", "caption": "captions", "answer": "answers in free text"}  # by task
 
 
 def read_task(
@@ -39,7 +46,7 @@ def read_task(
     need_answers: bool = True,
     strict: bool = True,
 ) -> tuple[str, list[Question]]:
-    """Return what a file asks for, one of ``TASKS``, and its questions.
+    """Return what a file asks for, one of ``HOLDS``, and its questions.
 
     A caption's question may be empty: then the model's own prompt asks. All captions of a picture
     are the ``references`` of one question, whose ID is COCO's ``image_id`` where there is one.
@@ -61,7 +68,10 @@ def read_task(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} not found: expected {EXPECTED}")
-    names = known_names(read_csv(path)[0]) if path.suffix.lower() == ".csv" else []
+    names = []
+    if path.suffix.lower() == ".csv":
+        with warnings.catch_warnings(action="ignore"):  # they come when its rows are read
+            names = known_names(read_csv(path)[0])
     if {"a", "b"} <= set(names):
         _check_task(path, "choice", task)
         if images is not None and Path(images).resolve() != path.parent.resolve():
@@ -71,7 +81,8 @@ def read_task(
     if names:
         kind, rows = _table(path, folder)
     elif path.suffix.lower() == ".txt":
-        kind, rows = "answer", _dialogues(path, Path(images) if images else _frames(path))
+        frames = path.parent / FRAMES
+        kind, rows = "answer", _dialogues(path, folder if images or not frames.is_dir() else frames)
     else:
         kind, rows = _published(path, folder, split)
     _check_task(path, kind, task)
@@ -83,16 +94,20 @@ def read_task(
     task = task or kind
     if task == "caption":
         questions = _one_a_picture(questions)
-    questions = _labelled(path, questions, task, need_answers)
+    if need_answers:
+        questions = _labelled(path, questions, task)
     check_ids(questions, path)
-    return task, _placed(path, questions, folder, strict)
+    if strict:
+        check_pictures(
+            questions, path, f"name the folder of the pictures by --images, not {folder}"
+        )
+    return task, list(map(_placed, questions))
 
 
 def _check_task(path: Path, kind: str, task: str | None) -> None:
     """Refuse choices in a caption task and the like; questions with answers may be captions."""
     if task not in (None, kind) and (kind, task) != ("answer", "caption"):
-        holds = {"choice": "choices", "caption": "captions", "answer": "answers in free text"}
-        raise InputError(f"{path} holds {holds[kind]}: expected --task {kind}, not {task}")
+        raise InputError(f"{path} holds {HOLDS[kind]}: expected --task {kind}, not {task}")
 
 
 def _table(path: Path, folder: Path) -> tuple[str, Iterator[Question]]:
@@ -115,11 +130,6 @@ def _table(path: Path, folder: Path) -> tuple[str, Iterator[Question]]:
     return kind, questions()
 
 
-def _frames(path: Path) -> Path:
-    inside = path.parent / FRAMES
-    return inside if inside.is_dir() else path.parent
-
-
 def _dialogues(path: Path, folder: Path) -> Iterator[Question]:
     """Dialogues of a JSON text, each asked of every row of the ``labels.csv`` beside it.
 
@@ -134,17 +144,17 @@ def _dialogues(path: Path, folder: Path) -> Iterator[Question]:
     dialogues = _json(path)
     for row in rows:
         cells = dict(zip(names, map(str.strip, row.cells), strict=True))
+        image = folder / cells[picture].removeprefix(f"{FRAMES}/")
         number = 0
         for dialogue in dialogues:
             history = ()
             for turn in dialogue if isinstance(dialogue, list) else [dialogue]:
-                asked = _filled(turn["question"], cells, path)
-                answer = _filled(turn["answer"], cells, path)
+                asked, answer = (
+                    _filled(turn[part], cells, path) for part in ("question", "answer")
+                )
                 number += 1
-                image = folder / cells[picture].removeprefix(f"{FRAMES}/")
                 name = f"{cells[picture]}-{number}"
-                question = _question(name, image, asked, [answer], row.line)
-                yield replace(question, history=history)
+                yield _question(name, image, asked, [answer], row.line, history)
                 history += ((asked, answer),)
 
 
@@ -184,11 +194,9 @@ def _coco(path: Path, content: dict[str, Any], folder: Path) -> Iterator[Questio
     left out."""
     captions, left_out = {}, Counter()
     for row in content.get("annotations", []):
-        if row.get("is_rejected"):
-            left_out["rejected captions"] += 1
-        elif row.get("is_precanned"):
-            left_out["canned captions"] += 1
-        else:
+        marks = [word for mark, word in LEFT_OUT.items() if row.get(mark)]
+        left_out.update(marks[:1])
+        if not marks:
             captions.setdefault(row["image_id"], []).append(row["caption"])
     _say_left_out(path, left_out)
     for image in content["images"]:
@@ -250,21 +258,21 @@ def _conversations(path: Path, rows: Sequence[dict[str, Any]], folder: Path) -> 
             )
         name = str(row.get("id", number))
         texts = [turn["value"].replace("<image>", "").strip() for turn in turns]
-        history = ()
+        pairs = tuple(zip(texts[::2], texts[1::2], strict=True))
         line = number if path.suffix.lower() == ".jsonl" else 0
-        for asked, answer in zip(texts[::2], texts[1::2], strict=True):
+        for place, (asked, answer) in enumerate(pairs):
             seen[name] += 1
             unique = name if seen[name] == 1 else f"{name}-{seen[name]}"
-            question = _question(unique, folder / row["image"], asked, [answer], line)
-            yield replace(question, history=history)
-            history += ((asked, answer),)
+            yield _question(unique, folder / row["image"], asked, [answer], line, pairs[:place])
     _say_left_out(path, left_out)
 
 
-def _question(name: Any, image: Path, asked: str, right: Sequence[Any], line: int = 0) -> Question:
+def _question(
+    name: Any, image: Path, asked: str, right: Sequence[Any], line: int = 0, history: tuple = ()
+) -> Question:
     """A question without choices; empty texts are no references."""
     texts = tuple(filter(None, map(str.strip, map(str, right))))
-    return Question(str(name), image, asked, (), line=line, references=texts)
+    return Question(str(name), image, asked, (), line=line, references=texts, history=history)
 
 
 def _picture_id(name: str) -> str:
@@ -284,50 +292,30 @@ def _one_a_picture(questions: Sequence[Question]) -> list[Question]:
     return list(merged.values())
 
 
-def _labelled(
-    path: Path, questions: Sequence[Question], task: str, need_answers: bool
-) -> list[Question]:
+def _labelled(path: Path, questions: Sequence[Question], task: str) -> list[Question]:
     """Refuse rows without an answer; pictures without a caption are left out."""
     bare = [question for question in questions if not question.references]
-    if not bare or not need_answers:
-        return list(questions)
     if len(bare) == len(questions):
         raise InputError(f"{path} has no {task}s: give a file that has")
-    if task == "answer":
+    if bare and task == "answer":
         raise InputError(
             f"{path}: {len(bare)} of {len(questions)} rows have no answer, the first is "
-            f"{_where(bare[0])}: fill them in or take them out"
+            f"ID {bare[0].id}{f', line {bare[0].line}' * bool(bare[0].line)}: fill them in or take "
+            f"them out"
         )
     _say_left_out(path, Counter({"pictures without a caption": len(bare)}))
     return [question for question in questions if question.references]
 
 
-def _placed(
-    path: Path, questions: Sequence[Question], folder: Path, strict: bool
-) -> list[Question]:
-    """Refuse the file if pictures are missing, or take them from their rows."""
-    placed = []
-    for question in questions:
-        if not os.path.isfile(question.image):
-            problem = f"picture {question.image} not found"
-            question = replace(question, image=None, problem=problem)
-        placed.append(question)
-    missing = [question for question in placed if question.image is None]
-    if missing and strict:
-        raise InputError(
-            f"{path}: {len(missing)} of {len(placed)} pictures not found, the first is "
-            f"{_where(missing[0])}: {missing[0].problem}; name the folder of the pictures by "
-            f"--images, not {folder}"
-        )
-    return placed
-
-
-def _where(question: Question) -> str:
-    return f"ID {question.id}" + f", line {question.line}" * bool(question.line)
+def _placed(question: Question) -> Question:
+    """Take away a picture that is not there."""
+    if os.path.isfile(question.image):
+        return question
+    return replace(question, image=None, problem=f"picture {question.image} not found")
 
 
 def _say_left_out(path: Path, left_out: Counter) -> None:
-    if left_out:
+    if left_out.total():
         counted = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
         warnings.warn(f"{path}: left out {counted}", stacklevel=4)
 

@@ -2,15 +2,19 @@
 
 import os
 import shlex
+import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from torch import nn
 from tqdm.auto import tqdm
 
 from bridgeblip import HOME, IN_REPOSITORY, InputError
@@ -22,7 +26,7 @@ from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.bundle.format import Bundle, load_bundle
 from bridgeblip.bundle.predict import predict
-from bridgeblip.data.questions import Question, letter, read_questions
+from bridgeblip.data.questions import letter, read_questions
 from bridgeblip.data.tables import read_table
 from bridgeblip.embedded.digits import write_competition
 from bridgeblip.evidence.answers import letters_of, read_probabilities, with_answers
@@ -40,6 +44,7 @@ NOTEBOOKS = tuple(WRITES)
 PARAMETERS_TAG = "parameters"
 BUNDLE = "checkpoint/torchscript.pt"
 LOG_FILE = "comparison.log"
+BLANK = "the same without looking: blank images"
 BAR = 40  # characters of an accuracy of 1
 
 # The tiny base is 32 times narrower than the real one and learns at higher rates.
@@ -135,10 +140,10 @@ def run_demo(
         began = time.perf_counter()
         run_notebook(name, parameters[name], out / "notebooks" / name)
         seconds = round(time.perf_counter() - began)
-        files = [
-            f"{f.name} ({f.stat().st_size / 1e6:.2f} MB)" for f in sorted(out.glob(WRITES[name]))
-        ]
-        stages.append({"stage": name, "seconds": seconds, "writes": ", ".join(files)})
+        files = sorted(out.glob(WRITES[name]))
+        size = sum(file.stat().st_size for file in files) / 1e6
+        written = f"{', '.join(file.name for file in files)}: {size:.2f} MB"
+        stages.append({"stage": name, "seconds": seconds, "writes": written})
     print(f"other ways to answer, for comparison; what they print goes to {out / LOG_FILE}")
     scores, verdict = score_demo(out, settings, stages)
     write_text(out / "scores.csv", scores.to_csv(index=False))
@@ -146,24 +151,18 @@ def run_demo(
     width = scores["answers by"].map(len).max()
     for name, accuracy in scores.itertuples(index=False):
         print(f"{name:{width}}  {accuracy:.3f}  {'█' * round(BAR * accuracy)}")
+    question = read_questions(competition / "test.csv")[0]
+    python, *files = map(os.path.relpath, (sys.executable, out / BUNDLE, question.image))
+    asked = [python, "-m", "bridgeblip", "ask", *files, question.question, *question.choices]
     print(
-        f"\nthe bridged model's {len(read_table(out / 'submission.csv'))} answers: {verdict}\n"
-        f"next: open {out / 'report.html'} in a browser; the executed notebooks lie beside it.\n"
-        "For your own questions put the organiser's files into competition/ "
-        "(competition/README.md names the columns)\n"
-        "and open train.ipynb on a GPU; without one, ask the model that was just made:\n"
-        f"  {_example(out)}"
+        f"\nthe bridged model's {len(read_table(out / 'submission.csv'))} answers: {verdict}\n\n"
+        f"next: open {out / 'report.html'} in a browser, and the notebooks as they ran in "
+        f"{out / 'notebooks'}.\n"
+        f"To ask the model that was just made:\n  {shlex.join(asked)}\n"
+        "To train on your own questions: competition/README.md says what they look like; then open "
+        "train.ipynb on a GPU."
     )
     return scores
-
-
-def _example(out: Path) -> str:
-    """A command that asks the demo's bundle about one of its pictures."""
-    question = read_questions(out / "competition" / "test.csv")[0]
-    files = map(os.path.relpath, (out / BUNDLE, question.image))
-    return shlex.join(
-        ["python", "-m", "bridgeblip", "ask", *files, question.question, *question.choices]
-    )
 
 
 def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> tuple[pd.DataFrame, str]:
@@ -177,63 +176,44 @@ def score_demo(out: Path, settings: TrainSettings, stages: list[dict]) -> tuple[
     submitted = read_table(out / "submission.csv").set_index("ID")["answer"]
     given = submitted.loc[[question.id for question in questions]]
     bundle = load_bundle(out / BUNDLE)
-    weights = out / "checkpoint" / bundle.manifest["trained"]["file"]
-    head_only = out / "head_only" / f"weights-{settings.epochs - 1}.pt"
-    found = {}
+    processor, found = QuestionProcessor.from_base(TINY_BASE), {}
 
-    def head():
+    def answer(model: nn.Module, manifest: dict | None = None) -> np.ndarray:
+        eager = Bundle(model, processor, manifest or {}, torch.device("cpu"))
+        return predict(eager, questions, batch_size=64).probabilities
+
+    with (
+        open(out / LOG_FILE, "w", encoding="utf-8") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
+        sliced = partial(load_sliced, TINY_BASE, processor.letter_ids)
+        found["unsliced base, all 24 layers"] = answer(sliced(range(24)))
+        found["sliced, not bridged"] = answer(sliced(DEFAULT_DECODER_LAYERS))
         csv, bridge = out / "competition" / "train.csv", BridgeSettings(rank=0)
-        train(csv, "tiny", head_only.parent, settings, bridge)
-        return _predict_eager(restore(head_only).model, questions)
-
-    ways = {
-        "unsliced base, all 24 layers": lambda: _predict_sliced(range(24), questions),
-        "sliced, not bridged": lambda: _predict_sliced(DEFAULT_DECODER_LAYERS, questions),
-        "sliced, only the head trained": head,
-        "bridged": lambda: _predict_eager(restore(weights).model, questions, bundle.manifest),
-        "the same without looking: blank images": lambda: (
-            predict(bundle, questions, blank_images=True).probabilities
-        ),
-    }
-    accuracy = {"guessing": 1 / len(questions[0].choices)}
-    bar = tqdm(ways.items(), desc="comparing", unit="way")
-    with open(out / LOG_FILE, "w", encoding="utf-8") as log:
-        for name, answer in bar:
-            bar.set_postfix_str(name)
-            with redirect_stdout(log), redirect_stderr(log):
-                found[name] = answer()
-            accuracy[name] = accuracy_of(questions, found[name])
-    probabilities, flags = read_probabilities(out, questions)
-    blank = "the same without looking: blank images"
+        head = train(csv, "tiny", out / "head_only", settings, bridge).weights[-1]
+        found["sliced, only the head trained"] = answer(restore(head).model)
+        weights = out / "checkpoint" / bundle.manifest["trained"]["file"]
+        found["bridged"] = answer(restore(weights).model, bundle.manifest)
+        found[BLANK] = predict(bundle, questions, blank_images=True).probabilities
     right = given == [letter(question.answer) for question in questions]
-    accuracy |= {
-        "bridged, through TorchScript: submission.csv": right.mean(),
-        blank: accuracy.pop(blank),
-    }
+    accuracy = {name: accuracy_of(questions, answers) for name, answers in found.items()}
+    accuracy["bridged, through TorchScript: submission.csv"] = right.mean()
+    accuracy[BLANK] = accuracy.pop(BLANK)  # stands last
     same = (given == letters_of(found["bridged"])).sum()
     print(f"TorchScript gives the trained model's letter on {same} of {len(questions)} questions")
+    probabilities, flags = read_probabilities(out, questions)
     facts = write_report(
         out / "report.html",
         questions,
         probabilities,
         flags=flags,
-        blank_probabilities=found[blank],
-        references={name: accuracy[name] for name in list(ways)[1:3]},
+        blank_probabilities=found[BLANK],
+        references={name: accuracy[name] for name in list(found)[1:3]},
         cost={f"{stage['stage']}, seconds": stage["seconds"] for stage in stages},
         manifest=bundle.manifest,
         data=f"{len(questions):,} held-out questions",
     )
+    accuracy = {"guessing": 1 / len(questions[0].choices)} | accuracy
     table = pd.DataFrame(accuracy.items(), columns=["answers by", "accuracy"]).round(4)
     return table, facts["verdict"]["sentence"]
-
-
-def _predict_sliced(layers, questions: list[Question]):
-    processor = QuestionProcessor.from_base(TINY_BASE)
-    return _predict_eager(load_sliced(TINY_BASE, processor.letter_ids, layers), questions)
-
-
-def _predict_eager(model, questions: list[Question], manifest: dict | None = None):
-    eager = Bundle(
-        model, QuestionProcessor.from_base(TINY_BASE), manifest or {}, torch.device("cpu")
-    )
-    return predict(eager, questions, batch_size=64).probabilities

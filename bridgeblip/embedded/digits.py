@@ -6,14 +6,13 @@ set: 1,797 scans of 8 x 8 grey levels. Three disjoint groups of pictures are mad
 """
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from bridgeblip.data.questions import NUM_CHOICES, letter, letters
+from bridgeblip.data.questions import NUM_CHOICES, Question, letter, letters
 
 SPLIT_SEED = 20250701
 SPLIT_SIZES = {"test": 300, "train": 400}  # pictures; the rest is "pretrain"
@@ -35,16 +34,6 @@ WORDS = {
     "n": ("nest", "nut", "needle"),
 }
 DIGITS = range(10)
-
-
-@dataclass(frozen=True)
-class DigitQuestion:
-    """One question about one digit; ``choices`` are four texts, ``answer`` is 0 to 3."""
-
-    kind: str
-    question: str
-    choices: tuple[str, str, str, str]
-    answer: int
 
 
 # kind -> (wordings, values that may stand for {k}, answer as a function of digit, k and a
@@ -126,8 +115,8 @@ def _above(digit: int, rng: random.Random) -> tuple[str, list[str]]:
     return NUMBERS[answer], [NUMBERS[n] for n in larger + smaller if n != answer]
 
 
-def make_question(kind: str, digit: int, answer: int, rng: random.Random) -> DigitQuestion:
-    """Ask ``kind`` about ``digit`` with the right choice at position ``answer``.
+def make_question(kind: str, digit: int, answer: int, rng: random.Random) -> Question:
+    """Ask ``kind``, which is its ID, about ``digit`` with the right choice at position ``answer``.
 
     Wrong choices are the right ones of other digits, so that the choices alone give nothing away.
     """
@@ -150,7 +139,7 @@ def make_question(kind: str, digit: int, answer: int, rng: random.Random) -> Dig
         wrong += rng.sample(spare, 3 - len(wrong))
     rng.shuffle(wrong)
     choices = (*wrong[:answer], right, *wrong[answer:])
-    return DigitQuestion(kind, rng.choice(wordings).format(k=NUMBERS[k]), choices, answer)
+    return Question(kind, None, rng.choice(wordings).format(k=NUMBERS[k]), choices, answer)
 
 
 def digit_pictures() -> dict[str, list[tuple[Image.Image, int]]]:
@@ -175,7 +164,7 @@ def digit_pictures() -> dict[str, list[tuple[Image.Image, int]]]:
     }
 
 
-def split_questions(split: str, digits: list[int]) -> list[list[DigitQuestion]]:
+def split_questions(split: str, digits: list[int]) -> list[list[Question]]:
     """Return the questions of each picture of a split: different kinds each, letters balanced over
     all."""
     rng = random.Random(f"{SPLIT_SEED} {split}")

@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from importlib.util import find_spec
+from operator import or_
 
 import numpy as np
 
@@ -63,8 +65,20 @@ def tokenized(
     return [list(map(tokens, row)) for row in references], list(map(tokens, texts))
 
 
-def _grams(words: Sequence[str], order: int) -> Counter:
-    return Counter(zip(*(words[start:] for start in range(order)), strict=False))
+def _grams(words: Sequence[str]) -> Counter:
+    """How often each n-gram of every order comes; an n-gram's length is its order."""
+    grams = Counter()
+    for order in range(1, ORDERS + 1):
+        grams.update(zip(*(words[start:] for start in range(order)), strict=False))
+    return grams
+
+
+def _by_order(values: Mapping[tuple[str, ...], float]) -> np.ndarray:
+    """Sum what n-grams have, order by order, (4,)."""
+    sums = np.zeros(ORDERS)
+    for gram, value in values.items():
+        sums[len(gram) - 1] += value
+    return sums
 
 
 def bleu(references: Sequence[Sequence[list[str]]], given: Sequence[list[str]]) -> list[float]:
@@ -75,14 +89,11 @@ def bleu(references: Sequence[Sequence[list[str]]], given: Sequence[list[str]]) 
     for row, words in zip(references, given, strict=True):
         length += len(words)
         closest += min((abs(len(right) - len(words)), len(right)) for right in row)[1]
-        for n in range(ORDERS):
-            most = Counter()
-            for right in row:
-                most |= _grams(right, n + 1)
-            hits[n] += (_grams(words, n + 1) & most).total()
-            counts[n] += max(0, len(words) - n)
+        said, most = _grams(words), reduce(or_, map(_grams, row))
+        hits += _by_order(said & most)
+        counts += _by_order(said)
     ratio = (length + TINY) / (closest + SMALL)
-    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    brevity = min(1.0, math.exp(1 - 1 / ratio))
     means = np.cumprod((hits + TINY) / (counts + SMALL)) ** (1 / np.arange(1, ORDERS + 1))
     return (brevity * means).tolist()
 
@@ -91,11 +102,9 @@ def rouge(references: Sequence[Sequence[list[str]]], given: Sequence[list[str]])
     """Return ROUGE-L of each row: the longest common subsequence with the references (Lin 2004)."""
     scores = []
     for row, words in zip(references, given, strict=True):
-        precision = recall = 0.0
-        for right in row:
-            common = _common(right or [""], words or [""])
-            precision = max(precision, common / max(1, len(words)))
-            recall = max(recall, common / max(1, len(right)))
+        common = [_common(right or [""], words or [""]) for right in row]
+        precision = max(common) / max(1, len(words))
+        recall = max(n / max(1, len(right)) for n, right in zip(common, row, strict=True))
         weight = RECALL_WEIGHT**2
         both = (1 + weight) * precision * recall
         scores.append(both / (recall + weight * precision) if both else 0.0)
@@ -114,45 +123,35 @@ def _common(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def cider(references: Sequence[Sequence[list[str]]], given: Sequence[list[str]]) -> list[float]:
-    """Return CIDEr-D of each row, 0 to 10 (Vedantam et al. 2015)."""
+    """Return CIDEr-D of each row, 0 to 10 (Vedantam et al. 2015): the clipped cosine of what is
+    given with each reference, n-grams weighed by how few pictures have them."""
     pictures = Counter()
     for row in references:
-        found = set()
-        for right in row:
-            for n in range(ORDERS):
-                found |= set(_grams(right, n + 1))
-        pictures.update(found)
+        pictures.update({gram for right in row for gram in _grams(right)})
+
+    def weighed(words: list[str]) -> dict[tuple[str, ...], float]:
+        weights = {}
+        for gram, times in _grams(words).items():
+            weights[gram] = times * math.log(len(references) / max(1, pictures[gram]))
+        return weights
+
+    def length(weights: dict[tuple[str, ...], float]) -> np.ndarray:
+        return np.sqrt(_by_order({gram: weight**2 for gram, weight in weights.items()}))
+
     scores = []
     for row, words in zip(references, given, strict=True):
-        weighed = _weighed(words, pictures, len(references))
-        near = [_near(weighed, _weighed(right, pictures, len(references))) for right in row]
-        scores.append(10 * sum(near) / len(near))
+        mine, near = weighed(words), 0.0
+        for right in row:
+            theirs, shared = weighed(right), {}
+            for gram in mine.keys() & theirs.keys():
+                shared[gram] = min(mine[gram], theirs[gram]) * theirs[gram]
+            lengths = length(mine) * length(theirs)
+            cosines = _by_order(shared) / np.where(lengths, lengths, 1)
+            # COCO counts lengths in pairs of words.
+            apart = max(0, len(words) - 1) - max(0, len(right) - 1)
+            near += cosines.mean() * math.exp(-(apart**2) / (2 * LENGTH_SPREAD**2))
+        scores.append(10 * near / len(row))
     return scores
-
-
-def _weighed(words: list[str], pictures: Counter, count: int) -> tuple[list[dict], int]:
-    """The n-grams of each order with how often they come, times how rare they are; and the length,
-    which COCO counts in pairs of words."""
-    orders = []
-    for n in range(ORDERS):
-        weights = {}
-        for gram, times in _grams(words, n + 1).items():
-            weights[gram] = times * (math.log(count) - math.log(max(1, pictures[gram])))
-        orders.append(weights)
-    return orders, max(0, len(words) - 1)
-
-
-def _near(first: tuple[list[dict], int], second: tuple[list[dict], int]) -> float:
-    """How near two captions are, 0 to 1: the clipped cosine, a mean over the orders."""
-    penalty = math.exp(-((first[1] - second[1]) ** 2) / (2 * LENGTH_SPREAD**2))
-    total = 0.0
-    for one, other in zip(first[0], second[0], strict=True):
-        shared = 0.0
-        for gram, weight in one.items():
-            shared += min(weight, other.get(gram, 0.0)) * other.get(gram, 0.0)
-        length = math.hypot(*one.values()) * math.hypot(*other.values())
-        total += shared / (length or 1)
-    return total * penalty / ORDERS
 
 
 def meteor(references: Sequence[Sequence[str]], texts: Sequence[str]) -> float | None:

@@ -2,11 +2,10 @@
 
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
@@ -14,18 +13,16 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from bridgeblip import InputError
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question, letter, letters
-from bridgeblip.evidence.metrics import Bin, accuracy_of
+from bridgeblip.evidence.answers import letters_of
+from bridgeblip.evidence.metrics import accuracy_of
 
 RIGHT, WRONG, NEUTRAL = "#1a7f37", "#cf222e", "#57606a"
 BLUE, LIGHT = "#0969da", "#54aeff"
 TEXT_SIZE, LINE = 13, 30  # of a question below its picture: points, and characters a line
 
+# Where a legend touches nothing that is drawn.
+BELOW = {"frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
-
-
-def smoothed(loss: pd.Series) -> pd.Series:
-    """An exponential moving average over the steps; the first steps weigh what they are."""
-    return loss.ewm(alpha=1 - SMOOTHING).mean()
 
 
 def training_figure(history: pd.DataFrame, guessing: float = 0.25) -> Figure:
@@ -40,7 +37,8 @@ def training_figure(history: pd.DataFrame, guessing: float = 0.25) -> Figure:
     left, right = figure.subplots(1, 2)
     loss = history.dropna(subset="loss")
     left.plot(loss["step"], loss["loss"], color=LIGHT, alpha=0.5, linewidth=1, label="each step")
-    left.plot(loss["step"], smoothed(loss["loss"]), color=BLUE, linewidth=2, label="smoothed")
+    smoothed = loss["loss"].ewm(alpha=1 - SMOOTHING).mean()
+    left.plot(loss["step"], smoothed, color=BLUE, linewidth=2, label="smoothed")
     left.axhline(-np.log(guessing), color=NEUTRAL, linestyle=":", label="guessing")
     left.set(xlabel="training step", ylabel="cross-entropy", title="Training loss", ylim=(0, None))
     found = history.dropna(subset="accuracy").reindex(
@@ -58,13 +56,8 @@ def training_figure(history: pd.DataFrame, guessing: float = 0.25) -> Figure:
     right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     right.xaxis.set_major_formatter(lambda epoch, _: "before" if epoch == -1 else f"{epoch:.0f}")
     for axes in (left, right):
-        _legend_below(axes)
+        axes.legend(**BELOW, ncols=3)
     return figure
-
-
-def _legend_below(axes: Axes) -> None:
-    """Put the legend where it touches nothing that is drawn."""
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
 
 
 def confusion_figure(questions: Sequence[Question], probabilities: np.ndarray) -> Figure:
@@ -73,7 +66,7 @@ def confusion_figure(questions: Sequence[Question], probabilities: np.ndarray) -
     axes = figure.subplots()
     ConfusionMatrixDisplay.from_predictions(
         [letter(q.answer) for q in questions],
-        [letter(i) for i in probabilities.argmax(-1)],
+        letters_of(probabilities),
         labels=letters(probabilities.shape[1]),
         cmap="Blues",
         colorbar=False,
@@ -105,23 +98,16 @@ def question_sheet(
         axes.axis("off")
     for place, i in enumerate(shown):
         row, column = divmod(place, columns)
-        _draw_picture(grid[2 * row, column], questions[i].image)
-        # A $ in a text is no mathematics.
-        grid[2 * row, column].set_title(
-            questions[i].id, fontsize=TEXT_SIZE, color=NEUTRAL, parse_math=False
-        )
+        upper, lower = grid[2 * row : 2 * row + 2, column]
+        how = {"fontsize": TEXT_SIZE, "parse_math": False}  # a $ in a text is no mathematics
+        upper.set_title(questions[i].id, color=NEUTRAL, **how)
+        try:
+            upper.imshow(open_picture(questions[i].image or ""))
+        except InputError:
+            upper.text(0.5, 0.5, "no readable picture", ha="center", va="center", color=NEUTRAL)
         text, colour = _caption(questions[i], None if probabilities is None else probabilities[i])
-        grid[2 * row + 1, column].text(
-            0, 1, text, va="top", fontsize=TEXT_SIZE, color=colour, parse_math=False
-        )
+        lower.text(0, 1, text, va="top", color=colour, **how)
     return figure
-
-
-def _draw_picture(axes: Axes, path: Path | None) -> None:
-    try:
-        axes.imshow(open_picture(path or ""))
-    except InputError:
-        axes.text(0.5, 0.5, "no readable picture", ha="center", va="center", color=NEUTRAL)
 
 
 def _caption(question: Question, probabilities: np.ndarray | None) -> tuple[str, str]:
@@ -150,23 +136,20 @@ def answer_figure(probabilities: np.ndarray) -> Figure:
     left.bar_label(left.bar(letters(choices), counts, color=LIGHT), label_type="center")
     left.axhline(len(probabilities) / choices, color=NEUTRAL, linestyle=":", label="evenly spread")
     left.set(xlabel="answer given", ylabel="questions", title="Letters")
-    _legend_below(left)
+    left.legend(**BELOW)
     right.hist(probabilities.max(-1), bins=np.linspace(1 / choices, 1, 31), color=LIGHT)
     right.set(xlabel="probability of the answer given", ylabel="questions", title="How sure")
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def reliability_figure(bins: Sequence[Bin]) -> Figure:
+def reliability_figure(bins: Sequence[dict[str, Any]]) -> Figure:
     """How often answers are right against how sure they are; below, how many are so sure."""
     figure = Figure(figsize=(4.2, 4.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color=NEUTRAL, linestyle=":", label="as often right as sure")
-    table = (
-        pd.DataFrame([vars(b) | vars(b.accuracy) for b in bins])
-        .drop(columns="accuracy")
-        .astype(float)
-    )
+    table = pd.DataFrame([one | vars(one["accuracy"]) for one in bins])
+    table = table.drop(columns="accuracy").astype(float)
     if table["low"].notna().any():
         upper.vlines(
             table["confidence"], table["low"], table["high"], color=BLUE, label="95% interval"

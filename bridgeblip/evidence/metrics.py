@@ -6,13 +6,13 @@ row.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import betaincinv, ndtri, stdtrit
 from sklearn.metrics import confusion_matrix
 
-from bridgeblip.data.pictures import picture_keys
-from bridgeblip.data.questions import Question, letter
+from bridgeblip.data.questions import Question, content_keys, letter, letters
 
 TAIL = 0.025  # on either side of a 95% interval
 FEWEST_GROUPS = 10  # with an interval: fewer say nothing
@@ -39,71 +39,6 @@ class Estimate:
         if self.low is None:
             return f"{self.value:.1%} (too few pictures for an interval)"
         return f"{self.value:.1%} (95% interval {self.low:.1%} to {self.high:.1%})"
-
-
-@dataclass(frozen=True)
-class Part:
-    """How well the questions of one kind are answered."""
-
-    name: str
-    rows: int
-    accuracy: Estimate
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Answers given with a probability above ``above`` and up to ``up_to``."""
-
-    above: float
-    up_to: float
-    rows: int
-    # Mean probability of the answers given.
-    confidence: float
-    accuracy: Estimate
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What one set of answers is worth."""
-
-    questions: int
-    pictures: int
-    right: int
-    accuracy: Estimate
-    # The same with a weight a question; None without weights.
-    weighted: Estimate | None
-    # Rows: the right letter; columns: the letter given.
-    confusion: list[list[int]]
-    # Of the questions whose answer is a letter, the share that got it; letters that never are
-    # right are left out.
-    recall: list[Part]
-    # The letter that nearly all answers are, though the right ones are not.
-    collapse: str | None
-    # Mean probability of the answers given.
-    confidence: float
-    # Expected calibration error: how far probability and share right lie apart, a mean over
-    # the answers.
-    calibration_error: float
-    # The bins that hold answers.
-    reliability: list[Bin]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two sets of answers to the same questions."""
-
-    questions: int
-    pictures: int
-    first: Estimate
-    second: Estimate
-    # Second less first, question by question.
-    difference: Estimate
-    # Other letter given.
-    changed: int
-    # Wrong in the first, right in the second.
-    gained: int
-    # Right in the first, wrong in the second.
-    lost: int
 
 
 def clustered_mean(
@@ -192,8 +127,7 @@ def _interval(value: float, draws: float | None) -> Estimate:
 def picture_groups(questions: Sequence[Question]) -> np.ndarray:
     """Return (N,) numbers, equal where the pictures are; a question without a picture has one of
     its own."""
-    keys = picture_keys(q.image for q in questions if q.image is not None)
-    names = [f"row {row}" if q.image is None else keys[q.image] for row, q in enumerate(questions)]
+    names = [key or f"row {row}" for row, key in enumerate(content_keys(questions))]
     return np.unique(names, return_inverse=True)[1]
 
 
@@ -202,7 +136,7 @@ def measure(
     probabilities: np.ndarray,
     groups: Sequence[Hashable],
     weights: Sequence[float] | None = None,
-) -> Measures:
+) -> dict[str, Any]:
     """Measure answers against the right ones.
 
     Args:
@@ -210,68 +144,74 @@ def measure(
         probabilities: (N, choices), rows that sum to 1.
         groups: (N,), as ``picture_groups`` gives them.
         weights: (N,) of the questions.
+
+    Returns:
+        "questions", "pictures" and how many are "right"; the "accuracy", and "weighted" if there
+        are weights; the "confusion", a row a right letter, a column a letter given; how often each
+        letter is "given"; the "recall" of each that is right somewhere, as ``accuracy_by`` has it;
+        the letter of a "collapse", which nearly all answers are, though the right ones are not; the
+        mean probability of the answers given, "confidence"; how far it and the share right lie
+        apart, a mean over the answers, the expected "calibration_error", by the bins of their
+        "reliability".
     """
     answers, groups = np.asarray(answers), np.asarray(groups)
     given, sure = probabilities.argmax(-1), probabilities.max(-1)
     right = given == answers
     matrix = confusion_matrix(answers, given, labels=range(probabilities.shape[1]))
     excess = (matrix.sum(0) - matrix.sum(1)) / len(answers)  # of each letter: given less right
-    bins = reliability(right, sure, groups)
-    return Measures(
-        questions=len(answers),
-        pictures=len(np.unique(groups)),
-        right=int(right.sum()),
-        accuracy=clustered_mean(right, groups),
-        weighted=None if weights is None else clustered_mean(right, groups, weights),
-        confusion=matrix.tolist(),
-        recall=accuracy_by(list(map(letter, answers)), right, groups),
-        collapse=letter(excess.argmax()) if excess.max() > COLLAPSE else None,
-        confidence=float(sure.mean()),
-        calibration_error=sum(b.rows * abs(b.accuracy.value - b.confidence) for b in bins)
-        / len(answers),
-        reliability=bins,
-    )
+    bins, error = reliability(right, sure, groups), 0.0
+    for one in bins:
+        error += one["rows"] * abs(one["accuracy"].value - one["confidence"]) / len(answers)
+    return {
+        "questions": len(answers),
+        "pictures": len(np.unique(groups)),
+        "right": int(right.sum()),
+        "accuracy": clustered_mean(right, groups),
+        "weighted": None if weights is None else clustered_mean(right, groups, weights),
+        "confusion": matrix.tolist(),
+        "given": dict(zip(letters(len(matrix)), matrix.sum(0).tolist(), strict=True)),
+        "recall": accuracy_by(list(map(letter, answers)), right, groups),
+        "collapse": letter(excess.argmax()) if excess.max() > COLLAPSE else None,
+        "confidence": float(sure.mean()),
+        "calibration_error": error,
+        "reliability": bins,
+    }
 
 
-def reliability(right: np.ndarray, sure: np.ndarray, groups: np.ndarray) -> list[Bin]:
-    """Sort answers (N,) into bins of equal width by their probability; bins without any are left
-    out."""
-    edges = np.linspace(0, 1, BINS + 1)
+def reliability(right: np.ndarray, sure: np.ndarray, groups: np.ndarray) -> list[dict[str, Any]]:
+    """Sort answers (N,) into bins of equal width by their probability, "above" and "up_to"; say of
+    each that holds "rows" their mean probability, "confidence", and their "accuracy"."""
+    edges, bins = np.linspace(0, 1, BINS + 1), []
     place = np.searchsorted(edges[1:-1], sure)
-    return [
-        Bin(
-            float(edges[i]),
-            float(edges[i + 1]),
-            int((place == i).sum()),
-            float(sure[place == i].mean()),
-            clustered_mean(right[place == i], groups[place == i]),
-        )
-        for i in np.unique(place)
-    ]
+    for i in np.unique(place):
+        held = place == i
+        found = {"above": float(edges[i]), "up_to": float(edges[i + 1]), "rows": int(held.sum())}
+        found["confidence"] = float(sure[held].mean())
+        bins.append(found | {"accuracy": clustered_mean(right[held], groups[held])})
+    return bins
 
 
-def accuracy_by(kinds: Sequence[str], right: np.ndarray, groups: np.ndarray) -> list[Part]:
-    """Return the accuracy of each kind of question, by name.
+def accuracy_by(
+    kinds: Sequence[str], right: np.ndarray, groups: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return the "accuracy" of each kind of question, its "name" and how many "rows" are of it.
 
     Args:
         kinds: (N,) names.
         right: (N,) bool.
         groups: (N,), as ``picture_groups`` gives them.
     """
-    kinds = np.asarray(kinds)
-    return [
-        Part(
-            str(kind),
-            int((kinds == kind).sum()),
-            clustered_mean(right[kinds == kind], groups[kinds == kind]),
-        )
-        for kind in np.unique(kinds)
-    ]
+    kinds, parts = np.asarray(kinds), []
+    for kind in np.unique(kinds):
+        held = kinds == kind
+        accuracy = clustered_mean(right[held], groups[held])
+        parts.append({"name": str(kind), "rows": int(held.sum()), "accuracy": accuracy})
+    return parts
 
 
 def openers(questions: Sequence[Question]) -> list[str]:
     """Return the first two words of each question, small; rare ones are put together."""
-    first = np.array([" ".join(q.question.lower().split()[:2]).rstrip("?,.:") for q in questions])
+    first = [" ".join(q.question.lower().split()[:2]).rstrip("?,.:") for q in questions]
     names, counts = np.unique(first, return_counts=True)
     common = names[np.argsort(-counts, kind="stable")][:OPENERS_SHOWN]
     common = set(common) & set(names[counts >= OPENER_ROWS])
@@ -295,23 +235,31 @@ def compare(
     second: np.ndarray,
     groups: Sequence[Hashable],
     weights: Sequence[float] | None = None,
-) -> Comparison:
-    """Compare two sets of probabilities (N, choices) for the same questions; the rest as in
-    ``measure``."""
+) -> dict[str, Any]:
+    """Compare two sets of probabilities (N, choices) for the same questions.
+
+    Args:
+        answers, groups, weights: as in ``measure``.
+
+    Returns:
+        "questions", and "pictures" that count; the accuracies of "first" and "second", and their
+        "difference", second less first, question by question; how many answers have "changed",
+        were "gained", wrong in the first and right in the second, or "lost".
+    """
     answers = np.asarray(answers)
     counted = np.ones(len(answers)) if weights is None else np.asarray(weights)
     given = first.argmax(-1), second.argmax(-1)
-    before, after = (letters == answers for letters in given)
-    return Comparison(
-        questions=len(answers),
-        pictures=len(np.unique(np.asarray(groups)[counted > 0])),
-        first=clustered_mean(before, groups, weights),
-        second=clustered_mean(after, groups, weights),
-        difference=clustered_difference(after.astype(float) - before, groups, weights),
-        changed=int((given[0] != given[1]).sum()),
-        gained=int((after & ~before).sum()),
-        lost=int((before & ~after).sum()),
-    )
+    before, after = given[0] == answers, given[1] == answers
+    return {
+        "questions": len(answers),
+        "pictures": len(np.unique(np.asarray(groups)[counted > 0])),
+        "first": clustered_mean(before, groups, weights),
+        "second": clustered_mean(after, groups, weights),
+        "difference": clustered_difference(after.astype(float) - before, groups, weights),
+        "changed": int((given[0] != given[1]).sum()),
+        "gained": int((after & ~before).sum()),
+        "lost": int((before & ~after).sum()),
+    }
 
 
 def accuracy_of(questions: Sequence[Question], probabilities: np.ndarray) -> float:

@@ -3,7 +3,6 @@ script, for phone and desktop, light and dark."""
 
 import base64
 import io
-from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from matplotlib.figure import Figure
 from bridgeblip import InputError
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import letter
-from bridgeblip.evidence.metrics import Estimate, Part
 
 THUMBNAIL_SIDE = 256  # pixels
 THUMBNAIL_QUALITY = 70
@@ -34,7 +32,6 @@ def render(template: str, **values: Any) -> str:
         "flat": flat,
         "letter": letter,
         "number": number,
-        "parts": part_rows,
         "percent": "{:.1%}".format,
         "points": points,
         "svg": svg,
@@ -74,11 +71,6 @@ def number(value: Any) -> str:
 def flat(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     """Name and value of all that facts hold, those of inner ones with the outer name before it."""
     return list(pd.json_normalize(facts, sep=": ").iloc[0].items())
-
-
-def part_rows(parts: Iterable[Part]) -> list[tuple[str, Estimate, str]]:
-    """The bars of the kinds of questions, each with how many there are."""
-    return [(p.name, p.accuracy, f"{p.rows:,} question{'s' * (p.rows != 1)}") for p in parts]
 
 
 def svg(drawing: Figure) -> str:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bridgeblip.data.pictures import SHORT_KEY, picture_keys
-from bridgeblip.data.questions import Question, letter, letters
+from bridgeblip.data.pictures import SHORT_KEY
+from bridgeblip.data.questions import Question, content_keys, letter
 from bridgeblip.evidence import metrics
 from bridgeblip.evidence.answers import margins
 from bridgeblip.evidence.figures import confusion_figure, reliability_figure
-from bridgeblip.evidence.metrics import Comparison, Estimate
+from bridgeblip.evidence.metrics import Estimate
 from bridgeblip.evidence.page import points, render
 from bridgeblip.files import write_text
 from bridgeblip.messages import say
 
 DECIMALS = 6  # of probabilities.csv
 SHOWN = 12  # questions that a section shows with their pictures
-ROWS_SHOWN = 50  # of a long table
 FEW_PICTURES = 30
 MANY_LEARNED = 0.1  # of the pictures: the score is then no test
 GUESSING = "guessing"
@@ -54,8 +52,7 @@ def write_report(
     Args:
         out: the HTML file; the JSON gets its name, but for the end.
         questions: with answers.
-        probabilities: (N, choices); rounded to the decimals of ``probabilities.csv``, so that each
-            number can be found again.
+        probabilities: (N, choices); rounded as in ``probabilities.csv``.
         flags: of each question, as ``evidence.answers.Answers`` has them.
         blank_probabilities: (N, choices), answered without looking.
         before: (N, choices), answered before training; shown beside the answers that it changed.
@@ -70,74 +67,68 @@ def write_report(
         What the JSON holds; ``["verdict"]["sentence"]`` is the judgement in one sentence.
     """
     probabilities = np.asarray(probabilities, dtype=float).round(DECIMALS)
-    answers = [q.answer for q in questions]
-    groups = metrics.picture_groups(questions)
-    right = probabilities.argmax(-1) == answers
-    blank = None
-    if blank_probabilities is not None:
-        blank = metrics.compare(answers, blank_probabilities, probabilities, groups)
-    trained = None
-    if before is not None:
-        before = np.asarray(before, dtype=float)
-        trained = metrics.compare(answers, before, probabilities, groups)
-    manifest, learned = learned_pictures(manifest, questions)
-    sure, margin = probabilities.max(axis=1), margins(probabilities)
-    mistakes = [i for i in np.argsort(-sure, kind="stable") if not right[i]][:SHOWN]
-    unsure = np.argsort(margin, kind="stable")[:SHOWN]
-    facts = {
-        "about": model_and_data(manifest, questions, data),
+    answers, groups = [q.answer for q in questions], metrics.picture_groups(questions)
+    right, sure = probabilities.argmax(-1) == answers, probabilities.max(axis=1)
+    margin, surest = margins(probabilities), np.argsort(-sure, kind="stable")
+    mistakes, unsure = surest[~right[surest]][:SHOWN], np.argsort(margin, kind="stable")[:SHOWN]
+    facts = origin_of(manifest, questions, data)
+    facts |= {
         "measures": metrics.measure(answers, probabilities, groups, weights),
         "chance": _chance(questions),
-        "references": references,
-        "blank": blank,
-        "training": trained,
-        "learned": learned,
+        "references": references or {},
+        "blank": _gain(answers, blank_probabilities, probabilities, groups),
+        "training": _gain(answers, before, probabilities, groups),
         "orders": None if flags is None else _orders(flags, right, groups),
         "openers": metrics.accuracy_by(metrics.openers(questions), right, groups),
         "choice_lengths": metrics.accuracy_by(metrics.choice_lengths(questions), right, groups),
         "mistakes": [questions[i].id for i in mistakes],
         "least_certain": [questions[i].id for i in unsure],
-        "data": _data_notes(questions, groups, flags, learned),
+        "data": _data_notes(questions, groups, flags, facts["learned"]),
         "problems": None if problems is None else problems.to_dict("records"),
         "cost": cost,
-        "manifest": manifest,
     }
-    facts = {"verdict": judge(facts)} | facts
-    mistaken = [(questions[i], probabilities[i], 100 * sure[i]) for i in mistakes]
-    uncertain = [(questions[i], probabilities[i], 100 * margin[i]) for i in unsure]
-    shown = _shown(facts, questions, probabilities)
-    shown["changed"] = []
-    if before is not None:
-        _, cards = _changed(questions, before, probabilities, "{first} before, {second} now")
-        shown["changed"] = cards[:: max(1, -(-len(cards) // SHOWN))]  # from all over the set
-    write_page(out, "report", facts, **shown, mistaken=mistaken, uncertain=uncertain)
-    return facts
+    changed = [] if before is None else _changed(questions, np.asarray(before), probabilities)
+    return write_page(
+        out,
+        "report",
+        facts,
+        judge(facts),
+        changed=changed[:: max(1, -(-len(changed) // SHOWN))],  # from all over the set
+        mistaken=[(questions[i], probabilities[i], {"sure": 100 * sure[i]}) for i in mistakes],
+        uncertain=[(questions[i], probabilities[i], {"apart": 100 * margin[i]}) for i in unsure],
+        confusion=confusion_figure(questions, probabilities),
+        reliability=reliability_figure(facts["measures"]["reliability"]),
+        fewest=metrics.FEWEST_GROUPS,
+    )
 
 
-def model_and_data(
+def _gain(answers, before, after, groups) -> dict[str, Any] | None:
+    """What ``metrics.compare`` says of answers; None where there are none from before."""
+    return None if before is None else metrics.compare(answers, np.asarray(before), after, groups)
+
+
+def origin_of(
     manifest: dict[str, Any] | None, questions: Sequence[Question], data: str | Path
-) -> dict[str, str]:
-    """What the title names."""
-    manifest = manifest or {}
-    base = manifest.get("base", manifest.get("trained", {}).get("base", "a model without a name"))
-    model = Path(str(base)).name
-    data = Path(data).name or f"{len(questions):,} questions"
-    return {"model": model, "data": data, "date": f"{date.today():%Y-%m-%d}"}
-
-
-def learned_pictures(
-    manifest: dict[str, Any] | None, questions: Sequence[Question]
-) -> tuple[dict[str, Any] | None, int | None]:
-    """Return the manifest without its long list of training pictures, and how many pictures of the
-    questions are in that list; None where there is no list."""
-    trained = (manifest or {}).get("trained", manifest) or {}
-    if "pictures" not in trained:
-        return manifest, None
-    known = set(trained["pictures"])
-    keys = picture_keys(q.image for q in questions if q.image is not None).values()
-    learned = len({key[:SHORT_KEY] for key in keys} & known)
-    counted = trained | {"pictures": len(known)}
-    return (manifest | {"trained": counted} if "trained" in manifest else counted), learned
+) -> dict[str, Any]:
+    """Return the facts on model and data: what the title names, "about"; of how many of the
+    questions' pictures the model has "learned", None where its manifest has no list of them; and
+    the "manifest", that list counted."""
+    manifest, learned = manifest or {}, None
+    trained = manifest.get("trained", manifest)
+    if "pictures" in trained:
+        known = set(trained["pictures"])
+        keys = set(content_keys(questions)) - {None}
+        learned = len({key[:SHORT_KEY] for key in keys} & known)
+        trained = trained | {"pictures": len(known)}
+    about = {
+        "model": Path(
+            str(manifest.get("base", trained.get("base", "a model without a name")))
+        ).name,
+        "data": Path(data).name or f"{len(questions):,} questions",
+        "date": f"{date.today():%Y-%m-%d}",
+    }
+    manifest = manifest | {"trained": trained} if "trained" in manifest else trained
+    return {"about": about, "learned": learned, "manifest": manifest}
 
 
 def _chance(questions: Sequence[Question]) -> dict[str, float]:
@@ -147,100 +138,50 @@ def _chance(questions: Sequence[Question]) -> dict[str, float]:
     return {GUESSING: metrics.guessing(questions), always: float(counts.max() / len(questions))}
 
 
-def _shown(
-    facts: dict[str, Any], questions: Sequence[Question], probabilities: np.ndarray
-) -> dict[str, Any]:
-    """What the page shows of the facts in a form of its own: rows of bars, figures, words."""
-    measures, about = facts["measures"], facts["about"]
-    against = [("this run", measures.accuracy, "")]
-    if measures.weighted:
-        against.append(("this run, weighted", measures.weighted, "as the weights given ask"))
-    for name, share in (facts["chance"] | (facts["references"] or {})).items():
-        against.append((name, Estimate(share), _against(measures.accuracy, share)))
-    if facts["blank"]:
-        against.append(("without looking: blank pictures", facts["blank"].first, ""))
-    given = np.sum(measures.confusion, axis=0)
-    by_letter = []
-    for part in measures.recall:
-        times = given[letters(len(given)).index(part.name)]
-        note = f"right for {part.rows:,} questions, given to {times:,}"
-        by_letter.append((part.name, part.accuracy, note))
-    return {
-        "title": f"{about['model']} on {about['data']}, {about['date']}",
-        "against": against,
-        "by_letter": by_letter,
-        "confusion": confusion_figure(questions, probabilities),
-        "reliability": reliability_figure(measures.reliability),
-        "fewest": metrics.FEWEST_GROUPS,
-        "rows_shown": ROWS_SHOWN,
-    }
+def _changed(questions: Sequence[Question], first: np.ndarray, second: np.ndarray) -> list[tuple]:
+    """Return a card for each answer that two runs don't share: the question, its probabilities in
+    the second run, what became of it, and those in the first."""
+    cards = []
+    for question, before, after in zip(questions, first, second, strict=True):
+        right, old, new = map(letter, (question.answer, before.argmax(), after.argmax()))
+        what = {old: "spoiled", new: "mended"}.get(right, "still wrong")
+        row = {"ID": question.id, "right": right, "first": old, "second": new, "what": what}
+        if old != new:
+            cards.append((question, after, row, before))
+    return cards
 
 
-def _changed(
-    questions: Sequence[Question], first: np.ndarray, second: np.ndarray, note: str
-) -> tuple[list[dict[str, str]], list[tuple]]:
-    """Return a row for each answer that two runs don't share, and what a card shows of it."""
-    rows, cards, given = [], [], (first.argmax(-1), second.argmax(-1))
-    for i in np.flatnonzero(given[0] != given[1]):
-        right, *letters_given = map(letter, (questions[i].answer, given[0][i], given[1][i]))
-        what = dict(zip(letters_given, ("spoiled", "mended"), strict=True)).get(
-            right, "still wrong"
-        )
-        row = {"ID": questions[i].id, "right": right}
-        row |= {"first": letters_given[0], "second": letters_given[1], "what": what}
-        rows.append(row)
-        cards.append((questions[i], second[i], note.format(**row), first[i]))
-    return rows, cards
-
-
-def _against(score: Estimate, share: float) -> str:
-    if score.low is None:
-        return ""
-    if share < score.low:
-        return "beaten"
-    return "not reached" if share > score.high else "no difference shown"
-
-
-def judge(facts: dict[str, Any]) -> dict[str, str]:
-    """Say in one sentence whether to believe a score, and of what kind that is: good, doubt or
-    bad."""
+def judge(facts: dict[str, Any]) -> tuple[str, str]:
+    """Return of what kind a score is, good, doubt or bad, and in one sentence whether to believe
+    it."""
     measures, blank, learned = facts["measures"], facts["blank"], facts["learned"]
-    score, others = measures.accuracy, facts["chance"] | (facts["references"] or {})
-    known = say("known", learned=learned, pictures=measures.pictures)
+    score, others = measures["accuracy"], facts["chance"] | facts["references"]
+    pictures = measures["pictures"]
+    known = say("known", learned=learned, pictures=pictures)
     if score.low is None:
-        more = f" ({known})" if learned else ""
-        return _verdict("doubt", f"{_nothing(measures.pictures)}{more}.")
-    if learned and learned >= MANY_LEARNED * measures.pictures:
-        return _verdict("bad", say("leaked", known=known))
-    if measures.collapse:
-        given = np.array(measures.confusion).sum(0) / measures.questions
-        share = given[letters(len(given)).index(measures.collapse)]
-        return _verdict("bad", say("collapsed", share=share, letter=measures.collapse))
+        nothing = say("nothing", pictures=pictures, fewest=metrics.FEWEST_GROUPS)
+        return "doubt", nothing + (f" ({known})." if learned else ".")
+    if learned and learned >= MANY_LEARNED * pictures:
+        return "bad", say("leaked", known=known)
+    if measures["collapse"]:
+        share = measures["given"][measures["collapse"]] / measures["questions"]
+        return "bad", say("collapsed", share=share, letter=measures["collapse"])
     if score.low <= others[GUESSING]:
-        return _verdict("bad", say("guessing", guessing=others[GUESSING]))
-    if blank and blank.difference.low <= 0:
-        return _verdict("bad", say("blind", blank=blank.first.value))
+        return "bad", say("guessing", guessing=others[GUESSING])
+    if blank and blank["difference"].low <= 0:
+        return "bad", say("blind", blank=blank["first"].value)
     doubts = [known] if learned else []
-    if measures.pictures < FEW_PICTURES:
-        doubts.append(say("few_pictures", pictures=measures.pictures))
+    if pictures < FEW_PICTURES:
+        doubts.append(say("few_pictures", pictures=pictures))
     if not blank:
         doubts.append(say("not_blind_tested"))
     best = max(others, key=others.get)
     if others[best] >= score.low:
         doubts.append(say("not_better", name=best, share=others[best]))
     if doubts:
-        reasons = "; ".join(doubts)
-        return _verdict("doubt", say("care", low=score.low, high=score.high, doubts=reasons))
-    gain = 100 * blank.difference.value
-    return _verdict("good", say("believe", low=score.low, high=score.high, points=gain))
-
-
-def _nothing(pictures: int) -> str:
-    return say("nothing", pictures=pictures, fewest=metrics.FEWEST_GROUPS)
-
-
-def _verdict(kind: str, sentence: str) -> dict[str, str]:
-    return {"kind": kind, "sentence": sentence}
+        return "doubt", say("care", low=score.low, high=score.high, doubts="; ".join(doubts))
+    gain = 100 * blank["difference"].value
+    return "good", say("believe", low=score.low, high=score.high, points=gain)
 
 
 def _orders(
@@ -263,23 +204,22 @@ def _data_notes(
     learned: int | None,
 ) -> dict[str, int]:
     """Count what a reader should know of the questions, by what it is."""
-    table = pd.DataFrame({"picture": groups, "question": [q.question for q in questions]})
-    table["choices"] = ["\n".join(sorted(q.choices)) for q in questions]
+    table = pd.DataFrame(map(vars, questions)).assign(picture=groups)
     table["right"] = [q.choices[q.answer] for q in questions]
-    table["file"] = [q.image for q in questions]
-    filled = pd.Series([[c for c in q.choices if c] for q in questions])
-    most = max(len(q.choices) for q in questions)
+    most = table["choices"].map(len).max()
+    filled = table["choices"].map(lambda choices: list(filter(None, choices)))
+    table["choices"] = table["choices"].map(sorted).map("\n".join)
     asked = ["picture", "question", "choices"]
     answers = table[[*asked, "right"]].drop_duplicates()
     notes = {
         "questions": len(questions),
         "distinct pictures": table["picture"].nunique(),
-        "picture files; the same picture may lie under several names": table["file"].nunique(),
+        "picture files; the same picture may lie under several names": table["image"].nunique(),
         "questions asked again, word for word, of the same picture": table.duplicated(asked).sum(),
         "of these, with another right answer": answers.duplicated(asked).sum(),
         f"questions with fewer than {most} choices": (filled.map(len) < most).sum(),
         "questions with the same choice twice": (filled.map(set).map(len) < filled.map(len)).sum(),
-        "questions without a usable picture in the file": table["file"].isna().sum(),
+        "questions without a usable picture in the file": table["image"].isna().sum(),
     }
     if learned is not None:
         notes["pictures that the model has learned from"] = learned
@@ -312,61 +252,53 @@ def write_comparison(
     Returns:
         What the JSON holds; ``["verdict"]["sentence"]`` is the judgement in one sentence.
     """
-    answers = np.array([q.answer for q in questions])
+    answers, groups = [q.answer for q in questions], metrics.picture_groups(questions)
     runs = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    comparison = metrics.compare(answers, *runs, metrics.picture_groups(questions), weights)
-    note = "{first} in the first run, {second} in the second; right is {right}"
-    changed, cards = _changed(questions, *runs, note)
-    shown = {"mended": [], "spoiled": [], "still wrong": []}
-    for row, card in zip(changed, cards, strict=True):
-        shown[row["what"]].append(card)
+    cards = _changed(questions, *runs)
     facts = {
-        "verdict": judge_difference(comparison),
         "date": f"{date.today():%Y-%m-%d}",
         "names": dict(zip(("first", "second"), names, strict=True)),
         "weighted": weights is not None,
-        "comparison": comparison,
-        "changed": changed,
+        "comparison": metrics.compare(answers, *runs, groups, weights),
+        "changed": [row for _, _, row, _ in cards],
     }
-    title = f"{names[0]} against {names[1]}, {facts['date']}"
-    write_page(out, "comparison", facts, title=title, shown=shown, count=SHOWN)
-    return facts
+    verdict = judge_difference(facts["comparison"])
+    return write_page(out, "comparison", facts, verdict, shown=cards, count=SHOWN)
 
 
-def judge_difference(comparison: Comparison) -> dict[str, str]:
-    """Say in one sentence whether a gain is noise, and of what kind that is: good, doubt or bad."""
-    change = comparison.difference
+def judge_difference(comparison: dict[str, Any]) -> tuple[str, str]:
+    """Return of what kind a gain is, good, doubt or bad, and in one sentence whether it is
+    noise."""
+    change = comparison["difference"]
     if change.low is None:
-        return _verdict("doubt", f"{_nothing(comparison.pictures)}.")
-    interval = (
-        f"{points(change.value)} points, 95% interval {points(change.low)} to {points(change.high)}"
-    )
-    rows = f"{comparison.gained} answers mended, {comparison.lost} spoiled"
-    if not comparison.changed:
-        return _verdict(
-            "doubt", f"Both runs give the same letter to all {comparison.questions:,} questions."
-        )
+        pictures = comparison["pictures"]
+        return "doubt", f"{say('nothing', pictures=pictures, fewest=metrics.FEWEST_GROUPS)}."
+    if not comparison["changed"]:
+        count = comparison["questions"]
+        return "doubt", f"Both runs give the same letter to all {count:,} questions."
+    kind, sentence = "doubt", "The difference may be noise, for its interval holds zero"
     if change.low > 0:
-        return _verdict(
-            "good", f"The second run is better, and that is more than noise: {interval}; {rows}."
-        )
-    if change.high < 0:
-        return _verdict(
-            "bad", f"The second run is worse, and that is more than noise: {interval}; {rows}."
-        )
-    return _verdict(
-        "doubt", f"The difference may be noise, for its interval holds zero: {interval}; {rows}."
-    )
+        kind, sentence = "good", "The second run is better, and that is more than noise"
+    elif change.high < 0:
+        kind, sentence = "bad", "The second run is worse, and that is more than noise"
+    interval = f"95% interval {points(change.low)} to {points(change.high)}"
+    rows = f"{comparison['gained']} answers mended, {comparison['lost']} spoiled"
+    return kind, f"{sentence}: {points(change.value)} points, {interval}; {rows}."
 
 
-def write_page(out: str | Path, template: str, facts: dict[str, Any], **shown: Any) -> None:
-    """Write the facts as JSON, and the page of facts and ``shown``."""
+def write_page(
+    out: str | Path, template: str, facts: dict[str, Any], verdict: tuple[str, str], **shown: Any
+) -> dict[str, Any]:
+    """Write a verdict, its kind and its sentence, and the facts as JSON; and the page of them and
+    of ``shown``. Return what the JSON holds."""
     out = Path(out)
+    facts = {"verdict": {"kind": verdict[0], "sentence": verdict[1]}} | facts
     numbers = json.dumps(
         facts,
         ensure_ascii=False,
         indent=1,
-        default=lambda v: asdict(v) if is_dataclass(v) else str(v),
+        default=lambda value: vars(value) if isinstance(value, Estimate) else str(value),
     )
     write_text(out.with_suffix(".json"), numbers + "\n")
     write_text(out, render(template, **facts, **shown))
+    return facts

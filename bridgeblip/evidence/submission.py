@@ -1,6 +1,8 @@
 """What is handed in: a submission in the sample's form, with probabilities and problems beside
 it."""
 
+import json
+import os
 import re
 import shutil
 import warnings
@@ -25,7 +27,7 @@ from bridgeblip.evidence.answers import (
     write_probabilities,
     write_table,
 )
-from bridgeblip.files import require_writable
+from bridgeblip.files import require_place, write_text
 from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
 
@@ -65,8 +67,8 @@ def read_sample(ids: Sequence[str], sample: str | Path | None, name: str = "ID")
 
 
 def check_out(out: str | Path, *inputs: str | Path | None) -> None:
-    """Refuse a place for the submission, before any work, if it can't be written or if writing it
-    would cost a file that is not an earlier run's.
+    """Refuse a place for the submission, or for captions if it ends in .json, before any work, if
+    it can't be written or if writing it would cost a file that is not an earlier run's.
 
     Args:
         inputs: files that are read; None is none.
@@ -80,12 +82,14 @@ def check_out(out: str | Path, *inputs: str | Path | None) -> None:
     if out.is_dir() or out.name.lower() in (PROBABILITIES_FILE, PROBLEMS_FILE):
         example = (out if out.is_dir() else out.parent) / "submission.csv"
         raise InputError(f"{out} can't be the submission's name: expected one such as {example}")
-    require_writable(out.parent)
-    read = [Path(path).resolve() for path in inputs if path]
+    require_place(out)
+    read = [os.path.realpath(path) for path in inputs if path]  # of links in a circle, too
     headers = {out.name: f"{CELL},{CELL}", PROBABILITIES_FILE: ".*,margin,flags"}
+    if out.suffix == ".json":
+        headers = {out.name: r"\[\]?"}
     for name, header in (headers | {PROBLEMS_FILE: "ID,line,reason"}).items():
         path = out.with_name(name)
-        lost = path.resolve() in read
+        lost = os.path.realpath(path) in read
         if path.exists() and path.stat().st_size:
             with open(path, encoding="utf-8-sig", errors="replace") as file:
                 lost |= not re.fullmatch(header, file.readline(10_000).strip())
@@ -132,9 +136,8 @@ def write_problems(questions: Sequence[Question], answers: Answers, out: Path) -
 
 def problem_table(questions: Sequence[Question], answers: Answers) -> pd.DataFrame:
     """ID, line and reason of every row that could not be answered as it stands."""
-    ids = [question.id for question in questions]
-    lines = [str(question.line) for question in questions]
-    table = pd.DataFrame({"ID": ids, "line": lines, "reason": answers.problems})
+    table = pd.DataFrame(map(vars, questions))[["id", "line"]].astype(str)
+    table = table.rename(columns={"id": "ID"}).assign(reason=answers.problems)
     return table[table["reason"] != ""]
 
 
@@ -160,6 +163,22 @@ def problem_lines(questions: Sequence[Question], answers: Answers) -> list[str]:
     if len(problems) > SHOWN:
         lines.append(f"and {len(problems) - SHOWN} more")
     return lines
+
+
+def write_captions(
+    out: Path, questions: Sequence[Question], texts: Sequence[str], answers: Answers
+) -> str:
+    """Write captions as COCO's servers take them, ``[{"image_id": ..., "caption": ...}]``, and
+    ``problems.csv`` beside them; say what was written."""
+    rows = []
+    for question, text in zip(questions, texts, strict=True):
+        is_number = question.id.isdecimal() and str(int(question.id)) == question.id
+        name = int(question.id) if is_number else question.id
+        rows.append({"image_id": name, "caption": text})
+    write_text(out, json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
+    write_problems(questions, answers, out)
+    shutil.rmtree(kept_folder(out), ignore_errors=True)
+    return "\n".join([f"wrote {out}: {len(texts)} texts", *problem_lines(questions, answers)])
 
 
 def blend(files: Sequence[str | Path], sample: str | Path | None, out: str | Path) -> pd.DataFrame:

@@ -17,8 +17,7 @@ from bridgeblip.data.tables import read_table
 from bridgeblip.evidence import metrics
 from bridgeblip.evidence.answers import id_column
 from bridgeblip.evidence.captions import cider, meteor, score_captions, tokenized
-from bridgeblip.evidence.report import learned_pictures, model_and_data, write_page
-from bridgeblip.files import write_text
+from bridgeblip.evidence.report import origin_of, write_page
 
 SHOWN = 12  # questions that a section shows with their pictures
 MAIN = {"caption": "CIDEr", "answer": "exact"}  # what a task's model is chosen by
@@ -88,16 +87,6 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_captions(path: str | Path, questions: Sequence[Question], texts: Sequence[str]) -> None:
-    """Write captions as COCO's servers take them: ``[{"image_id": ..., "caption": ...}]``."""
-    rows = []
-    for question, text in zip(questions, texts, strict=True):
-        is_number = question.id.isdecimal() and str(int(question.id)) == question.id
-        name = int(question.id) if is_number else question.id
-        rows.append({"image_id": name, "caption": text})
-    write_text(Path(path), json.dumps(rows, ensure_ascii=False, indent=0) + "\n")
-
-
 def read_texts(path: str | Path, questions: Sequence[Question]) -> list[str]:
     """Return the texts of questions, in their order, from COCO's result form or a CSV of ID and
     answer.
@@ -158,33 +147,26 @@ def write_text_report(
     groups = metrics.picture_groups(questions)
     values = _rows(task, references, texts)
     elsewhere = _elsewhere(groups, texts)
-    manifest, learned = learned_pictures(manifest, questions)
-    facts = {
-        "about": model_and_data(manifest, questions, data),
+    facts = origin_of(manifest, questions, data) | {
         "task": task,
         "questions": len(questions),
         "pictures": len(np.unique(groups)),
-        "scores": _scores(task, references, texts),
-        "before": None if before is None else _scores(task, references, before),
+        "scores": _scores(task, questions, texts),
+        "before": None if before is None else _scores(task, questions, before),
         "simpler": {
-            "the most frequent right text, always": _scores(task, references, _always(questions)),
-            "its own texts, each given to another picture": _scores(task, references, elsewhere),
+            "the most frequent right text, always": _scores(task, questions, _always(questions)),
+            "its own texts, each given to another picture": _scores(task, questions, elsewhere),
         },
         "exact": metrics.clustered_mean(exact(references, texts), groups),
         "change": None,
         "looking": _paired(values - _rows(task, references, elsewhere), groups),
-        "learned": learned,
         "notes": _notes(questions, texts),
-        "manifest": manifest,
     }
     if before is not None:
         facts["change"] = _paired(values - _rows(task, references, before), groups)
-    facts = {"verdict": judge_texts(facts)} | facts
     order = np.argsort(values, kind="stable")[:SHOWN]
     worst = [(questions[i], texts[i], before[i] if before is not None else None) for i in order]
-    title = f"{facts['about']['model']} on {facts['about']['data']}, {facts['about']['date']}"
-    write_page(out, "texts", facts, title=title, worst=worst, main=MAIN[task])
-    return facts
+    return write_page(out, "texts", facts, judge_texts(facts), worst=worst, main=MAIN[task])
 
 
 def score_texts(task: str, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
@@ -200,12 +182,11 @@ def _rows(task: str, references: Sequence[Sequence[str]], texts: Sequence[str]) 
     return np.array(cider(*tokenized(references, texts)))
 
 
-def _scores(task: str, references: Sequence[Sequence[str]], texts: Sequence[str]) -> dict:
-    if task == "answer":
-        return score_answers(references, texts)
-    harmonic = meteor(references, texts)
-    scores = score_captions(references, texts)
-    return scores if harmonic is None else scores | {"METEOR": harmonic}
+def _scores(task: str, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
+    """The scores, and METEOR where it can be had: it takes too long to be asked in every epoch."""
+    harmonic = meteor([q.references for q in questions], texts) if task == "caption" else None
+    more = {} if harmonic is None else {"METEOR": harmonic}
+    return score_texts(task, questions, texts) | more
 
 
 def _paired(gains: np.ndarray, groups: np.ndarray) -> metrics.Estimate:
@@ -244,49 +225,39 @@ def _notes(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, int
     }
 
 
-def _verdict(kind: str, sentence: str) -> dict[str, str]:
-    return {"kind": kind, "sentence": sentence}
-
-
-def judge_texts(facts: dict[str, Any]) -> dict[str, str]:
-    """Say in one sentence whether to believe the scores, and of what kind that is: good, doubt or
-    bad."""
+def judge_texts(facts: dict[str, Any]) -> tuple[str, str]:
+    """Return of what kind scores are, good, doubt or bad, and in one sentence whether to believe
+    them."""
     pictures, rows, notes = facts["pictures"], facts["questions"], facts["notes"]
-    main = MAIN[facts["task"]]
-    score = f"{main} {facts['scores'][main]:.3f}"
+    looking, change, learned = facts["looking"], facts["change"], facts["learned"]
+    main, scores = MAIN[facts["task"]], facts["scores"]
     if pictures < 2:
-        return _verdict(
-            "doubt", "Nothing can be concluded from one picture: CIDEr of it is always 0."
-        )
-    if rows == notes["empty texts"]:
-        return _verdict("bad", f"Don't believe this score: all {rows:,} texts are empty.")
-    if notes["different texts"] == 1:
-        return _verdict("bad", f"Don't believe this score: all {rows:,} texts are the same one.")
-    learned = facts["learned"]
-    if learned:
-        known = f"the model has learned from {learned} of the {pictures} pictures"
-        return _verdict("bad", f"Don't believe this score: {known}.")
-    doubts = []
+        return "doubt", "Nothing can be concluded from one picture: CIDEr of it is always 0."
+    spoiled = {
+        f"all {rows:,} texts are empty": notes["empty texts"] == rows,
+        f"all {rows:,} texts are the same one": notes["different texts"] == 1,
+        f"the model has learned from {learned} of the {pictures} pictures": learned,
+    }
+    for reason, found in spoiled.items():
+        if found:
+            return "bad", f"Don't believe this score: {reason}."
+    doubts, score = [], f"{main} {scores[main]:.3f}"
     if notes["empty texts"]:
         doubts.append(f"{notes['empty texts']} texts are empty")
-    looking = facts["looking"]
     if looking.low is None:
         doubts.append(f"{pictures} pictures are few")
     for name, simpler in facts["simpler"].items():
-        if simpler[main] >= facts["scores"][main]:
+        if simpler[main] >= scores[main]:
             doubts.append(f"no better than '{name}' ({simpler[main]:.3f})")
     if looking.low is not None and looking.low <= 0:
         doubts.append("its texts fit other pictures as well")
-    change = facts["change"]
     if change is not None:
-        gain = f"{facts['scores'][main] - facts['before'][main]:+.3f} against before"
-        noise = change.low is None or change.low <= 0 <= change.high
-        doubts += [f"{gain} may be noise"] if noise else []
-        if change.low is not None and change.high < 0:
-            return _verdict("bad", f"{score}, {gain}: worse, and that is more than noise.")
+        gain = f"{scores[main] - facts['before'][main]:+.3f} against before"
+        if change.low is None or change.low <= 0 <= change.high:
+            doubts.append(f"{gain} may be noise")
+        elif change.high < 0:
+            return "bad", f"{score}, {gain}: worse, and that is more than noise."
         score += f", {gain}"
     if doubts:
-        return _verdict("doubt", f"{score}; believe it with care: {'; '.join(doubts)}.")
-    return _verdict(
-        "good", f"Believe it, for pictures like these: {score}; looking at them matters."
-    )
+        return "doubt", f"{score}; believe it with care: {'; '.join(doubts)}."
+    return "good", f"Believe it, for pictures like these: {score}; looking at them matters."

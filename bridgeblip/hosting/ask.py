@@ -8,8 +8,7 @@ from typing import Any
 
 from bridgeblip import InputError
 from bridgeblip.bundle import predict
-from bridgeblip.bundle.format import Bundle, load_bundle, read_header
-from bridgeblip.bundle.whole import digest_path
+from bridgeblip.bundle.format import Bundle, digest_path, load_bundle, read_header
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question, letter
 from bridgeblip.evidence.answers import FLAG_NOTES, Answers
@@ -156,10 +155,11 @@ def _of_run(folder: Path) -> dict[str, Any]:
     known = defaultdict(lambda: "not recorded", run)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
     kind = "an adapter, the base is loaded beside it" if adapter else "an ordinary model folder"
+    layers = f", decoder layers {run['layers']}" if run.get("layers") else ""
     return {
         "folder": f"{folder}, {size:,.1f} MB",
         "answers": ANSWERS.get(known["task"], known["task"]),
-        "made from": f"{known['base']}, by {known['method']}; {kind}",
+        "made from": f"{known['base']}{layers}, by {known['method']}; {kind}",
         "trained on": _learned_from(run.get("pictures")),
         "validation": _validated(run.get("validation"), METRICS.get(known["task"])),
         "numbers": known["dtype"],

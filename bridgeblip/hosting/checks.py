@@ -20,10 +20,9 @@ from bridgeblip.data import questions
 from bridgeblip.data.pictures import open_picture, picture_keys
 from bridgeblip.files import read_json
 from bridgeblip.hosting.runtime import OLD_TORCHAO, fits, installed, other_copies, requirements
-from bridgeblip.machine import slow_format
-from bridgeblip.training.layers import BUDGET_LIMIT, decoder_layers
+from bridgeblip.machine import number_format, slow_format
+from bridgeblip.training.settings import BUDGET_LIMIT, decoder_layers
 
-FORMATS = ("float32", "bfloat16", "float16")
 MEMORY_FACTOR = 1.2  # peak memory in multiples of the weights
 SHOWN = 5  # examples of one kind of fault
 
@@ -124,13 +123,11 @@ def _try_gpu() -> None:
     torch.ones(1, device="cuda").add_(1)
 
 
-def number_format(found: Findings, chosen: str) -> torch.dtype:
+def check_format(found: Findings, chosen: str) -> torch.dtype:
     """Return the dtype of the weights; ``chosen`` is its name and why it is that."""
-    name = chosen.split(":")[0]
-    if name not in FORMATS:
-        raise InputError(f"weights in {chosen}: expected one of {', '.join(FORMATS)}")
+    dtype = number_format(chosen.split(":")[0])
     found.add("ok", f"weights in {chosen}")
-    return getattr(torch, name)
+    return dtype
 
 
 def check_speed(found: Findings, device: str, dtype: torch.dtype, remedy: str) -> None:
@@ -237,7 +234,7 @@ def check_base(found: Findings, base, layers, revision):
 def sliced_config(folder: Path, layers: str | Sequence[int]):
     from transformers import InstructBlipConfig
 
-    from bridgeblip.bridge.config import slice_config
+    from bridgeblip.bridge.base import slice_config
 
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "instructblip":

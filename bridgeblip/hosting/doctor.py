@@ -4,8 +4,6 @@ written."""
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from bridgeblip import InputError
 from bridgeblip.bridge.settings import REAL_BASE, BridgeSettings
 from bridgeblip.bundle.format import find_bundle, read_header
@@ -18,16 +16,16 @@ from bridgeblip.hosting.checks import (
     check_base,
     check_budget,
     check_disk,
+    check_format,
     check_machine,
     check_memory,
     check_pictures,
     check_questions,
     check_speed,
-    number_format,
 )
 from bridgeblip.hosting.doctor_tune import check_tune, check_tuned
 from bridgeblip.hosting.runtime import installed
-from bridgeblip.machine import best_device, choose_precision
+from bridgeblip.machine import best_device, choose_precision, number_format
 from bridgeblip.messages import say
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.weights import choose_weights, load_weights, stale_bundle
@@ -139,7 +137,7 @@ def _check_train(found, csv, base, settings, bridge, revision, dtype, limit) -> 
         found.attempt(require_shared_memory, settings, row)
     parameters = check_budget(found, config, limit)
     chosen = str(choose_precision(best_device(), parameters))
-    dtype = found.attempt(number_format, found, f"{dtype}: as asked for" if dtype else chosen)
+    dtype = found.attempt(check_format, found, f"{dtype}: as asked for" if dtype else chosen)
     if not parameters or not dtype:
         return 0
     parts = held_memory(config, dtype, bridge)
@@ -177,7 +175,7 @@ def _check_export(found, weights, base, out, revision, dtype, limit) -> None:
             f"give the base that it was trained on",
         )
     trained = f"{named.get('dtype', 'float32')}: as trained"
-    dtype = found.attempt(number_format, found, f"{dtype}: as asked for" if dtype else trained)
+    dtype = found.attempt(check_format, found, f"{dtype}: as asked for" if dtype else trained)
     if not check_budget(found, config, limit) or not dtype:
         return
     device, size = export_device(dtype), held_memory(config, dtype)["total"]
@@ -200,11 +198,11 @@ def _check_predict(found, csv, bundle, sample, limit) -> None:
         return
     if stale := stale_bundle(bundle, header.manifest["trained"]):
         found.add("warning", f"{stale}: run torchscript.ipynb")
-    dtype = getattr(torch, header.manifest["dtype"])
+    dtype = number_format(header.manifest["dtype"])
     check_speed(found, best_device(), dtype, "export it as float32, for an older GPU as float16")
     check_memory(found, bundle.stat().st_size)
     bridge = header.manifest["kind"] == "instructblip"
     if bridge and installed("transformers") and installed("peft"):  # answering needs neither
-        from bridgeblip.bridge.config import BridgeBlipConfig
+        from bridgeblip.bridge.base import BridgeBlipConfig
 
         check_budget(found, BridgeBlipConfig.from_dict(header.manifest["config"]), limit)

@@ -6,8 +6,7 @@ from bridgeblip.data.texts import read_task
 from bridgeblip.hosting.checks import Findings, check_memory, check_pictures
 from bridgeblip.hosting.runtime import installed
 from bridgeblip.machine import best_device, choose_precision
-from bridgeblip.training.layers import BUDGET_LIMIT
-from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
 from bridgeblip.vlm.settings import TuneSettings, find_source
 
 LEARNING = 20
@@ -31,14 +30,16 @@ def check_tune(
         settings: of the training; None: the questions are only to be answered.
     """
     from bridgeblip.vlm.batches import Batches
-    from bridgeblip.vlm.families import load_config, load_processor
-    from bridgeblip.vlm.slicing import describe_budget, slice_config
+    from bridgeblip.vlm.families import empty_model, load_config, load_processor
+    from bridgeblip.vlm.slicing import describe_budget, slice_empty
 
-    config = whole = found.attempt(load_config, base, revision)
-    if config and tune.layers:
-        config, _ = found.attempt(slice_config, whole, tune.layers) or (None, [])
-    processor = config and found.attempt(load_processor, base, revision, tune.pixels or None)
-    batches = processor and found.attempt(Batches, processor, config, tune.system, tune.prompt)
+    config = found.attempt(load_config, base, revision)
+    model = whole = config and empty_model(config)
+    if model and tune.layers:
+        model, _ = found.attempt(slice_empty, whole, tune.layers) or (None, [])
+    processor = model and found.attempt(load_processor, base, revision, tune.pixels or None)
+    wording = tune.system, tune.prompt
+    batches = processor and found.attempt(Batches, processor, model.config, *wording)
     reading = (csv, images, tune.task or None, split, settings is not None, settings is not None)
     task, rows = found.attempt(read_task, *reading) or ("", [])
     if rows:
@@ -51,37 +52,33 @@ def check_tune(
         taken = f"a picture takes at most {batches.most} of them"
         found.add("ok", f"{base}: reads {batches.context:,} tokens, {taken}")
     if batches and rows:
-        texts = []
-        if task != "choice" and settings:
-            texts = [row.references[0] for row in rows]
-        found.attempt(batches.check, rows, csv, texts)
+        found.attempt(batches.check, rows, csv, settings is not None)
         unread = [row.id for row in rows if batches.unread(row)]
         if unread:
             what = f"{len(unread)} of {len(rows)} questions, such as {unread[0]}'s"
             found.add("warning", f"the vocabulary can't read all of {what}: take another base")
     if tune.method == "qlora" and not installed("bitsandbytes"):
         found.add("problem", "4 bits need bitsandbytes: pip install bitsandbytes")
-    if config:
-        fits, line = describe_budget(whole, config, limit or BUDGET_LIMIT)
+    if model:
+        fits, line = describe_budget(whole, model, limit or BUDGET_LIMIT)
         found.add("ok" if fits else "warning", line)
-        learning, held = held_memory(config, tune, settings is not None)
+        learning, held = held_memory(model, tune, settings is not None)
         if settings:
             what = f"{learning:,} numbers learn; {held / 1e9:.1f} GB are held while tuning"
             found.add("ok", what)
         check_memory(found, held)
 
 
-def held_memory(config, tune: TuneSettings, learns: bool = True) -> tuple[int, int]:
+def held_memory(model, tune: TuneSettings, learns: bool = True) -> tuple[int, int]:
     """How many numbers learn, and the bytes that tuning, or answering if nothing ``learns``, holds
-    all the time, from the shapes."""
-    from bridgeblip.vlm.families import decoder_linears, empty_model
+    all the time, from an empty model's shapes."""
+    from bridgeblip.vlm.families import decoder_linears
 
-    model = empty_model(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = model.num_parameters()
     size = choose_precision(best_device(), parameters).dtype.itemsize
     if tune.method == "full":
         return (parameters, LEARNING * parameters) if learns else (0, size * parameters)
-    rank = tune.on(config.get_text_config(decoder=True).hidden_size).rank
+    rank = tune.on(model.config.get_text_config(decoder=True).hidden_size).rank
     learning, held = 0, size * parameters
     for name in decoder_linears(model, tune.targets) if learns else ():
         linear = model.get_submodule(name)

@@ -11,18 +11,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
 from bridgeblip.evidence.figures import training_figure
-from bridgeblip.files import copy_verified
 from bridgeblip.machine import peak_memory
 from bridgeblip.messages import say
-from bridgeblip.training.state import copy_state, publish_state
-from bridgeblip.training.stopping import Stopper, copying_to
+from bridgeblip.training.state import Stopper, copy_state, copying_to, mirror, publish_state
 from bridgeblip.training.weights import (
+    BEST_FILE,
     best_epoch,
     save_best,
     save_weights,
@@ -77,13 +75,6 @@ class Averages(TrainerCallback):
         for name, parameter in self.live.items():
             parameter.data, self.mean[name] = self.mean[name], parameter.data
 
-    def save(self, folder: Path) -> None:
-        tensors = {name: tensor.cpu() for name, tensor in self.mean.items()}
-        save_file(tensors, folder / AVERAGES_FILE)
-
-    def load(self, folder: Path) -> None:
-        self.take(load_file(folder / AVERAGES_FILE))
-
     def take(self, tensors: dict[str, torch.Tensor]) -> None:
         """Have other tensors stand for the average, such as those of an earlier epoch."""
         for name, tensor in tensors.items():
@@ -123,10 +114,8 @@ class SelfCheck(TrainerCallback):
                 f"steps, the first is {next(iter(self.waiting))!r}: the loss does not depend on "
                 f"them"
             )
-        if not self.waiting:
-            self._check_frozen()
-
-    def _check_frozen(self):
+        if self.waiting:
+            return
         moved = [n for n, p in self.frozen.items() if not torch.equal(_checksum(p), self.sums[n])]
         if moved:
             raise TrainingError(
@@ -168,10 +157,8 @@ class WeightsKeeper(TrainerCallback):
             return
         accuracies, losses = validations(state.log_history)
         path = weights_path(self.folders[0], len(accuracies) - 1)
-        measured = {}
-        for name, value in metrics.items():
-            if name.startswith("eval_"):
-                measured[name.removeprefix("eval_")] = value
+        measured = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        measured.pop("epoch", None)
         device = next(model.parameters()).device
         inputs = {name: t.to(device) for name, t in self.probe.items() if name != "labels"}
         with torch.no_grad():
@@ -180,10 +167,7 @@ class WeightsKeeper(TrainerCallback):
         manifest = self.manifest | {"validation": measured, "probe": probe}
         save_weights(path, trained_tensors(model), manifest)
         save_best(self.folders[0], accuracies, losses)
-        for folder in self.folders[1:]:
-            with copying_to(folder):
-                copy_verified(path, folder / path.name)
-                save_best(folder, accuracies, losses)
+        mirror(self.folders, [path.name, BEST_FILE])
 
 
 class BestKeeper(TrainerCallback):
@@ -257,7 +241,8 @@ class StateKeeper(TrainerCallback):
             torch.distributed.barrier()  # every process has written its generators
         if state.is_world_process_zero:
             staged = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.averages.save(staged)
+            averages = {name: tensor.cpu() for name, tensor in self.averages.mean.items()}
+            save_file(averages, staged / AVERAGES_FILE)
             done = control.should_training_stop and not self.leaving
             published = publish_state(staged, self.folders[0], state.global_step, self.run, done)
             for folder in self.folders[1:]:
@@ -360,10 +345,3 @@ def in_notebook() -> bool:
     """Whether a Jupyter kernel runs this."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and hasattr(shell, "kernel")
-
-
-def tensorboard(folder: Path) -> TensorBoardCallback:
-    """What writes the log into ``folder``'s own for TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))

@@ -113,9 +113,12 @@ def _refuse_if_alive(folder: Path, path: Path) -> None:
         sign = _read(path)
         first = first or sign
         if sign and sign["host"] == _host():
-            if not _is_process(sign["pid"], sign["started"]):
-                return
-            break
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(sign["pid"])
+                same = abs(process.create_time() - sign["started"]) < 2  # its number may come again
+                if same and process.status() != "zombie":
+                    break
+            return
         if sign and sign["alive"] != first["alive"]:
             break
         try:
@@ -145,12 +148,3 @@ def _read(path: Path) -> dict[str, Any] | None:
         return {"pid": int(sign["pid"]), "host": str(sign["host"])} | numbers
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _is_process(pid: int, started: float) -> bool:
-    """Whether a process of this machine still runs; not another one that has its number."""
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 2 and process.status() != "zombie"
-    except psutil.NoSuchProcess:
-        return False

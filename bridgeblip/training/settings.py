@@ -1,7 +1,12 @@
-"""How long and how fast to train: the one home of these defaults and of what they mean."""
+"""How long and how fast to train, and which decoder layers stay: the one home of these defaults and
+of what they mean.
+
+Nothing heavy is imported, so that the command line is quick.
+"""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -44,11 +49,25 @@ class Settings:
         """The defaults, but for the values that are not None."""
         return cls(**{name: value for name, value in values.items() if value is not None})
 
+    @classmethod
+    def recorded(cls, values: dict[str, Any]) -> Self:
+        """The settings that a file records.
+
+        Raises:
+            InputError: if it is of a version that has others.
+        """
+        if others := sorted(values.keys() - {item.name for item in fields(cls)}):
+            raise InputError(
+                f"the file was written with the settings {', '.join(others)}, which this version "
+                f"lacks: take the version of bridgeblip that wrote it"
+            )
+        return cls(**values)
+
     def describe(self) -> str:
         """A line for each setting: its name, its value and what it means."""
         lines = []
         for item in fields(self):
-            lines.append(f"{item.name:20} {getattr(self, item.name)!s:12} {item.metadata['help']}")
+            lines.append(f"{item.name:22} {getattr(self, item.name)!s:12} {item.metadata['help']}")
         return "\n".join(lines)
 
 
@@ -142,24 +161,105 @@ class TrainSettings(Settings):
         """
         if few not in FEW_CHOICES:
             raise InputError(f"few is {few!r}: expected one of {', '.join(FEW_CHOICES)}")
-        profile = FEW if few == "yes" else {}
-        count = _count_pictures(questions) if few == "auto" else FEW_PICTURES
-        if count < FEW_PICTURES:
-            profile = FEW
-            from bridgeblip.machine import process_rank  # slow to import, and the parser waits
+        if few == "auto":
+            # Slow to import, and the parser waits.
+            from bridgeblip.data.questions import content_keys, read_questions
+            from bridgeblip.machine import process_rank
 
-            if process_rank()[0] == 0:
+            if isinstance(questions, str | Path):
+                with warnings.catch_warnings(action="ignore"):  # they come when training reads it
+                    questions = read_questions(questions, strict=False)
+            count = len(set(content_keys(questions)) - {None})
+            few = "yes" if count < FEW_PICTURES else "no"
+            if few == "yes" and process_rank()[0] == 0:
                 words = ", ".join(f"{name} {value}" for name, value in FEW.items())
                 print(say("few", count=count, words=words))
+        profile = FEW if few == "yes" else {}
         return cls.given(**profile | {k: v for k, v in changes.items() if v is not None})
 
 
-def _count_pictures(questions: str | Path | Sequence) -> int:
-    """How many distinct pictures there are; those that are missing don't count."""
-    from bridgeblip.data.pictures import picture_keys
-    from bridgeblip.data.questions import read_questions
+BUDGET_LIMIT = 3_000_000_000
+"""The usual rule: all parameters of all models loaded for inference, summed, stay under three
+billion."""
 
-    if isinstance(questions, str | Path):
-        questions = read_questions(questions, strict=False)
-    there = [question.image for question in questions if question.image is not None]
-    return len(set(picture_keys(there).values()))
+
+def evenly(depth: int, count: int) -> list[int]:
+    """So many of a decoder's layers, spread evenly, the first and the last among them."""
+    return [round(place * (depth - 1) / max(count - 1, 1)) for place in range(count)]
+
+
+def block(depth: int, count: int) -> list[int]:
+    """So many of a decoder's layers, one block left out before the last (Gromov et al. 2024)."""
+    return [*range(count - 1), depth - 1]
+
+
+LAYER_SELECTIONS: dict[str, Callable[[int], Sequence[int]]] = {
+    "every-third": lambda depth: range(0, depth, 3),
+    "every-second-8": lambda depth: range(0, depth // 3 * 2, 2),
+    "first-8": lambda depth: range(depth // 3),
+    "first-4-even": lambda depth: range(0, depth // 3, 2),
+    "every-third-with-last": lambda depth: [*range(0, depth - 3, 3), depth - 1],
+    "even-with-last": lambda depth: evenly(depth, depth // 3),
+}
+"""Ways to cut a decoder, by name; the numbers in the names are those of 24 layers."""
+
+COUNTED = {"even": evenly, "block": block}
+"""Ways that a count belongs to, such as block-18."""
+
+# The widths that the published settings belong to: rank 96 on the 2048-wide T5-XL.
+REFERENCE_RANK = 96
+REFERENCE_WIDTH = 2048
+
+
+def decoder_layers(selection: str | Sequence[int], depth: int = 24) -> list[int]:
+    """Return the layer indices of a selection's name in a decoder of ``depth``, of a text like
+    "0,3,6", or of a list.
+
+    Raises:
+        InputError: if the text is neither a known name nor a list of numbers, or the decoder has
+            fewer layers.
+    """
+    parts = selection
+    if isinstance(selection, str):
+        kind, _, count = selection.rpartition("-")
+        if selection in LAYER_SELECTIONS:
+            parts = LAYER_SELECTIONS[selection](depth)
+        elif kind in COUNTED and count.isdecimal():
+            if not 0 < int(count) <= depth:
+                raise InputError(f"layer selection {selection!r}: the decoder has {depth} layers")
+            parts = COUNTED[kind](depth, int(count))
+        else:
+            parts = selection.split(",")
+    try:
+        return [int(part) for part in parts]
+    except (TypeError, ValueError):
+        names = ", ".join(LAYER_SELECTIONS)
+        raise InputError(
+            f"layer selection {selection!r} is unknown: expected {names}, even-N, block-N, or "
+            f"indices like 0,3,6"
+        ) from None
+
+
+def check_decoder_layers(layers: Sequence[int], available: int) -> list[int]:
+    """Return ``layers`` as a list of plain indices, or refuse them with the reason.
+
+    Raises:
+        InputError: if the selection is empty, repeated, unsorted or outside ``range(available)``.
+    """
+    chosen = [int(i) for i in layers]
+    outside = [i for i in chosen if not 0 <= i < available]
+    if outside:
+        raise InputError(
+            f"decoder layers {outside} do not exist: the base has {available}, numbered 0 to "
+            f"{available - 1}"
+        )
+    if not chosen or chosen != sorted(set(chosen)):
+        raise InputError(
+            f"decoder layers {chosen}: expected at least one index, in rising order, none repeated"
+        )
+    return chosen
+
+
+def rank_for(rank: int, width: int) -> int:
+    """The share of a decoder's width that ``rank`` has of 2048, at least 1; 0 stays 0."""
+    return 0 if rank == 0 else max(1, round(rank * width / REFERENCE_WIDTH))

@@ -1,14 +1,32 @@
-"""The state that a killed run goes on from: ``state/step-N/``, whole or not there."""
+"""The state that a killed run goes on from, ``state/step-N/``, whole or not there; and how a run
+ends before its own end: asked to, by a signal, or by what breaks around it, always in one line that
+says how to go on."""
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from bridgeblip import InputError
-from bridgeblip.files import copy_verified, file_digest, numbered, replace_folder, write_text
+from bridgeblip.files import (
+    FULL,
+    copy_verified,
+    file_digest,
+    holds,
+    numbered,
+    replacing,
+    write_text,
+)
+from bridgeblip.machine import NonFiniteError, is_out_of_memory
 
 STATE_FOLDER = "state"
 STEP_FOLDER = "step-{}"  # in it
@@ -16,6 +34,9 @@ STEP_FOLDER = "step-{}"  # in it
 STATE_FILE = "state.json"
 
 GENERATIONS = 2  # resumable states that are kept: should the newest be torn, there is one before it
+
+WRITERS = ("PytorchStreamWriter", "inline_container", "iostream", os.strerror(errno.ENOSPC))
+"""Words of torch.save and of safetensors, which give no number, on a full disk."""
 
 
 def publish_state(
@@ -50,12 +71,9 @@ def copy_state(folder: Path, checkpoint_dir: str | Path) -> None:
     """Copy a published state to a second checkpoint folder; every file verified, the folder renamed
     whole."""
     target = Path(checkpoint_dir) / STATE_FOLDER / folder.name
-
-    def fill(partial: Path) -> None:
+    with replacing(target) as partial:
         for path in sorted(folder.iterdir()):
             copy_verified(path, partial / path.name)
-
-    replace_folder(target, fill)
     _drop_old_states(target.parent, int(folder.name.split("-")[1]))
 
 
@@ -78,10 +96,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         kinds = {"run": dict, "files": dict, "done": bool}
-        if all(isinstance(record[key], kind) for key, kind in kinds.items()):
+        if holds(record, kinds):
             return record
         reason = "other values than expected"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise ValueError(f"it is torn ({STATE_FILE}, {reason})")
 
@@ -104,7 +122,8 @@ def refuse_other_run(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any])
             if other and not record["done"]:
                 raise InputError(
                     f"{folder} belongs to another run (other {', '.join(other)}) that has not "
-                    f"ended. Set that back to go on with it; to start anew, delete the folder "
+                    f"ended. Set that back to go on with it, in the version of bridgeblip that "
+                    f"began it if this one lacks it; to start anew, delete the folder "
                     f"{STATE_FOLDER}, or take another checkpoint folder"
                 )
             break  # those before it are the same run's
@@ -156,6 +175,148 @@ def _fault_of_state(folder: Path, run: dict[str, Any]) -> str | None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys in which two runs differ."""
-    keys = (before.keys() | now.keys()) - {"versions"}
-    return sorted(key for key in keys if before.get(key) != now.get(key))
+    """The keys in which two runs differ, and of settings which."""
+    found = []
+    for key in sorted((before.keys() | now.keys()) - {"versions"}):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += [f"{key}: {name}" for name in _differences(one, other)]
+        elif one != other:
+            found.append(key)
+    return found
+
+
+class TrainingStopped(InputError):
+    """Training ended because it was asked to; its state is saved."""
+
+    exit_code = 130
+
+
+class Stopper:
+    """Hears the stop button, Ctrl-C and SIGTERM, so that training can end after the step at hand,
+    its state saved."""
+
+    listeners = 0
+    """How many listen in this process now."""
+
+    def __init__(self):
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals for the time of a block; the second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals reach the main thread only
+            return
+        kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore():
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+        def ask(number, frame):
+            self.asked = True
+            restore()
+            print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+        for number in kept:
+            signal.signal(number, ask)
+        Stopper.listeners += 1
+        try:
+            yield
+        finally:
+            Stopper.listeners -= 1
+            restore()
+
+
+def _leave_the_group() -> None:
+    """Take a loader's process out of the group: a signal to the whole group would end it at once,
+    and training with it, before anything is saved."""
+    if Stopper.listeners:
+        os.setpgrp()
+
+
+os.register_at_fork(after_in_child=_leave_the_group)
+
+
+@contextmanager
+def in_one_line(folder: Path) -> Iterator[None]:
+    """Say in one line what ends a run, and how to go on from what ``folder`` keeps of it.
+
+    Raises:
+        TrainingStopped: after a Ctrl-C that was not heard by a ``Stopper``.
+        InputError: of numbers that are not finite, a full disk, a file that can't be reached.
+    """
+    go_on = f"run the same again to go on from the last state in {folder / STATE_FOLDER}, if any"
+    usual, threading.excepthook = threading.excepthook, _warn_of_a_thread
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise TrainingStopped(f"stopped at once: {go_on}") from None
+    except NonFiniteError as error:
+        raise InputError(
+            f"{error} Now {go_on}; if it stops there again, delete that folder and start anew"
+        ) from error
+    except InputError as error:
+        if "Traceback" not in str(error):
+            raise
+        raise InputError(_words(error)) from error
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise InputError(
+                f"no memory for a training step ({_words(error)}): halve --batch-size and double "
+                f"--accumulation, the steps stay the same; delete {folder / STATE_FOLDER} first"
+            ) from error
+        full = getattr(error, "errno", None) in FULL or "disk full" in str(error)
+        full = full or any(word in str(error) for word in WRITERS)
+        if isinstance(error, RuntimeError) and not full:
+            raise  # no matter of files
+        remedy = "free some space" if full else "see that the file can be reached again"
+        raise InputError(f"training stopped, {_words(error)}: {remedy}, and {go_on}") from error
+    finally:
+        threading.excepthook = usual
+
+
+def _warn_of_a_thread(failed: threading.ExceptHookArgs) -> None:
+    """What else ends in a traceback: TensorBoard's writer on a full disk, say."""
+    what = f"{failed.exc_type.__name__}: {failed.exc_value}"
+    print(
+        f"warning: {failed.thread.name if failed.thread else 'a thread'}: {what}", file=sys.stderr
+    )
+
+
+def _words(error: Exception) -> str:
+    """An error's message in one line; of one in a loader's process without the traceback that it
+    brings along."""
+    text = str(error)
+    if "Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    if any(word in text for word in WRITERS[:3]):
+        text = f"{os.strerror(errno.ENOSPC)} ({text})"  # torch's own words name no cause
+    return " ".join(text.split())[:300]
+
+
+def mirror(places: Sequence[Path], names: Sequence[str]) -> None:
+    """Copy files of the first place to the others, verified; errors as ``copying_to``."""
+    for place in places[1:]:
+        with copying_to(place):
+            for name in names:
+                copy_verified(places[0] / name, place / name)
+
+
+@contextmanager
+def copying_to(place: Path) -> Iterator[None]:
+    """Name the place, and what to do, if a block can't copy to it.
+
+    Raises:
+        InputError: if the place is gone, such as a Drive that is no longer mounted, or full.
+    """
+    try:
+        if not place.is_dir():  # nor made anew: it would be another disk's
+            raise FileNotFoundError(errno.ENOENT, "it is gone")
+        yield
+    except OSError as error:
+        raise InputError(
+            f"the copy in {place} can't be written ({error}): mount it again, free some space "
+            f"there, or copy to nowhere; what lies here is whole, run the same again to go on"
+        ) from error

@@ -3,9 +3,10 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,21 +21,27 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bridgeblip import InputError
-from bridgeblip.data.orders import ask_in_orders
-from bridgeblip.data.questions import Question
+from bridgeblip.data.questions import Question, ask_in_orders
 from bridgeblip.evidence.answers import choose_permutation_margin
-from bridgeblip.evidence.metrics import clustered_mean
+from bridgeblip.evidence.metrics import clustered_mean, picture_groups
 from bridgeblip.files import read_json, write_text
 from bridgeblip.machine import NonFiniteError
 from bridgeblip.messages import say
-from bridgeblip.training.callbacks import Averages, StateKeeper, tensorboard
+from bridgeblip.training.callbacks import (
+    AVERAGES_FILE,
+    Averages,
+    Patience,
+    Progress,
+    SelfCheck,
+    StateKeeper,
+    in_notebook,
+)
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, read_state
-from bridgeblip.training.stopping import TrainingStopped
+from bridgeblip.training.state import STATE_FOLDER, TrainingStopped, read_state
 from bridgeblip.training.weights import load_trained, trainable, trained_tensors
 
 TRAINED_FILE = "trained.safetensors"
@@ -104,8 +111,15 @@ class AveragingTrainer(Trainer):
 
     def training_step(self, model, inputs, *args):
         self.inputs = inputs
-        with tensor_floats():
+        products = torch.backends.cuda.matmul  # of fp32 matrices, here the adapters': in TF32
+        before = getattr(products, "fp32_precision", None)  # torch before 2.9 stays in fp32
+        if before is not None:
+            products.fp32_precision = "tf32"
+        try:
             return super().training_step(model, inputs, *args)
+        finally:
+            if before is not None:
+                products.fp32_precision = before
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self.trained:
@@ -160,14 +174,34 @@ class AveragingTrainer(Trainer):
             print(say("orders_pay", margin=margin) if margin else say("orders_idle"))
         return margin
 
-    def go(self, resumed: Path | None, keeper: StateKeeper) -> None:
-        """Train, from a saved state if there is one.
+    def go(
+        self,
+        settings: TrainSettings,
+        places: list[Path],
+        run: dict[str, Any],
+        resumed: Path | None,
+        metric: str = "accuracy",
+    ) -> None:
+        """Train, from a saved state if there is one; its states go to ``places`` and belong to
+        ``run``. Letters are measured unless something else is.
+
+        Args:
+            metric: what is validated.
 
         Raises:
             TrainingStopped: if it ends because it was asked to; all is saved.
         """
+        if self.compute_metrics is None:
+            groups = picture_groups(self.eval_dataset)
+            self.compute_metrics = partial(measure_letters, self, places, groups)
+        keeper = StateKeeper(places, run, self.averages, settings.save_minutes)
+        live = in_notebook() and metric == "accuracy"
+        for callback in (SelfCheck(self.model), Progress(live), keeper):
+            self.add_callback(callback)
+        if settings.patience:
+            self.add_callback(Patience(settings.patience, metric))
         if resumed:
-            self.averages.load(resumed)
+            self.averages.take(load_file(resumed / AVERAGES_FILE))
         if self.args.should_save:  # in one process of several
             print(say("resume", state=resumed) if resumed else say("begin"))
             shutil.rmtree(self.args.output_dir, ignore_errors=True)  # what a killed save has left
@@ -177,7 +211,10 @@ class AveragingTrainer(Trainer):
             self.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             return
         if self.args.should_save:
-            self.add_callback(tensorboard(keeper.folders[0]))
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            writer = SummaryWriter(str(places[0] / "tensorboard"))
+            self.add_callback(TensorBoardCallback(writer))
         try:
             with keeper.stopper.listening():
                 self.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -187,7 +224,7 @@ class AveragingTrainer(Trainer):
         if keeper.leaving:
             raise TrainingStopped(
                 f"stopped on request after step {self.state.global_step} of "
-                f"{self.state.max_steps}; all is saved in {keeper.folders[0] / STATE_FOLDER}: run "
+                f"{self.state.max_steps}; all is saved in {places[0] / STATE_FOLDER}: run "
                 f"the same again to go on"
             )
 
@@ -198,20 +235,6 @@ class AveragingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_trained(self.model, load_file(Path(resume_from_checkpoint) / TRAINED_FILE))
-
-
-@contextmanager
-def tensor_floats() -> Iterator[None]:
-    """Let a GPU multiply fp32 matrices, here the adapters', in TF32 for the time of a block."""
-    products = torch.backends.cuda.matmul
-    if not hasattr(products, "fp32_precision"):  # torch before 2.9: it stays in fp32
-        yield
-        return
-    before, products.fp32_precision = products.fp32_precision, "tf32"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
 
 
 def require_service(name: str) -> None:
@@ -279,8 +302,7 @@ def training_arguments(
 def optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over the trainable tensors."""
     trained = list(trainable(model).values())
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    return torch.optim.AdamW(trained, **rates)
+    return torch.optim.AdamW(trained, settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def keep_before(trainer: Trainer, places: Sequence[Path], answers: list) -> None:
@@ -294,7 +316,7 @@ def read_before(places: Sequence[Path], rows: int) -> list | None:
     """Return what ``keep_before`` has kept; None if it is gone."""
     for place in places:
         path = place / BEFORE_FILE
-        if path.is_file() and len(kept := read_json(path)) == rows:
+        if path.is_file() and len(kept := read_json(path, list)) == rows:
             return kept
     return None
 

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from bridgeblip import InputError
-from bridgeblip.files import file_digest, write_bytes, write_text
+from bridgeblip.files import file_digest, holds, write_bytes, write_text
 from bridgeblip.messages import say
 
 WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
-NAMED = {"base", "revision", "layers", "bridge", "dtype"}  # that a weights file needs to say
+NAMED = {"base": str, "revision": str | None, "layers": list, "bridge": dict, "dtype": str}
+"""What a weights file needs to say."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ def load_weights(path: str | Path) -> Weights:
             f"{path} can't be read ({type(error).__name__}: {str(error)[:200]}): copy it again"
         ) from error
     kinds = {"format": int, "tensors": dict, "manifest": dict}
-    held = content if isinstance(content, dict) else {}
-    whole = all(isinstance(held.get(key), kind) for key, kind in kinds.items())
-    if not whole or not content["manifest"].keys() >= NAMED:
+    if not holds(content, kinds) or not holds(content["manifest"], NAMED):
         raise InputError(
             f"{path} lacks its format, its tensors or its {', '.join(sorted(NAMED))}: expected "
             f"what train.ipynb writes"
@@ -142,6 +141,11 @@ def permutation_margin(weights: str | Path) -> float | None:
     return best.get("permute_below") if best.get("best") == Path(weights).name else None
 
 
+def weights_in(folder: str | Path) -> list[Path]:
+    """The weights files of a checkpoint folder."""
+    return sorted(Path(folder).glob("weights-*.pt"))
+
+
 def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
     """Return the weights to use, and why: the best by validation accuracy, or the only file.
 
@@ -150,7 +154,7 @@ def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
             there.
     """
     folder = Path(checkpoint_dir)
-    found = sorted(folder.glob("weights-*.pt"))
+    found = weights_in(folder)
     best = read_best(folder)
     if best and found:
         path = folder / best["best"]

@@ -1,10 +1,8 @@
 """Answer questions with a run of ``tune``, a model folder or a hub id: letters, or texts."""
 
-import hashlib
-import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +18,21 @@ from bridgeblip import InputError
 from bridgeblip.bundle.predict import (
     as_answers,
     batches_of,
+    check_asking,
     in_halves,
     in_windows,
-    or_blank,
     probabilities_of,
     weigh,
 )
 from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import Answers
+from bridgeblip.files import digest_of
 from bridgeblip.machine import choose_precision
 from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT, Batches, letter_logits, to_model
 from bridgeblip.vlm.families import (
     LOADING,
-    count_parameters,
+    empty_model,
     in_short,
     load_config,
     load_model,
@@ -41,7 +40,7 @@ from bridgeblip.vlm.families import (
 )
 from bridgeblip.vlm.processing import BLANK
 from bridgeblip.vlm.settings import find_source
-from bridgeblip.vlm.slicing import source_of
+from bridgeblip.vlm.slicing import source_of, stamps
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,10 @@ class Tuned:
 
     model: PreTrainedModel
     batches: Batches
+    # What ``run.json`` says; empty for a model as published.
     run: dict[str, Any] = field(default_factory=dict)
-    """What ``run.json`` says; empty for a model as published."""
+    # Tells one model from another.
     fingerprint: str = ""
-    """Tells one model from another."""
 
 
 def load_tuned(
@@ -73,15 +72,16 @@ def load_tuned(
     """
     source, revision, run, adapter = find_tuned(model)
     batches = load_batches(source, revision, run)
-    config = batches.config
     if dtype is None:
-        dtype = choose_precision(device, count_parameters(config)).dtype
+        dtype = choose_precision(device, empty_model(batches.config).num_parameters()).dtype
     if bits is None:
         bits = adapter is not None and run.get("method") == "qlora"
     loaded = load_model(source, revision, dtype, device, bits)
     if adapter is not None:
         loaded = load_adapter(loaded, adapter)
-    return Tuned(loaded, batches, run, _fingerprint(model, run, config))
+    # The content is told by the sizes and times of its files, or the hub's commit.
+    content = stamps(Path(model), "*.safetensors"), getattr(batches.config, "_commit_hash", None)
+    return Tuned(loaded, batches, run, digest_of([str(model), run, content]))
 
 
 def find_tuned(model: str | Path) -> tuple[str | Path, str | None, dict[str, Any], Path | None]:
@@ -92,9 +92,7 @@ def find_tuned(model: str | Path) -> tuple[str | Path, str | None, dict[str, Any
         InputError: as ``read_run`` does.
     """
     run, source, adapter = find_source(model)
-    revision = None
-    if adapter:
-        source, revision = source_of(run)
+    source, revision = source_of(run) if adapter else (source, None)
     return source, revision, run, adapter
 
 
@@ -132,16 +130,6 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     return adapted
 
 
-def _fingerprint(model: str | Path, run: dict, config) -> str:
-    """Tell the content of one model from another's, by the sizes and times of its files."""
-    files = []
-    for path in sorted(Path(model).rglob("*.safetensors")):
-        files.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
-    commit = getattr(config, "_commit_hash", None)
-    said = json.dumps([str(model), run, files, commit], default=str)
-    return hashlib.sha256(said.encode()).hexdigest()
-
-
 def predict(
     tuned: Tuned,
     questions: Sequence[Question],
@@ -159,22 +147,39 @@ def predict(
     Raises:
         InputError: as that function does; or if letters share a token.
     """
+    check_asking(batch_size, permute_below)
     width = max(len(question.choices) for question in questions)
     letter_ids = tuned.batches.letter_ids(width)
     if permute_below is None:
         permute_below = tuned.run.get("permute_below") or 0
     answer = partial(_answer_window, tuned, letter_ids, batch_size, permute_below)
-    settings = [tuned.fingerprint, batch_size, permute_below, width]
-    made = _in_windows(questions, blank_images, answer, settings, batch_size, out)
+    settings = [permute_below, width]
+    made = _made(tuned, questions, answer, 1, settings, batch_size, blank_images, out)
+    for row, question in enumerate(questions):
+        if made[row][0] is None:
+            evenly = np.array(question.choice_mask) / sum(question.choice_mask)
+            made[row] = np.pad(evenly, (0, width - len(evenly))), *made[row][1:]
     return as_answers(questions, made, width)
 
 
-def _in_windows(questions, blank_images, answer, settings, batch_size, out) -> list:
-    if batch_size < 1:
-        raise InputError(f"batch size is {batch_size}: expected at least 1")
-    if blank_images:
-        questions = [replace(question, image=None) for question in questions]
-    return in_windows(questions, partial(or_blank, open_picture, BLANK), answer, settings, out)
+def _made(
+    tuned: Tuned,
+    questions: Sequence[Question],
+    answer: Callable[..., list],
+    room: int,
+    settings: list,
+    batch_size: int,
+    blank_images: bool,
+    out: str | Path | None,
+) -> list[tuple]:
+    """What ``answer`` makes of each question with its picture, flags and problem; None, and the
+    problem, of one that leaves no ``room`` for its answer in the context."""
+    problems = [tuned.batches.problem(question, room) for question in questions]
+    fit = [question for question, problem in zip(questions, problems, strict=True) if not problem]
+    settings = [tuned.fingerprint, batch_size, *settings]
+    found = in_windows(fit, open_picture, BLANK, answer, settings, blank_images, out)
+    made = iter(found)
+    return [(None, [], problem) if problem else next(made) for problem in problems]
 
 
 def _laid_out(groups, pictures) -> tuple[list[Question], list[Image.Image], list[str]]:
@@ -194,30 +199,23 @@ def _answer_window(
     """Answer questions grouped by picture: probabilities, flags and problem of each, in order."""
     batches = tuned.batches
     asked, seen, faults = _laid_out(groups, pictures)
-    problems = [batches.problem(question) for question in asked]
 
     def score(
         rows: Sequence[int], shown: Sequence[Question], bar: tqdm | None = None
     ) -> np.ndarray:
         def run(places: Sequence[int]) -> torch.Tensor:
-            logits = torch.zeros(len(places), len(letter_ids))
-            fit = [n for n, place in enumerate(places) if not problems[rows[place]]]
-            if fit:
-                texts = [shown[places[n]] for n in fit]
-                batch = batches.ask(texts, [seen[rows[places[n]]] for n in fit])
-                made = letter_logits(tuned.model, to_model(tuned.model, batch), letter_ids)
-                logits[fit] = made.cpu()
-            return logits
+            asking = [shown[place] for place in places]
+            batch = batches.ask(asking, [seen[rows[place]] for place in places])
+            return letter_logits(tuned.model, to_model(tuned.model, batch), letter_ids).cpu()
 
         masks = []
         for question in shown:
-            mask = question.choice_mask
-            masks.append(mask + [False] * (len(letter_ids) - len(mask)))
+            masks.append(question.choice_mask + [False] * (len(letter_ids) - len(question.choices)))
         lengths = [batches.length_bound(question) for question in shown]
         return probabilities_of(shown, lengths, masks, run, batch_size, bar)
 
     def note(row: int) -> tuple[set[str], str]:
-        return {"unread"} if batches.unread(asked[row]) else set(), problems[row]
+        return {"unread"} if batches.unread(asked[row]) else set(), ""
 
     return weigh(asked, faults, score, permute_below, note, bar)
 
@@ -228,7 +226,6 @@ def answer_texts(
     batch_size: int = 8,
     beams: int | None = None,
     most: int = LONGEST_TEXT,
-    blank_images: bool = False,
     out: str | Path | None = None,
 ) -> tuple[list[str], Answers]:
     """Return what a model writes to each question, and its flags and problems; resumed as
@@ -239,18 +236,13 @@ def answer_texts(
             for a caption.
         most: tokens of a text.
     """
+    check_asking(batch_size)
     if beams is None:
         beams = BEAMS["answer" if any(question.question for question in questions) else "caption"]
     write = partial(_write_window, tuned, batch_size, beams, most)
-    settings = [tuned.fingerprint, batch_size, beams, most]
-    made = _in_windows(questions, blank_images, write, settings, batch_size, out)
-    texts = [text for text, *_ in made]
+    made = _made(tuned, questions, write, most, [beams, most], batch_size, False, out)
+    texts = [text or "" for text, *_ in made]
     return texts, as_answers(questions, [([], *noted) for _, *noted in made], 0)
-
-
-def write_texts(tuned: Tuned, questions: Sequence[Question], **how) -> list[str]:
-    """Return the texts of ``answer_texts`` alone."""
-    return answer_texts(tuned, questions, **how)[0]
 
 
 @torch.inference_mode()
@@ -260,24 +252,17 @@ def _write_window(
     """Write to questions grouped by picture: text, flags and problem of each, in order."""
     batches = tuned.batches
     asked, seen, faults = _laid_out(groups, pictures)
-    texts, problems, fit = [""] * len(asked), [], []
-    for row, (question, fault) in enumerate(zip(asked, faults, strict=True)):
-        lost = f"picture {question.image} can't be read ({fault})" if fault else ""
-        too_long = batches.problem(question, most)
-        problems.append("; ".join(filter(None, [lost, too_long])))
-        if not too_long:
-            fit.append(row)
+    made = [()] * len(asked)
 
     def write(rows: Sequence[int]) -> list[str]:
-        batch = batches.ask([asked[fit[n]] for n in rows], [seen[fit[n]] for n in rows])
+        batch = batches.ask([asked[row] for row in rows], [seen[row] for row in rows])
         return batches.write(tuned.model, to_model(tuned.model, batch), beams, most)
 
-    lengths = [batches.length_bound(asked[row]) for row in fit]
+    lengths = [batches.length_bound(question) for question in asked]
     for rows in batches_of(lengths, batch_size):
-        for n, text in zip(
-            rows, in_halves(write, rows, lambda made: [*made[0], *made[1]]), strict=True
-        ):
-            texts[fit[n]] = text
+        texts = in_halves(write, rows, lambda halves: [*halves[0], *halves[1]])
+        for row, text in zip(rows, texts, strict=True):
+            lost = f"picture {asked[row].image} can't be read ({faults[row]})"
+            made[row] = text, ["blank"] * (seen[row] is BLANK), lost if faults[row] else ""
     bar.update(len(asked))
-    flags = [["blank"] * (picture is BLANK) for picture in seen]
-    return list(zip(texts, flags, problems, strict=True))
+    return made

@@ -21,12 +21,15 @@ CAPTION_PROMPT = "Describe the picture in one sentence."
 MARK = "\ue000"  # stands for the answer in a template: private use, and no space to be stripped
 BEAMS = {"caption": 3, "answer": 1}
 LONGEST_TEXT = 64  # tokens of a caption or an answer; a longer one is cut off there
+# Families whose positions count from the first column, padding or not.
 PADS_RIGHT = ("blip",)
-"""Families whose positions count from the first column, padding or not."""
+# Sizes of pictures, some of which take as many tokens as any: small ones are rounded up.
 SHAPES = ((2048, 2048), (2048, 1536), (2048, 1365), (60, 60), (60, 34), (60, 20))
-"""Sizes of pictures, some of which take as many tokens as any: small ones are rounded up."""
-BEHIND = {"input_ids": None, "attention_mask": 1, "token_type_ids": 1, "mm_token_type_ids": 0}
-"""What a model reads of each token, and the value of an answer's; None: the token itself."""
+# By the mask of its padding: what a model reads of a text's tokens.
+TEXTS = {
+    "attention_mask": ("input_ids", "token_type_ids", "mm_token_type_ids", "labels"),
+    "qformer_attention_mask": ("qformer_input_ids",),
+}
 
 
 class Batches:
@@ -58,9 +61,9 @@ class Batches:
         self.padding_side = "right" if self.kind in PADS_RIGHT else "left"
         self.context = model_config.get_text_config(decoder=True).max_position_embeddings
         self.end = tokenizer.sep_token if self.kind == "blip" else tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = self.end
         self.pad_id = tokenizer.pad_token_id
-        if self.pad_id is None:
-            self.pad_id = tokenizer.convert_tokens_to_ids(self.end)
         added = tokenizer.added_tokens_decoder.values()
         self.special = [token.content for token in added if token.special]
         self.image_id = getattr(model_config, "image_token_id", None)
@@ -69,9 +72,10 @@ class Batches:
         self.between = {"paligemma": "", "blip": ""}.get(self.kind, " ")
         if not self.bare:
             self._read_template()
+        self.most = 0  # tokens of a picture, and a few of texts
         few = Question("", None, "?", ())
         lengths = [self._length(few, Image.new("RGB", size)) for size in SHAPES]
-        self.most = max(lengths) - self._text_length(few)  # a picture's tokens, and a few of texts
+        self.most = max(lengths) - self.length_bound(few)
 
     def _read_template(self) -> None:
         """Find what the template writes between prompt and answer, and behind the answer."""
@@ -86,9 +90,7 @@ class Batches:
         begin = self.tokenizer.bos_token
         self.begins = begin is not None and head.startswith(begin)
         self.between, after = whole[len(head) :].split(MARK)
-        if (
-            take_apart(self.special, after) != after
-        ):  # else the template leaves it to the model to end
+        if take_apart(self.special, after) != after:  # else it leaves it to the model to end
             self.end = after.rstrip()
 
     def _apply(self, turns: list[dict], **how) -> str:
@@ -108,16 +110,13 @@ class Batches:
 
     def render(self, question: Question) -> str:
         """Return the whole prompt, up to where the answer begins."""
-        earlier = [(self._plain(asked), self._plain(said)) for asked, said in question.history]
+        said = [self._plain(text) for turn in question.history for text in turn]
+        said.append(self.text(question))
         if self.bare:
-            text = "\n".join([*(line for pair in earlier for line in pair), self.text(question)])
-            return f"<image>{text}" if self.kind == "paligemma" else text
+            return "<image>" * (self.kind == "paligemma") + "\n".join(said)
         turns = [_turn("system", self.system)] if self.system else []
-        asked = [*(asked for asked, _ in earlier), self.text(question)]
-        for place, text in enumerate(asked):
-            turns.append(_turn("user", text, picture=place == 0))
-            if place < len(earlier):
-                turns.append(_turn("assistant", earlier[place][1]))
+        for place, text in enumerate(said):
+            turns.append(_turn(("user", "assistant")[place % 2], text, picture=place == 0))
         return self._apply(turns, add_generation_prompt=True)
 
     def answer_ids(self, prompt: str, text: str) -> list[int]:
@@ -155,7 +154,9 @@ class Batches:
         Raises:
             InputError: if a row is longer than the model's context, or without its picture.
         """
-        return self._batch(questions, pictures, [[]] * len(questions), self.padding_side)
+        batch = _aligned(self._process(questions, pictures), self.padding_side)
+        self._check_rows(questions, batch, 1)
+        return batch
 
     def teach(
         self,
@@ -169,15 +170,20 @@ class Batches:
         Raises:
             InputError: as ``ask`` does.
         """
+        batch = self._process(questions, pictures)
+        batch["labels"] = torch.full_like(batch["input_ids"], -100)
         answers = []
         for question, text in zip(questions, texts, strict=True):
-            answers.append(self.answer_ids(self.render(question), text))
-        batch = self._batch(questions, pictures, answers, "right")
-        rows = []
-        for mask, answer in zip(batch["attention_mask"], answers, strict=True):
-            prompt = torch.full([int(mask.sum()) - len(answer)], -100)
-            rows.append(torch.cat([prompt, torch.tensor(answer)]))
-        return batch | {"labels": pad_sequence(rows, True, -100)}
+            answers.append(torch.tensor(self.answer_ids(self.render(question), text)))
+        answers = pad_sequence(answers, batch_first=True, padding_value=-100)
+        given = (answers != -100).long()
+        behind = {"input_ids": answers.clamp(min=0), "attention_mask": given, "labels": answers}
+        behind |= {"token_type_ids": given, "mm_token_type_ids": torch.zeros_like(given)}
+        for name in batch.keys() & behind.keys():
+            batch[name] = torch.cat([batch[name], behind[name]], dim=1)
+        batch = _aligned(batch, "right")
+        self._check_rows(questions, batch, 0)
+        return batch
 
     def _process(self, questions, pictures) -> dict[str, torch.Tensor]:
         """The processor's own batch."""
@@ -194,37 +200,18 @@ class Batches:
             batch["input_ids"][:, 0] = self.config.text_config.bos_token_id
         return {name: batch[name] for name in batch if name != "labels"}  # PaliGemma's own
 
-    def _batch(self, questions, pictures, answers, side: str) -> dict[str, torch.Tensor]:
-        """Pad as the family needs it, the Q-Former's texts on the right, answers behind prompts."""
-        raw = self._process(questions, pictures)
-        batch, prompts = dict(raw), []
-        for name, tensor in raw.items():
-            if name.startswith("qformer_"):
-                rows = _kept(tensor, raw["qformer_attention_mask"])
-                batch[name] = pad_sequence(rows, batch_first=True)
-            if name in BEHIND:
-                rows = _kept(tensor, raw["attention_mask"])
-                if name == "input_ids":
-                    prompts = rows
-                rows = [
-                    torch.cat([row, _behind(answer, BEHIND[name])])
-                    for row, answer in zip(rows, answers, strict=True)
-                ]
-                value = self.pad_id if name == "input_ids" else 0
-                batch[name] = pad_sequence(rows, True, value, side)
-        for question, row, answer in zip(questions, prompts, answers, strict=True):
-            self._check_row(question, row, len(answer) or 1)
-        return batch
-
-    def _check_row(self, question: Question, ids: torch.Tensor, room: int) -> None:
-        seen = int((ids == self.image_id).sum()) if self.image_id is not None else 1
-        if not 0 < seen <= self.most + 1:  # its placeholder is counted with the text
-            raise InputError(
-                f"{question.id}: its picture takes {seen} tokens, expected 1 to {self.most + 1}: "
-                f"take another version of Transformers"
-            )
-        if len(ids) + room > self.context:
-            raise InputError(f"{question.id}: {self._too_long(len(ids) + room)}")
+    def _check_rows(self, questions, batch: dict[str, torch.Tensor], room: int) -> None:
+        """Refuse rows without their picture, and those that leave no room in the context."""
+        rows = zip(questions, batch["input_ids"], batch["attention_mask"].sum(1), strict=True)
+        for question, ids, length in rows:
+            seen = 1 if self.image_id is None else int((ids == self.image_id).sum())
+            if not 0 < seen <= self.most + 1:  # its placeholder is counted with the text
+                raise InputError(
+                    f"{question.id}: its picture takes {seen} tokens, expected 1 to "
+                    f"{self.most + 1}: take another version of Transformers"
+                )
+            if length + room > self.context:
+                raise InputError(f"{question.id}: {self._too_long(int(length) + room)}")
 
     def _too_long(self, length: int) -> str:
         return (
@@ -235,12 +222,10 @@ class Batches:
     def _length(self, question: Question, picture: Image.Image) -> int:
         return int(self._process([question], [picture])["attention_mask"].sum())
 
-    def _text_length(self, question: Question) -> int:
-        return len(self.tokenizer(self.render(question), add_special_tokens=False).input_ids)
-
     def length_bound(self, question: Question) -> int:
         """At most so many tokens does a prompt have, whatever its picture."""
-        return self._text_length(question) + self.most
+        text = self.tokenizer(self.render(question), add_special_tokens=False)
+        return len(text.input_ids) + self.most
 
     def problem(self, question: Question, room: int = 1) -> str:
         """Say why a row can't be asked: with ``room`` tokens for its answer it is longer than the
@@ -251,15 +236,13 @@ class Batches:
         return self._too_long(length) if length > self.context else ""
 
     def check(
-        self,
-        questions: Sequence[Question],
-        csv: str | Path = "questions",
-        texts: Sequence[str] = (),
+        self, questions: Sequence[Question], csv: str | Path = "questions", learns: bool = False
     ) -> None:
         """Refuse rows that don't fit, and letters that can't be told apart; nothing is truncated.
 
         Args:
-            texts: what is to be taught; none: the questions are asked.
+            learns: whether the first text that counts as right is to be taught where there are no
+                choices; else the questions are asked.
 
         Raises:
             InputError: naming the first row.
@@ -267,13 +250,11 @@ class Batches:
         most = max(len(question.choices) for question in questions)
         if most:
             self.letter_ids(most)
-        for place, question in enumerate(questions):
-            room, fault = 1, ""
-            if texts:
-                room = len(self.answer_ids(self.render(question), texts[place]))
-                fault = "" if texts[place].strip() else "its answer is empty"
-            fault = fault or self.problem(question, room)
-            if fault:
+        for question in questions:
+            room = 1
+            if learns and not question.choices:
+                room = len(self.answer_ids(self.render(question), question.references[0]))
+            if fault := self.problem(question, room):
                 raise InputError(f"{csv}, line {question.line} (ID {question.id}): {fault}")
 
     def unread(self, question: Question) -> bool:
@@ -288,20 +269,18 @@ class Batches:
     ) -> list[str]:
         """Return what a model writes behind the prompts of ``ask``: by so many beams, without
         chance, at most so many tokens."""
-        if self.padding_side == "left":
-            made = self._generate(model, batch, beams, most)
-        else:  # behind padding nothing can be written: rows of one length at a time
-            lengths, made = batch["attention_mask"].sum(1), [None] * len(batch["input_ids"])
+        lengths = batch["attention_mask"].sum(1)
+        # Behind padding nothing can be written: rows of one length at a time.
+        if self.padding_side == "right" and len(lengths.unique()) > 1:
+            texts = [""] * len(lengths)
             for length in lengths.unique():
                 rows = (lengths == length).nonzero().flatten()
-                part = {name: tensor[rows] for name, tensor in batch.items()}
-                for name in ("input_ids", "attention_mask"):
-                    part[name] = part[name][:, :length]
-                for row, ids in zip(rows, self._generate(model, part, beams, most), strict=True):
-                    made[row] = ids
-        return [
-            text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        ]
+                part = _aligned({name: batch[name][rows] for name in batch}, "right")
+                for row, text in zip(rows, self.write(model, part, beams, most), strict=True):
+                    texts[row] = text
+            return texts
+        made = self._generate(model, batch, beams, most)
+        return list(map(str.strip, self.tokenizer.batch_decode(made, skip_special_tokens=True)))
 
     def _generate(
         self, model: PreTrainedModel, batch: dict, beams: int, most: int, **more
@@ -352,12 +331,16 @@ def _turn(role: str, text: str, picture: bool = False) -> dict:
     }
 
 
-def _kept(tensor: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """The rows of a batch without their padding."""
-    return [row[kept.bool()] for row, kept in zip(tensor, mask, strict=True)]
-
-
-def _behind(answer: Sequence[int], value: int | None) -> torch.Tensor:
-    """What stands for an answer's tokens: themselves, or one value for each."""
-    ids = torch.tensor(answer, dtype=torch.long)
-    return ids if value is None else torch.full_like(ids, value)
+def _aligned(batch: dict[str, torch.Tensor], side: str) -> dict[str, torch.Tensor]:
+    """Return a batch whose texts have no more padding than they need, on one side; what a Q-Former
+    reads has it on the right."""
+    batch = dict(batch)
+    for mask, names in TEXTS.items():
+        if mask in batch:
+            right = side == "right" or mask != "attention_mask"
+            order = batch[mask].argsort(dim=1, descending=right, stable=True)
+            longest = int(batch[mask].sum(1).max())
+            order = order[:, :longest] if right else order[:, -longest:]
+            for name in batch.keys() & {mask, *names}:
+                batch[name] = batch[name].gather(1, order)
+    return batch

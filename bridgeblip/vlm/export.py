@@ -16,9 +16,16 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from bridgeblip import InputError
-from bridgeblip.bundle.export import export_device, write_bundle
-from bridgeblip.bundle.gate import ParityGate
+from bridgeblip.bundle.export import (
+    MERGING_SHARE,
+    TRAINED_SHARE,
+    ParityGate,
+    export_device,
+    write_bundle,
+)
 from bridgeblip.data.questions import NUM_CHOICES, Question
+from bridgeblip.files import require_place
+from bridgeblip.machine import number_format
 from bridgeblip.vlm.answer import find_tuned, load_batches, load_tuned
 from bridgeblip.vlm.batches import LETTER_PROMPT, MARK, Batches
 from bridgeblip.vlm.families import empty_model, image_kwargs
@@ -38,11 +45,11 @@ def llava_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor
     return model.multi_modal_projector(torch.cat(chosen, dim=-1))
 
 
+# By family: what the language model reads of pictures, (B, tokens, width).
 FEATURES = {
     "llava": llava_features,
     "internvl": lambda model, pixels: model.get_image_features(pixels).pooler_output,
 }
-"""By family: what the language model reads of pictures, (B, tokens, width)."""
 
 
 class TraceableChat(nn.Module):
@@ -118,23 +125,25 @@ def export_chat(
         ParityError: if the logits part; nothing is written then.
     """
     out, (source, revision, run, _) = Path(out), find_tuned(model)
+    require_place(out)
     batches = load_batches(source, revision, run)
     processor = make_processor(batches, run, model)
     batch = _compared_batch(processor, batches, model)
     config = batches.config
     stored = run.get("dtype") or str(config.dtype or torch.float32).removeprefix("torch.")
-    kind = getattr(torch, dtype or stored)
+    kind = number_format(dtype or stored)
     loaded = load_tuned(model, export_device(kind), torch.float32, bits=False).model
     gate = ParityGate(batch, AsTransformers(loaded, processor.letter_ids), torch.float32)
     merged = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
     wrapper = TraceableChat(merged, processor.letter_ids).eval()
     empty = TraceableChat(empty_model(config), processor.letter_ids)
     drop_dead_work(wrapper, empty, batch["pixel_values"])
-    gate.compare_merged(wrapper)
+    gate.step("merged", wrapper, MERGING_SHARE)
     if kind != torch.float32:
         for parameter in wrapper.parameters():  # buffers, such as angles, stay as they are
             parameter.data = parameter.data.to(kind)
-        gate.compare_cast(wrapper, kind)
+        gate.dtype = kind
+        gate.step(str(kind).removeprefix("torch."), wrapper, TRAINED_SHARE)
     gate.check(out)
     trained = {"base": str(source), "permute_below": None} | run
     trained["layers"] = run.get("layers") or "all"

@@ -21,12 +21,12 @@ from transformers import (
 
 from bridgeblip import InputError
 
+# What the auto classes raise for whatever they can't load.
 LOADING = (OSError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError)
-"""What the auto classes raise for whatever they can't load."""
+# Families that read the bare question; every other one needs a chat template.
 BARE = ("blip", "blip-2", "instructblip", "paligemma")
-"""Families that read the bare question; every other one needs a chat template."""
+# The embedded chat model, that the name "tiny-chat" stands for.
 TINY_CHAT = Path(__file__).parent.parent / "embedded" / "tiny_chat"
-"""The embedded chat model; the name "tiny-chat" stands for it."""
 
 
 def place_of(base: str | Path) -> str | Path:
@@ -45,7 +45,10 @@ def load_config(base: str | Path, revision: str | None = None) -> PretrainedConf
         config = AutoConfig.from_pretrained(place_of(base), revision=revision)
         known = type(config) in AutoModelForImageTextToText._model_mapping
     except LOADING as error:
-        raise InputError(f"no model can be loaded from {base} ({in_short(error)})") from error
+        raise InputError(
+            f"no model can be loaded from {base} ({in_short(error)}): give a run of tune, a model "
+            f"folder or a hub id; of train's, the torchscript.pt that export writes"
+        ) from error
     if not known:
         raise InputError(
             f"{base} is a {config.model_type!r} model, no image-text-to-text model of "
@@ -133,11 +136,6 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return a model without weights, to be counted and looked at."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
-
-
-def count_parameters(config: PretrainedConfig) -> int:
-    """How many numbers a model has, each counted once."""
-    return sum(parameter.numel() for parameter in empty_model(config).parameters())
 
 
 def load_model(

@@ -12,11 +12,11 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
-from bridgeblip.files import replace_folder, require_writable
-from bridgeblip.machine import best_device
+from bridgeblip.files import replacing, require_writable
+from bridgeblip.machine import best_device, number_format
 from bridgeblip.vlm.answer import load_tuned
 from bridgeblip.vlm.batches import to_model
-from bridgeblip.vlm.settings import MODEL_FOLDER, RUN_FILE, read_run
+from bridgeblip.vlm.settings import FOLDERS, RUN_FILE, read_run
 
 MERGED_FOLDER = "merged"
 PROBE = {
@@ -25,8 +25,8 @@ PROBE = {
     (200, 30): "이것은 무엇입니까?",
     (300, 400): "A",
 }
+# Most that a merged logit may be off in fp32, of the standard deviation of all logits.
 TOLERANCE = 1e-4
-"""Most that a merged logit may be off in fp32, of the standard deviation of all logits."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Merged:
     the logits' standard deviation."""
 
     folder: Path
+    # Of the merged model from the adapter on its base, both in fp32.
     distance: float
-    """Of the merged model from the adapter on its base, both in fp32."""
+    # Of the merged model from the run in 4 bits; None where it was none, or can't be loaded.
     bits_distance: float | None
-    """Of the merged model from the run in 4 bits; None where it was none, or can't be loaded."""
 
     def __str__(self) -> str:
         text = f"wrote {self.folder}: within {self.distance:.1e} of base and adapter"
@@ -62,7 +62,7 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
     out = Path(out or run / MERGED_FOLDER)
     if facts["method"] == "full":
         raise InputError(
-            f"{run} has no adapter: {run / MODEL_FOLDER} is an ordinary folder already"
+            f"{run} has no adapter: {run / FOLDERS['full']} is an ordinary folder already"
         )
     if out.exists() and not (out / RUN_FILE).is_file():
         raise InputError(f"{out} is there already and no merged run: give another --out")
@@ -80,15 +80,15 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
             f"merge it"
         )
     bits = None
-    if facts["method"] == "qlora":
-        bits = _distance_to_bits(run, batch, logits_of(merged, batch))
-
-    def fill(folder: Path) -> None:
-        merged.to(getattr(torch, facts["dtype"])).save_pretrained(folder)
+    if facts["method"] == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        print("the distance to the run in 4 bits is not measured: bitsandbytes is not installed")
+    elif facts["method"] == "qlora":
+        as_tuned = load_tuned(run, best_device(), number_format(facts["dtype"])).model
+        bits = parted(logits_of(merged, batch), logits_of(as_tuned, batch))
+    with replacing(out) as folder:
+        merged.to(number_format(facts["dtype"])).save_pretrained(folder)
         tuned.batches.processor.save_pretrained(folder)
         shutil.copy(run / RUN_FILE, folder / RUN_FILE)
-
-    replace_folder(out, fill)
     return Merged(out, distance, bits)
 
 
@@ -115,11 +115,3 @@ def logits_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def parted(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, as a share of the standard deviation of what is expected."""
     return float((logits - expected).abs().max() / expected.std())
-
-
-def _distance_to_bits(run: Path, batch: dict, merged: torch.Tensor) -> float | None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        print("the distance to the run in 4 bits is not measured: bitsandbytes is not installed")
-        return None
-    tuned = load_tuned(run, best_device(), getattr(torch, read_run(run)["dtype"]))
-    return parted(merged, logits_of(tuned.model, batch))

@@ -1,6 +1,8 @@
-"""What a run of ``tune`` decides before anything long starts."""
+"""What a run of ``tune`` decides before anything long starts, and what then learns: a model with
+adapters in its decoder, or all of it, and the loss of its task."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -9,31 +11,33 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from torch import nn
+from transformers import enable_full_determinism, set_seed
 
 from bridgeblip import InputError
-from bridgeblip.data.pictures import SHORT_KEY, picture_keys
+from bridgeblip.data.pictures import SHORT_KEY, open_picture, picture_keys
 from bridgeblip.data.questions import Question, split_by_picture
 from bridgeblip.data.texts import read_task
 from bridgeblip.files import digest_of, file_digest
 from bridgeblip.machine import choose_precision
+from bridgeblip.training.callbacks import TrainingError
+from bridgeblip.training.losses import choice_loss
 from bridgeblip.training.settings import NOT_THE_RESULT, TrainSettings
 from bridgeblip.training.state import refuse_other_run
 from bridgeblip.training.trainer import require_service
-from bridgeblip.vlm.batches import Batches
+from bridgeblip.vlm.batches import Batches, letter_logits, to_model
 from bridgeblip.vlm.families import (
     decoder_linears,
+    decoder_name,
     empty_model,
     load_config,
+    load_model,
     load_processor,
 )
-from bridgeblip.vlm.settings import (
-    ADAPTER_FOLDER,
-    METRICS,
-    MODEL_FOLDER,
-    TuneSettings,
-    read_run,
-)
-from bridgeblip.vlm.slicing import describe_budget, slice_config, slice_model
+from bridgeblip.vlm.settings import FOLDERS, METRICS, TuneSettings, read_run
+from bridgeblip.vlm.slicing import describe_budget, slice_empty, slice_model
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -42,26 +46,26 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate")
 class Plan:
     """All that is decided before anything long starts."""
 
+    # What is loaded: the model as published, or a folder with some of its layers.
     base: str
-    """What is loaded: the model as published, or a folder with some of its layers."""
     revision: str | None
     settings: TuneSettings
     train: TrainSettings
     out: Path
+    # The run whose weights this one begins with.
     start: Path | None
-    """The run whose weights this one begins with."""
     training: list[Question]
     validation: list[Question]
     batches: Batches
+    # How many letters the choices have; 0 for texts.
     letters: int
-    """How many the choices have; 0 for texts."""
     process: PartialState
     device: torch.device
     dtype: torch.dtype
+    # What ``run.json`` says, but for the validation.
     facts: dict[str, Any]
-    """What ``run.json`` says, but for the validation."""
+    # What a saved state must agree with.
     identity: dict[str, Any]
-    """What a saved state must agree with."""
 
     @property
     def metric(self) -> str:
@@ -87,9 +91,11 @@ def plan_tuning(
     require_service(train.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
     base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
-    whole = load_config(base, revision)
-    config, layers = slice_config(whole, settings.layers) if settings.layers else (whole, [])
-    process.print(describe_budget(whole, config)[1])
+    whole = empty_model(load_config(base, revision))
+    model, layers = slice_empty(whole, settings.layers) if settings.layers else (whole, [])
+    process.print(describe_budget(whole, model)[1])
+    decoder_linears(model, settings.targets)  # refuses what is not there
+    config = model.config
     start = _start(continue_from, base, layers, settings)
     processor = load_processor(base, revision, settings.pixels or None)
     task, questions = read_task(data, images, settings.task or None, split)
@@ -97,20 +103,15 @@ def plan_tuning(
     batches = Batches(processor, config, settings.system, settings.prompt)
     training, validation = split_by_picture(questions, train.validation_fraction, train.seed)
     letters = max(len(question.choices) for question in questions)
-    if letters:
-        batches.check(questions, data)
-    else:
+    if not letters:
         training = _one_a_text(training)
-        for part in (training, validation):
-            batches.check(part, data, [question.references[0] for question in part])
+    batches.check([*training, *validation], data, learns=True)
     unread = sum(map(batches.unread, questions))
     if unread:
         process.print(f"warning: the model's vocabulary can't read {unread} questions whole")
     # accelerate may say cpu:0
     device = process.device if process.device.type == "cuda" else torch.device("cpu")
-    empty = empty_model(config)
-    decoder_linears(empty, settings.targets)
-    dtype = choose_precision(device, empty.num_parameters()).dtype
+    dtype = choose_precision(device, model.num_parameters()).dtype
     keys = picture_keys(question.image for question in questions)
     facts = {
         "base": base,
@@ -129,7 +130,8 @@ def plan_tuning(
         folder, sliced = slice_model(base, revision, layers)
         facts |= {"revision": sliced["revision"], "tensors": sliced["tensors"]}
         base, revision = str(folder), None
-    more = {"start": _digest_of_run(start), "processes": process.num_processes}
+    begun = [file_digest(path) for path in sorted(start.glob("*.safetensors"))] if start else []
+    more = {"start": begun, "processes": process.num_processes}
     identity = _identity(facts | more, questions, keys)
     facts["run"] = digest_of({key: identity[key] for key in identity if key != "versions"})
     refuse_other_run([out], identity)
@@ -171,7 +173,7 @@ def _start(
             f"{folder} was tuned by {run['method']}, which {settings.method} can't continue: merge "
             f"it, and give the merged folder as the base"
         )
-    return Path(folder) / (MODEL_FOLDER if settings.method == "full" else ADAPTER_FOLDER)
+    return Path(folder) / FOLDERS[settings.method]
 
 
 def _one_a_text(questions: Sequence[Question]) -> list[Question]:
@@ -183,5 +185,124 @@ def _one_a_text(questions: Sequence[Question]) -> list[Question]:
     return rows
 
 
-def _digest_of_run(folder: Path | None) -> list[str]:
-    return [] if folder is None else [file_digest(p) for p in sorted(folder.glob("*.safetensors"))]
+def load_learner(plan: Plan) -> nn.Module:
+    """Return the base with what is to learn: adapters in its decoder, or all that the loss depends
+    on, each as the same seed gives it."""
+    settings, full = plan.settings, plan.settings.method == "full"
+    torch.use_deterministic_algorithms(False)
+    (enable_full_determinism if plan.train.deterministic else set_seed)(plan.train.seed)
+    model = load_model(
+        plan.start if full and plan.start else plan.base,
+        None if full and plan.start else plan.revision,
+        torch.float32 if full else plan.dtype,
+        plan.device,
+        bits=settings.method == "qlora",
+    )
+    # PEFT, too, asks for what has another name from Transformers 6 on.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if full:
+            return _freeze_idle(model, plan)
+        model.requires_grad_(False)
+        if plan.start:
+            return check_places(PeftModel.from_pretrained(model, plan.start, is_trainable=True))
+        set_seed(plan.train.seed)
+        return attach_lora(model, settings)
+
+
+def attach_lora(model: nn.Module, settings: TuneSettings) -> PeftModel:
+    """Return a model with adapters on its decoder's linears.
+
+    Raises:
+        InputError: if the decoder has no linears of a target's name.
+    """
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=decoder_linears(model, settings.targets),
+    )
+    return check_places(get_peft_model(model, lora))
+
+
+def check_places(model: PeftModel) -> PeftModel:
+    """Return the model if its adapters, and its 4-bit linears, are in its decoder alone.
+
+    Raises:
+        TrainingError: naming the first one outside.
+    """
+    inside = f"base_model.model.{decoder_name(model.get_base_model())}."
+    for name, module in model.named_modules():
+        special = hasattr(module, "lora_A") or type(module).__name__ == "Linear4bit"
+        if special and not name.startswith(inside):
+            raise TrainingError(f"{name} outside the decoder was to stay as it is")
+    return model
+
+
+def _freeze_idle(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a model whose tensors that the loss does not depend on are frozen, such as a tower's
+    last layer that is not read."""
+    with torch.random.fork_rng():
+        Teacher(model, plan)(**Collator(plan)(plan.training[:1]))["loss"].backward()
+    idle = [parameter for parameter in model.parameters() if parameter.grad is None]
+    model.zero_grad()
+    for parameter in idle:
+        parameter.requires_grad_(False)
+    if idle:
+        plan.process.print(f"{len(idle)} tensors that the loss does not depend on stay as they are")
+    return model
+
+
+class Teacher(nn.Module):
+    """A model with the loss of its task: cross-entropy over the letters, or over the text."""
+
+    def __init__(self, model: nn.Module, plan: Plan):
+        super().__init__()
+        self.model = model
+        self.letter_ids = plan.batches.letter_ids(plan.letters) if plan.letters else []
+        self.label_smoothing = plan.train.label_smoothing
+
+    def forward(
+        self, labels: torch.Tensor, choice_mask: torch.Tensor | None = None, **batch: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return the mean "loss", and the letters' "logits" (B, letters), fp32, or for texts one
+        zero a row.
+
+        Args:
+            labels: (B,), the right choices, or (B, L), the answers' tokens, -100 elsewhere.
+            choice_mask: (B, letters), False where there is no such choice.
+        """
+        batch = to_model(self.model, batch)
+        if choice_mask is None:
+            return {
+                "loss": self.model(**batch, labels=labels).loss,
+                "logits": labels.new_zeros(len(labels)),
+            }
+        logits = letter_logits(self.model, batch, self.letter_ids)
+        logits = logits.masked_fill(~choice_mask, float("-inf"))
+        smoothing = self.label_smoothing if self.training else 0.0
+        return {"loss": choice_loss(logits, labels, smoothing), "logits": logits}
+
+
+class Collator:
+    """Makes a ``Teacher``'s batch of questions.
+
+    Args:
+        blank: whether a grey picture stands for each.
+    """
+
+    def __init__(self, plan: Plan, blank: bool = False):
+        self.batches, self.letters, self.blank = plan.batches, plan.letters, blank
+
+    def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        pictures = [open_picture(question.image) for question in questions]
+        if self.blank:
+            pictures = [Image.new("RGB", picture.size, "#7f7f7f") for picture in pictures]
+        if not self.letters:
+            texts = [question.references[0] for question in questions]
+            return self.batches.teach(questions, texts, pictures)
+        return self.batches.ask(questions, pictures) | {
+            "labels": torch.tensor([question.answer for question in questions]),
+            "choice_mask": torch.tensor([question.choice_mask for question in questions]),
+        }

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Self
 
 from bridgeblip import InputError
-from bridgeblip.files import read_json
-from bridgeblip.training.layers import REFERENCE_RANK, rank_for
-from bridgeblip.training.settings import Settings, setting
+from bridgeblip.files import holds, read_json
+from bridgeblip.training.settings import REFERENCE_RANK, Settings, rank_for, setting
 
-TASKS = ("choice", "caption", "answer")
+# What decides which epoch is best, by task.
 METRICS = {"choice": "accuracy", "caption": "CIDEr", "answer": "exact"}
-"""What decides which epoch is best, by task."""
-METHODS = ("lora", "qlora", "full")
+# Where a run keeps what it has learned, by method.
+FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
+RUN_FILE = "run.json"
+NAMED = {"base": str, "method": str, "dtype": str, "settings": dict}  # that it needs to say
 RANK, ALPHA = 16, 32  # without a cut
 
 
@@ -21,7 +22,7 @@ class TuneSettings(Settings):
     """What is asked of the model, and which of its weights learn."""
 
     task: str = setting(
-        "", f"what the answers are: {', '.join(TASKS)}; by default what the data is for"
+        "", f"what the answers are: {', '.join(METRICS)}; by default what the data is for"
     )
     method: str = setting(
         "lora", "lora: adapters in the decoder; qlora: the same on a decoder in 4 bits; full: all"
@@ -61,21 +62,16 @@ class TuneSettings(Settings):
         if not self.layers:
             object.__setattr__(self, "rank", self.rank or RANK)
             object.__setattr__(self, "alpha", self.alpha or ALPHA)
-        if self.task not in ("", *TASKS) or self.method not in METHODS:
+        if self.task not in ("", *METRICS) or self.method not in FOLDERS:
             raise InputError(
                 f"task is {self.task!r} and method {self.method!r}: expected one of "
-                f"{', '.join(TASKS)}, and one of {', '.join(METHODS)}"
+                f"{', '.join(METRICS)}, and one of {', '.join(FOLDERS)}"
             )
 
     def on(self, width: int) -> Self:
         """The settings with rank and alpha of a bridge over a decoder of ``width``, if not set."""
         rank = self.rank or rank_for(REFERENCE_RANK, width)
         return replace(self, rank=rank, alpha=self.alpha or 2 * rank)
-
-
-RUN_FILE = "run.json"
-ADAPTER_FOLDER = "adapter"
-MODEL_FOLDER = "model"
 
 
 def read_run(folder: str | Path) -> dict:
@@ -88,7 +84,11 @@ def read_run(folder: str | Path) -> dict:
     if not (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} is no run of tune: it has no {RUN_FILE}")
     run = read_json(folder / RUN_FILE)
-    weights = folder / (MODEL_FOLDER if run.get("method") == "full" else ADAPTER_FOLDER)
+    if not holds({"settings": {}} | run, NAMED):
+        raise InputError(
+            f"{folder / RUN_FILE} lacks some of {', '.join(NAMED)}: copy it again, or tune again"
+        )
+    weights = folder / FOLDERS.get(run["method"], FOLDERS["lora"])
     if not weights.is_dir():
         raise InputError(f"{weights} is gone: copy the whole folder of the run, or tune again")
     return run
@@ -107,6 +107,5 @@ def find_source(model: str | Path) -> tuple[dict, str | Path, Path | None]:
     if (folder / "config.json").is_file():  # merged
         return read_json(folder / RUN_FILE), model, None
     run = read_run(folder)
-    if run.get("method") == "full":
-        return run, folder / MODEL_FOLDER, None
-    return run, run["base"], folder / ADAPTER_FOLDER
+    weights = folder / FOLDERS[run["method"]]
+    return (run, weights, None) if run["method"] == "full" else (run, run["base"], weights)

@@ -19,19 +19,13 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.utils import WeakFileLock
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bridgeblip import InputError
-from bridgeblip.files import cache_folder, digest_of, read_json, replace_folder, write_text
-from bridgeblip.training.layers import BUDGET_LIMIT, check_decoder_layers, decoder_layers
+from bridgeblip.files import cache_folder, digest_of, read_json, replacing, write_text
+from bridgeblip.training.settings import BUDGET_LIMIT, check_decoder_layers, decoder_layers
 from bridgeblip.training.tensors import INDEX_FILE, SMALL_FILES, TensorReader, download
-from bridgeblip.vlm.families import (
-    count_parameters,
-    decoder_name,
-    empty_model,
-    load_config,
-    place_of,
-)
+from bridgeblip.vlm.families import decoder_name, empty_model, in_short, load_config, place_of
 
 SLICE_FILE = "slice.json"
 SHARD_SIZE = "1GB"
@@ -58,35 +52,33 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return found[0]
 
 
-def slice_config(
-    config: PretrainedConfig, layers: str | Sequence[int]
-) -> tuple[PretrainedConfig, list[int]]:
-    """Return the config of the model with only these layers of its decoder, and their indices.
+def slice_empty(
+    whole: PreTrainedModel, layers: str | Sequence[int]
+) -> tuple[PreTrainedModel, list[int]]:
+    """Return an ``empty_model`` with only these layers of its decoder, and their indices.
 
     Args:
-        layers: what ``training.layers.decoder_layers`` takes.
+        layers: what ``training.settings.decoder_layers`` takes.
 
     Raises:
         InputError: if they can't be kept, or anything but the number of layers would change.
     """
-    whole = empty_model(config)
     _, stack = layers_of(whole)
     kept = check_decoder_layers(decoder_layers(layers, len(stack)), len(stack))
     _refuse_fed(whole, kept)
-    sliced = copy.deepcopy(config)
-    text = sliced.get_text_config(decoder=True)
+    config = copy.deepcopy(whole.config)
+    text = config.get_text_config(decoder=True)
     try:
         if getattr(text, "layer_types", None):
             text.layer_types = [text.layer_types[place] for place in kept]
         text.num_hidden_layers = len(kept)
-        fewer = empty_model(sliced)
+        sliced = empty_model(config)
     except Exception as error:  # a family's own code, which may count on its layers' places
-        reason = " ".join(str(error).split())[:160]
         raise InputError(
-            f"a {config.model_type!r} model can't be made with decoder layers {kept} ({reason}): "
-            f"keep other layers, or leave --layers out"
+            f"a {config.model_type!r} model can't be made with decoder layers {kept} "
+            f"({in_short(error)}): keep other layers, or leave --layers out"
         ) from error
-    _refuse_changes(whole, fewer, kept)
+    _refuse_changes(whole, sliced, kept)
     return sliced, kept
 
 
@@ -181,44 +173,43 @@ def slice_model(
     hold something of it are downloaded.
 
     Raises:
-        InputError: as ``slice_config``; if the weights can't be read, or the disk is too small.
+        InputError: as ``slice_empty``; if the weights can't be read, or the disk is too small.
     """
     config = load_config(base, revision)
-    sliced, kept = slice_config(config, layers)
-    if Path(place := place_of(base)).is_dir():
-        reader, commit = TensorReader(Path(place)), None
+    whole = empty_model(config)
+    sliced, kept = slice_empty(whole, layers)
+    place = Path(place_of(base))
+    if place.is_dir():
+        reader, commit = TensorReader(place), None
     else:
         folder = download(base, revision, SMALL_FILES)
         reader, commit = TensorReader(folder, str(base), folder.name), folder.name
-    key = digest_of([str(base), commit or _stamps(reader.folder), kept])[:16]
+    key = digest_of([str(base), commit or stamps(reader.folder), kept])[:16]
     out = cache_folder() / "sliced" / f"{Path(base).name}-{len(kept)}-{key}"
     out.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(out.with_name(f"{out.name}.lock")):
         said = out / SLICE_FILE
-        if said.is_file() and read_json(said)["files"] == _stamps(out):
+        if said.is_file() and read_json(said)["files"] == stamps(out):
             return out, read_json(said)
-        size = count_parameters(sliced) * (config.dtype or torch.float32).itemsize
+        size = sliced.num_parameters() * (config.dtype or torch.float32).itemsize
         if size > (free := shutil.disk_usage(out.parent).free):
             raise InputError(
                 f"the sliced model takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free for "
                 f"{out}: free some space, or set $BRIDGEBLIP_CACHE to another disk"
             )
-        sources = kept_tensors(reader.shard_of, layers_of(empty_model(config))[1], kept)
+        sources = kept_tensors(reader.shard_of, layers_of(whole)[1], kept)
         facts = {"base": str(base), "revision": commit, "layers": kept}
-
-        def fill(folder: Path) -> None:
+        with replacing(out) as folder:
             facts["tensors"] = _write(reader, sources, folder)
-            sliced.save_pretrained(folder)
-            facts["files"] = _stamps(folder)
+            sliced.config.save_pretrained(folder)
+            facts["files"] = stamps(folder)
             write_text(folder / SLICE_FILE, json.dumps(facts, indent=2) + "\n")
-
-        replace_folder(out, fill)
     return out, facts
 
 
-def _stamps(folder: Path) -> dict[str, list[int]]:
+def stamps(folder: Path, pattern: str = "*") -> dict[str, list[int]]:
     """Size and time of each file but ``slice.json``."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SLICE_FILE]
+    files = [p for p in sorted(folder.rglob(pattern)) if p.is_file() and p.name != SLICE_FILE]
     return {str(p.relative_to(folder)): [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
 
 
@@ -284,26 +275,25 @@ def source_of(run: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def describe_budget(
-    whole: PretrainedConfig, config: PretrainedConfig, limit: int = BUDGET_LIMIT
+    whole: PreTrainedModel, model: PreTrainedModel, limit: int = BUDGET_LIMIT
 ) -> tuple[bool, str]:
     """Whether a model is within the parameter budget, vision tower included, and a line on that.
 
     Args:
-        whole: the base's config, which ``config`` may be sliced from; where that is above, the line
-            names the selection that leaves out the fewest of its layers, one block before the last.
+        whole: the base, which ``model`` may be sliced from; where that is above, the line names
+            the selection that leaves out the fewest of its layers, one block before the last.
     """
-    total = count_parameters(config)
+    total = model.num_parameters()
     if total <= limit:
         return True, f"{total:,} parameters, each counted once, of at most {limit:,}"
     above = f"{total:,} parameters, each counted once, are above the budget of {limit:,}"
-    model = empty_model(whole)
-    left = model.num_parameters()
+    left = whole.num_parameters()
     try:
-        _, stack = layers_of(model)
+        _, stack = layers_of(whole)
         for count in range(len(stack) - 1, 0, -1):
             left -= sum(parameter.numel() for parameter in stack[count - 1].parameters())
             if left <= limit:
-                slice_config(whole, f"block-{count}")
+                slice_empty(whole, f"block-{count}")
                 return False, f"{above}: --layers block-{count} would have {left:,}"
     except InputError:  # it can't be sliced, or not there
         pass

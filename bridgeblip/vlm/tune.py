@@ -17,31 +17,23 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.data.questions import Question
-from bridgeblip.evidence.metrics import picture_groups
 from bridgeblip.evidence.report import write_report
 from bridgeblip.evidence.texts import score_texts, write_text_report
-from bridgeblip.files import replace_folder, require_writable, write_text
+from bridgeblip.files import replacing, require_writable, write_text
 from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
     BestKeeper,
-    Patience,
-    Progress,
-    SelfCheck,
-    StateKeeper,
     history_table,
-    in_notebook,
     validations,
 )
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import STATE_FOLDER, newest_state
-from bridgeblip.training.stopping import in_one_line
+from bridgeblip.training.state import STATE_FOLDER, in_one_line, newest_state
 from bridgeblip.training.trainer import (
     AveragingTrainer,
     TrainingQuestions,
     keep_before,
-    measure_letters,
     optimizer,
     read_before,
     training_arguments,
@@ -49,15 +41,8 @@ from bridgeblip.training.trainer import (
 from bridgeblip.vlm.answer import Tuned, answer_texts
 from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT
 from bridgeblip.vlm.families import load_model
-from bridgeblip.vlm.learner import Collator, Teacher, load_learner
-from bridgeblip.vlm.plan import Plan, plan_tuning
-from bridgeblip.vlm.settings import (
-    ADAPTER_FOLDER,
-    MODEL_FOLDER,
-    RUN_FILE,
-    TuneSettings,
-    read_run,
-)
+from bridgeblip.vlm.plan import Collator, Plan, Teacher, load_learner, plan_tuning
+from bridgeblip.vlm.settings import FOLDERS, RUN_FILE, TuneSettings, read_run
 
 REPORT_FILE = "report.html"
 
@@ -66,13 +51,13 @@ REPORT_FILE = "report.html"
 class TuneResult:
     """What tuning leaves behind, by the weights of the best epoch."""
 
+    # One row a logged step; see ``training.callbacks.history_table``.
     history: pd.DataFrame
-    """One row a logged step; see ``training.callbacks.history_table``."""
     validation: list[Question]
+    # (validation questions, choices), or None where texts are wanted.
     probabilities: np.ndarray | None
-    """(validation questions, choices), or None where texts are wanted."""
+    # What the model writes, a text a validation question; empty where there are choices.
     texts: list[str]
-    """What the model writes, a text a validation question; empty where there are choices."""
 
 
 def tune(
@@ -111,19 +96,18 @@ def tune(
         )
         resumed = newest_state([out], plan.identity)
         teacher = Teacher(load_learner(plan), plan)
-        trainer, keeper = _trainer(plan, teacher)
-        trainer.go(resumed, keeper)
+        trainer = _trainer(plan, teacher)
+        trainer.go(plan.train, [plan.out], plan.identity, resumed, plan.metric)
         return _conclude(trainer, plan)
 
 
 def write_texts(model: nn.Module, plan: Plan, questions: Sequence[Question]) -> list[str]:
     """Return what a model writes for each question; several processes share the work."""
-    how = {"batch_size": 2 * plan.train.batch_size, "most": LONGEST_TEXT}
-    beams = BEAMS[plan.settings.task]
-    return answer_texts(Tuned(model, plan.batches), questions, beams=beams, **how)[0]
+    how = 2 * plan.train.batch_size, BEAMS[plan.settings.task], LONGEST_TEXT
+    return answer_texts(Tuned(model, plan.batches), questions, *how)[0]
 
 
-def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeeper]:
+def _trainer(plan: Plan, teacher: Teacher) -> AveragingTrainer:
     settings, train = plan.settings, plan.train
     bf16 = plan.dtype == torch.bfloat16 and settings.method == "full"
     trainer = AveragingTrainer(
@@ -137,18 +121,10 @@ def _trainer(plan: Plan, teacher: Teacher) -> tuple[AveragingTrainer, StateKeepe
     )
     # The mean over a batch's rows is divided by the accumulated steps, not by their tokens.
     trainer.model_accepts_loss_kwargs = False
-    groups = picture_groups(plan.validation)
-    trainer.compute_metrics = partial(measure_letters, trainer, [plan.out], groups)
     if not plan.letters:
         trainer.compute_metrics = partial(_score_texts, trainer, plan)
-    keeper = StateKeeper([plan.out], plan.identity, trainer.averages, train.save_minutes)
-    trainer.add_callback(SelfCheck(teacher))
-    trainer.add_callback(Progress(live=in_notebook() and plan.letters > 0))
     trainer.add_callback(BestKeeper(partial(_write_run, trainer, plan), plan.metric))
-    trainer.add_callback(keeper)
-    if train.patience:
-        trainer.add_callback(Patience(train.patience, plan.metric))
-    return trainer, keeper
+    return trainer
 
 
 def _score_texts(trainer: AveragingTrainer, plan: Plan, prediction: Any) -> dict[str, float]:
@@ -160,16 +136,12 @@ def _score_texts(trainer: AveragingTrainer, plan: Plan, prediction: Any) -> dict
 
 def _write_run(trainer: AveragingTrainer, plan: Plan) -> None:
     """Store the model as it is, and say what it is."""
-    model, full = trainer.model.model, plan.settings.method == "full"
-
-    def fill(folder: Path) -> None:
-        if full:
-            model.save_pretrained(folder)
+    method = plan.settings.method
+    how = {} if method == "full" else {"save_embedding_layers": False}
+    with replacing(plan.out / FOLDERS[method]) as folder:
+        trainer.model.model.save_pretrained(folder, **how)
+        if method == "full":
             plan.batches.processor.save_pretrained(folder)
-        else:
-            model.save_pretrained(folder, save_embedding_layers=False)
-
-    replace_folder(plan.out / (MODEL_FOLDER if full else ADAPTER_FOLDER), fill)
     latest = trainer.state.log_history[-1].items()
     measured = {n.removeprefix("eval_"): v for n, v in latest if n.startswith("eval_")}
     _write_facts(plan.out, plan.facts | {"validation": measured})
@@ -192,43 +164,33 @@ def _take_best(trainer: AveragingTrainer, plan: Plan) -> None:
         raise InputError(f"{error}; {remedy}") from error
     if not found:
         raise InputError(f"{plan.out / RUN_FILE} is not this run's: {remedy}")
-    model = trainer.model.model
+    model, best = trainer.model.model, plan.out / FOLDERS[plan.settings.method]
     if plan.settings.method == "full":
-        best = load_model(plan.out / MODEL_FOLDER, device=plan.device)
-        model.load_state_dict(best.state_dict())
+        model.load_state_dict(load_model(best, device=plan.device).state_dict())
     else:
-        set_peft_model_state_dict(model, load_peft_weights(str(plan.out / ADAPTER_FOLDER)))
+        set_peft_model_state_dict(model, load_peft_weights(str(best)))
     trainer.averages.take(trainer.averages.live)
 
 
 def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
     """Measure the best epoch's weights and write the report."""
-    log = trainer.state.log_history
     plan.process.wait_for_everyone()
     _take_best(trainer, plan)
-    history, questions = history_table(log, plan.metric), plan.validation
-    report, probabilities, texts = plan.out / REPORT_FILE, None, []
-    named = (
-        "base",
-        "revision",
-        "layers",
-        "task",
-        "method",
-        "settings",
-        "train",
-        "dtype",
-        "pictures",
-    )
-    about = {"manifest": {key: plan.facts[key] for key in named}}
-    about["data"] = f"{len(questions):,} validation questions"
-    about["before"] = read_before([plan.out], len(questions))
+    log, questions = trainer.state.log_history, plan.validation
+    history, probabilities, texts = history_table(log, plan.metric), None, []
+    named = "base revision layers task method settings train dtype pictures".split()
+    about = {
+        "manifest": {key: plan.facts[key] for key in named},
+        "data": f"{len(questions):,} validation questions",
+        "before": read_before([plan.out], len(questions)),
+    }
+    report = plan.out / REPORT_FILE
     if plan.letters:
         probabilities = trainer.answer(questions)
         margin = trainer.permutation_margin(questions, probabilities)
         about["blank_probabilities"] = trainer.answer(questions, Collator(plan, blank=True))
-        before = history["accuracy"].dropna().iloc[0]
+        about["references"] = {"before tuning": history["accuracy"].dropna().iloc[0]}
         write = partial(write_report, report, questions, probabilities)
-        about["references"] = {"before tuning": before}
         if plan.process.is_main_process:
             _write_facts(plan.out, read_run(plan.out) | {"permute_below": margin})
     else:
@@ -236,8 +198,8 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
         texts = write_texts(trainer.model.model, plan, questions)
         write = partial(write_text_report, report, plan.settings.task, questions, texts)
     if plan.process.is_main_process:
-        facts = write(**about)
+        verdict = write(**about)["verdict"]
         best = max(validations(log, plan.metric)[0])
-        print(f"best epoch: {plan.metric} {best:.3f}")
-        print(say("verdict", sentence=facts["verdict"]["sentence"], report=report))
+        print(say("best_epoch", metric=plan.metric, score=best))
+        print(say("verdict", sentence=verdict["sentence"], report=report))
     return TuneResult(history, questions, probabilities, texts)
