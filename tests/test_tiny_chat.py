@@ -8,7 +8,8 @@ import torch
 
 from bridgeblip.embedded.digits import KINDS, digit_pictures, make_question, split_questions
 from bridgeblip.vlm.batches import letter_logits
-from bridgeblip.vlm.families import TINY_CHAT, load_model, load_processor
+from bridgeblip.vlm.families import TINY_CHAT, load_config, load_model, load_processor
+from bridgeblip.vlm.slicing import slice_model
 from tools import train_tiny_chat as recipe
 
 
@@ -129,4 +130,11 @@ def test_the_shipped_model_answers_as_its_card_says():
     card = (TINY_CHAT / "README.md").read_text()
     assert len(scorer.answers) >= 1000 and right >= 0.95
     assert right == pytest.approx(float(re.search(r"by: ([\d.]+) right", card)[1]), abs=2e-3)
-    assert scorer.slicing_loss(model, step=4) >= 0.2
+    assert scorer.slicing_loss(model, step=8) >= 0.2
+
+
+def test_the_shipped_model_is_sliced_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path))
+    folder, facts = slice_model("tiny-chat", None, "even-12")
+    assert facts["base"] == "tiny-chat" and len(facts["layers"]) == 12
+    assert load_config(folder).text_config.num_hidden_layers == 12

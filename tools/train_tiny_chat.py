@@ -87,8 +87,8 @@ on a laptop, on real pictures, what is done to chat models of billions. It knows
 - Made by `{command}` from scratch, on one core of a shared server CPU, in {minutes:.0f} minutes.
 - What the letter needs was taught too, each step in its third of the layers: the answer's first
   word where the question ends (layer 8), and at each choice whether it is right (layer 16), by
-  heads that are gone. Six decoder layers learned it; each became four that share its work, and all were
-  trained on, at last with a penalty on random parts of the decoder that answer alone.
+  heads that are gone. Six decoder layers learned it; each became four that share its work, and
+  all were trained on, at last with a penalty on random parts that answer alone.
 - Data: 1,097 scans of scikit-learn's digits (UCI "Optical Recognition of Handwritten Digits", CC BY
   4.0) with generated questions; no picture of the demo's training or test questions was seen.
 - Of several tries this one lost most when every third layer was left out, the mean over the three
