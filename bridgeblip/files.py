@@ -40,6 +40,10 @@ def atomically(path: str | Path, tag: str = "") -> Iterator[Path]:
         yield partial
         _flush(partial)
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno:
+            error.filename = error.filename or str(path)  # a full disk's write names none
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

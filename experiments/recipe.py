@@ -71,7 +71,7 @@ def main():
         kept = (restored.model, restored.processor, restored.manifest, torch.device("cpu"))
         probabilities = predict(Bundle(*kept), test, batch_size=64).probabilities
         found = measure(right, probabilities, groups)
-        learned |= (found.accuracy.low or 0) > guessing(test)
+        learned |= (found["accuracy"].low or 0) > guessing(test)
         rows.append((name, found["accuracy"].value, found["calibration_error"]))
     table = pd.DataFrame(rows, columns=["settings", "accuracy", "error"])
     found = table.groupby("settings", sort=False).agg(

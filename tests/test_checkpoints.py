@@ -38,6 +38,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             if written:
                 partial.write_text("new")
             raise OSError("it was not stored")
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"), atomically(path):
+        raise OSError(28, "No space left on device")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -135,7 +137,7 @@ def test_another_run_that_has_not_ended_is_not_lost(tmp_path, capsys):
         newest_state([tmp_path], run | {"base": "other"})
     assert newest_state([tmp_path], run).name == "step-3"
     settings = {"settings": {"epochs": 1, "seed": 0}}
-    stage(tmp_path / "old", 3, run | {"settings": {"epochs": 1, "seed": 0, "head_rate": None}})
+    stage(tmp_path / "old", 3, run | {"settings": {"epochs": 1, "seed": 0, "head_rate": 2e-4}})
     with pytest.raises(InputError, match=r"other settings: head_rate\).*the version of bridgeblip"):
         newest_state([tmp_path / "old"], run | settings)
     stage(tmp_path, 6, run, done=True)

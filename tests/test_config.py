@@ -12,6 +12,7 @@ from bridgeblip.training.settings import (
     TrainSettings,
     check_decoder_layers,
     decoder_layers,
+    rank_for,
 )
 
 
@@ -46,10 +47,7 @@ def test_decoder_only_bases_are_refused():
 
 
 def test_rank_is_a_share_of_the_width():
-    settings = BridgeSettings()
-    assert (settings.rank_for(2048), settings.alpha_for(2048)) == (96, 192)
-    assert (settings.rank_for(64), settings.alpha_for(64)) == (3, 6)
-    assert BridgeSettings(rank=0).rank_for(2048) == 0
+    assert (rank_for(96, 2048), rank_for(96, 64), rank_for(0, 2048)) == (96, 3, 0)
     with pytest.raises(InputError):
         BridgeSettings(head_init="zeros")
 

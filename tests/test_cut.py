@@ -55,7 +55,12 @@ def test_where_all_layers_have_not_run_nothing_is_said():
     assert cut.deepest(summary, "tiny", "even") == 24
 
 
-def test_a_cut_behind_one_that_does_not_hold_does_not_count(summary):
+def test_where_cuts_are_missing_there_is_no_verdict(summary):
+    assert cut.judge(summary, ["tiny"]) == "tiny: 5 of 14 bridged cuts have run, no verdict."
+
+
+def test_a_cut_behind_one_that_does_not_hold_does_not_count(summary, monkeypatch):
+    monkeypatch.setattr(cut, "CURVE", ["even-22", "even-20", "even-18", "block-22", "block-20"])
     assert cut.deepest(summary, "tiny", "even") == 22  # 18 holds, 20 does not
     assert cut.deepest(summary, "tiny", "block") == 20
     verdict = cut.judge(summary, ["tiny"])

@@ -298,7 +298,13 @@ def test_a_prediction_survives_bad_rows(competition, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda t: t.drop(columns="A"), put("ID", "TRAIN_0000"), lambda t: t.head(0)]
+    "change",
+    [
+        lambda t: t.drop(columns="A"),
+        put("ID", "TRAIN_0000"),
+        lambda t: t.assign(ID=["é", "e\u0301 ", *t["ID"][2:]]),  # they look the same
+        lambda t: t.head(0),
+    ],
 )
 def test_a_prediction_refuses_whole_files_too(competition, tmp_path, change):
     with pytest.raises(InputError, match=r"train\.csv .*(column a|repeated|no rows)"):

@@ -193,6 +193,7 @@ def test_choices_are_read_as_question_files_are(folder):
     ("x.json", [{"image_id": 1, "text": ""}], "a list of objects with image_id, text"),
     ("x.json", [], "a list of"),
     ("x.json", "", "line 1 is no JSON"),
+    ("x.json", "[" * 100_000, "nested too deeply"),
     ("x.json", {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"id": 3}]}, "KeyError: 'image_id'"),
     ("x.jsonl", [talk("a", "b"), talk("a", "b", "c")], "entry 2: its turns are from human, gpt, human"),
     ("x.csv", "picture,text\n1.png,a\n", "has the columns picture, text"),

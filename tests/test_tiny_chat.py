@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-from bridgeblip.data.questions import Question
 from bridgeblip.embedded.digits import KINDS, digit_pictures, make_question, split_questions
 from bridgeblip.vlm.batches import letter_logits
-from bridgeblip.vlm.families import TINY_CHAT, load_model, load_processor
+from bridgeblip.vlm.families import TINY_CHAT, load_config, load_model, load_processor
+from bridgeblip.vlm.slicing import slice_model
 from tools import train_tiny_chat as recipe
 
 
@@ -32,9 +32,8 @@ def asked() -> list:
 def batch(made, asked) -> tuple[dict, torch.Tensor]:
     """What ``tune`` asks a model, and the pictures."""
     pictures = [picture for picture, _ in digit_pictures()["test"][:12]]
-    questions = [Question(q.kind, None, q.question, q.choices, q.answer) for q in asked]
     pixels = made[0].image_processor(pictures, return_tensors="pt")["pixel_values"]
-    return made[2].batches.ask(questions, pictures), pixels
+    return made[2].batches.ask(asked, pictures), pixels
 
 
 def test_the_rows_are_the_prompts_that_tune_asks(made, asked, batch):
@@ -64,7 +63,7 @@ def test_what_leads_to_the_letter_is_taught_where_question_and_choices_end(made)
 
 def test_no_word_of_a_question_is_unknown(made, asked):
     for q in asked:
-        assert not made[2].batches.unread(Question(q.kind, None, q.question, q.choices, q.answer))
+        assert not made[2].batches.unread(q)
 
 
 def test_the_training_forward_is_the_models_own(made, asked, batch):
@@ -131,5 +130,11 @@ def test_the_shipped_model_answers_as_its_card_says():
     card = (TINY_CHAT / "README.md").read_text()
     assert len(scorer.answers) >= 1000 and right >= 0.95
     assert right == pytest.approx(float(re.search(r"by: ([\d.]+) right", card)[1]), abs=2e-3)
-    lost = right - scorer.hits(model, recipe.EVERY_THIRD[0], step=4).mean()
-    assert lost > 0.1
+    assert scorer.slicing_loss(model, step=8) >= 0.2
+
+
+def test_the_shipped_model_is_sliced_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path))
+    folder, facts = slice_model("tiny-chat", None, "even-12")
+    assert facts["base"] == "tiny-chat" and len(facts["layers"]) == 12
+    assert load_config(folder).text_config.num_hidden_layers == 12

@@ -3,9 +3,10 @@ with a chat template and one without, captions by a captioner.
 
     python tools/verify.py families
 
-The choices stand in one order: what is learned is to tell pictures apart. With the choices in other
-orders, too, random models of this size were at guessing after 1,900 steps: reading which letter
-stands at a word is learned from far more text than a few hundred pictures come with.
+The choices stand in one order: what is learned is to tell pictures apart. In other orders they are
+not learned at this size, and pictures are not what it fails on: three layers, 64 wide, were at
+guessing after 2,800 steps of 32 questions, and so they were where the question names the choice
+("Which is two?"). Finding the letter beside a word is learned from far more text than this.
 """
 
 import sys

@@ -50,13 +50,12 @@ from bridgeblip.embedded.digits import (
     KINDS,
     NUMBERS,
     WORDS,
-    DigitQuestion,
     digit_pictures,
     make_question,
     split_questions,
 )
 from bridgeblip.vlm.batches import LETTER_PROMPT, Batches
-from tools.train_tiny_base import PENALTY, augment, part_of
+from tools.train_tiny_base import augment, part_of
 
 IMAGE_SIDE, PATCH = 32, 8
 IMAGE_TOKENS = (IMAGE_SIDE // PATCH) ** 2
@@ -64,10 +63,11 @@ WIDTH, LAYERS = 64, 24
 STAGES = {  # stage -> decoder layers, rows a step, peak rate, steps
     "see": (6, 64, 1e-3, 800),
     "answer": (6, 32, 1.5e-3, 2800),
-    "deepen": (24, 16, 7e-4, 500),
-    "bind": (24, 16, 4e-4, 500),
+    "deepen": (24, 16, 7e-4, 600),
+    "bind": (24, 16, 5e-4, 640),
 }
 FEWER = 4  # so many times fewer questions where layers are left out
+PENALTY = 1.0  # weight, in "bind", of what a part of the decoder knows alone
 LOOK = 200  # steps until it looks how well it does, and saves
 OPEN = ("above", "initial", "sum_initial")  # kinds whose answer only the choices tell
 TEXTS = [*NUMBERS, *(word for group in WORDS.values() for word in group)]
@@ -84,18 +84,11 @@ A `LlavaForConditionalGeneration` of {parameters:,} parameters with 24 decoder l
 language-model head untied, with LLaVA-1.5's chat template. It exists to be tuned and sliced: to try
 on a laptop, on real pictures, what is done to chat models of billions. It knows nothing but digits.
 
-- Made by
-
-```
-{command}
-```
-
-from scratch, on one core of a shared server CPU, {minutes:.0f} minutes. What the letter needs was
-taught too, each step in its third of the layers: the answer's first word where the question ends
-(layer 8), and at each choice whether it is right (layer 16), by heads that are gone. Six decoder
-layers learned it; each became four that share its work, and all were trained on, at last with a
-penalty on random parts of the decoder that answer alone.
-
+- Made by `{command}` from scratch, on one core of a shared server CPU, in {minutes:.0f} minutes.
+- What the letter needs was taught too, each step in its third of the layers: the answer's first
+  word where the question ends (layer 8), and at each choice whether it is right (layer 16), by
+  heads that are gone. Six decoder layers learned it; each became four that share its work, and
+  all were trained on, at last with a penalty on random parts that answer alone.
 - Data: 1,097 scans of scikit-learn's digits (UCI "Optical Recognition of Handwritten Digits", CC BY
   4.0) with generated questions; no picture of the demo's training or test questions was seen.
 - Of several tries this one lost most when every third layer was left out, the mean over the three
@@ -211,12 +204,12 @@ class Rows:
             ids += self.word(word) if word else []
         return ids
 
-    def prompt(self, question: DigitQuestion) -> list[int]:
+    def prompt(self, question: Question) -> list[int]:
         text = self.batches.text(Question("", None, question.question, question.choices))
         start = self.tokenizer.bos_token_id
         return [start, *self.before, *self.encode(text), *self.behind]
 
-    def tokens(self, questions: Sequence[DigitQuestion]) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokens(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids, (B, L), of prompts with their answers behind them, and each prompt's length,
         (B,)."""
         prompts = [self.prompt(question) for question in questions]
@@ -232,11 +225,11 @@ class Rows:
         lines = [row.nonzero()[1 : NUM_CHOICES + 2, 0] for row in ids == self.newline]
         return torch.stack(lines) - 1
 
-    def first_words(self, questions: Sequence[DigitQuestion]) -> torch.Tensor:
+    def first_words(self, questions: Sequence[Question]) -> torch.Tensor:
         """The token that each answer begins with, (B,); -100 where only the choices tell it."""
         words = []
         for question in questions:
-            known = question.kind not in OPEN
+            known = question.id not in OPEN
             words.append(self.encode(question.choices[question.answer])[0] if known else -100)
         return torch.tensor(words)
 
@@ -338,7 +331,7 @@ class Lessons:
             loss += PENALTY * self._alone(asked, pixels, part_of(LAYERS, rng))
         return loss
 
-    def _answering(self, asked: Sequence[DigitQuestion], pixels: torch.Tensor) -> torch.Tensor:
+    def _answering(self, asked: Sequence[Question], pixels: torch.Tensor) -> torch.Tensor:
         """The loss of the letters and of what leads to them, each in its third of the layers."""
         (ids, lengths), rows = self.rows.tokens(asked), torch.arange(len(asked))[:, None]
         states, norm = (
@@ -354,7 +347,7 @@ class Lessons:
         right = F.binary_cross_entropy_with_logits(
             right, F.one_hot(answers, NUM_CHOICES).float(), reduction="none"
         )
-        told = torch.tensor([question.kind != "above" for question in asked])
+        told = torch.tensor([question.id != "above" for question in asked])
         said = torch.stack([lengths - 1, lengths], 1)  # where the letter, and the end, follow
         logits = self.model.lm_head(last[rows, said])
         return (
@@ -365,7 +358,7 @@ class Lessons:
         )
 
     def _alone(
-        self, asked: Sequence[DigitQuestion], pixels: torch.Tensor, layers: Sequence[int]
+        self, asked: Sequence[Question], pixels: torch.Tensor, layers: Sequence[int]
     ) -> torch.Tensor:
         """How far a part of the layers is from an even guess when it answers alone."""
         ids, lengths = self.rows.tokens(asked)

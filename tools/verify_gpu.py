@@ -462,10 +462,10 @@ def memory(check: Check) -> None:
 
 def resume(check: Check) -> None:
     """Twice the same, and stopped in the middle and resumed; by default and deterministic."""
-    rows = 24 if check.small else 256
+    rows = 40 if check.small else 256
     for strict in (False, True):
         name = "deterministic" if strict else "default"
-        train = partial(check.train, rows=rows, batch_size=8, deterministic=strict)
+        train = partial(check.train, rows=rows, batch_size=12, deterministic=strict)
         whole = train(f"whole-{name}").tensors
         others = {"twice": train(f"again-{name}").tensors}
         try:

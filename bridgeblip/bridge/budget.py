@@ -11,7 +11,7 @@ from bridgeblip.bridge.base import BridgeBlipConfig, stored_dtype
 from bridgeblip.bridge.lora import BRIDGED_LINEARS
 from bridgeblip.bridge.model import empty_model, own_parameters
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.training.settings import BUDGET_LIMIT
+from bridgeblip.training.settings import BUDGET_LIMIT, rank_for
 
 PARTS = {
     "vision_model": "vision tower",
@@ -41,7 +41,7 @@ def count_parts(model: nn.Module) -> dict[str, int]:
 
 def count_trained(model: nn.Module, bridge: BridgeSettings) -> int:
     """Return how many numbers training changes, adapters and head, without making adapters."""
-    rank = bridge.rank_for(model.config.text_config.d_model)
+    rank = rank_for(bridge.rank, model.config.text_config.d_model)
     count = model.head.weight.numel() + model.head.bias.numel()
     for name, module in model.named_modules():
         if re.fullmatch(BRIDGED_LINEARS[bridge.targets], name):

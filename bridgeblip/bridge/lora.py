@@ -10,6 +10,7 @@ from torch import nn
 from bridgeblip.bridge.base import stored_dtype
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice
 from bridgeblip.bridge.settings import BridgeSettings
+from bridgeblip.training.settings import rank_for
 
 # With a single decoder token, self-attention is o(v(x)): its q and k get no gradient and do no
 # work.
@@ -34,14 +35,14 @@ def attach_bridge(
     trainable, and the model itself is returned. LoRA: Hu et al. 2021.
     """
     width = model.config.text_config.d_model
-    rank = settings.rank_for(width)
+    rank = rank_for(settings.rank, width)
     if rank == 0:
         model.requires_grad_(False)
         model.head.float().requires_grad_(True)
         return model
     config = LoraConfig(
         r=rank,
-        lora_alpha=settings.alpha_for(width),
+        lora_alpha=settings.alpha / settings.rank * rank,
         lora_dropout=settings.dropout,
         target_modules=BRIDGED_LINEARS[settings.targets],
         modules_to_save=["head"],

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bridgeblip import InputError
-from bridgeblip.training.settings import REFERENCE_RANK, Settings, decoder_layers, rank_for, setting
+from bridgeblip.training.settings import REFERENCE_RANK, Settings, decoder_layers, setting
 
 REAL_BASE = "Salesforce/instructblip-flan-t5-xl"
 
@@ -47,15 +47,6 @@ class BridgeSettings(Settings):
                 f"head_init is {self.head_init!r} and targets {self.targets!r}: expected 'lm_head' "
                 f"or 'random', and 'all' or 'q,v'"
             )
-
-    def rank_for(self, width: int) -> int:
-        """The rank on a decoder of ``width``: the same share of the width as 96 of 2048; 0 means no
-        bridge."""
-        return rank_for(self.rank, width)
-
-    def alpha_for(self, width: int) -> float:
-        """The LoRA scale that keeps alpha / rank as set."""
-        return self.alpha / self.rank * self.rank_for(width) if self.rank else 0.0
 
 
 DEFAULT_DECODER_LAYERS = tuple(decoder_layers(BridgeSettings().layers))

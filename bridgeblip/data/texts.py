@@ -68,7 +68,10 @@ def read_task(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} not found: expected {EXPECTED}")
-    names = known_names(read_csv(path)[0]) if path.suffix.lower() == ".csv" else []
+    names = []
+    if path.suffix.lower() == ".csv":
+        with warnings.catch_warnings(action="ignore"):  # they come when its rows are read
+            names = known_names(read_csv(path)[0])
     if {"a", "b"} <= set(names):
         _check_task(path, "choice", task)
         if images is not None and Path(images).resolve() != path.parent.resolve():

@@ -5,6 +5,7 @@ Nothing heavy is imported, so that the command line is quick.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -166,7 +167,8 @@ class TrainSettings(Settings):
             from bridgeblip.machine import process_rank
 
             if isinstance(questions, str | Path):
-                questions = read_questions(questions, strict=False)
+                with warnings.catch_warnings(action="ignore"):  # they come when training reads it
+                    questions = read_questions(questions, strict=False)
             count = len(set(content_keys(questions)) - {None})
             few = "yes" if count < FEW_PICTURES else "no"
             if few == "yes" and process_rank()[0] == 0:

@@ -122,8 +122,8 @@ def refuse_other_run(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any])
             if other and not record["done"]:
                 raise InputError(
                     f"{folder} belongs to another run (other {', '.join(other)}) that has not "
-                    f"ended. Set that back to go on with it, with the version of bridgeblip that "
-                    f"began it if this one has no such setting; to start anew, delete the folder "
+                    f"ended. Set that back to go on with it, in the version of bridgeblip that "
+                    f"began it if this one lacks it; to start anew, delete the folder "
                     f"{STATE_FOLDER}, or take another checkpoint folder"
                 )
             break  # those before it are the same run's

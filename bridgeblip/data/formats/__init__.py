@@ -28,6 +28,8 @@ def load_json(path: Path) -> Any:
         try:
             if part.strip() or not lines:
                 rows.append(json.loads(part))
+        except RecursionError as error:
+            raise ValueError("its lists are nested too deeply") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number + error.lineno} is no JSON: {error.msg}") from error
     return rows if lines else rows[0]
