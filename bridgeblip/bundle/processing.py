@@ -1,6 +1,7 @@
 """What turning questions into a model's inputs has in common, whatever the model: by Pillow and
 ``tokenizers`` alone, so that answering needs nothing else."""
 
+import functools
 import hashlib
 import os
 import re
@@ -175,5 +176,9 @@ def read_tokenizer(text: str, pad_token: str) -> Tokenizer:
 
 def take_apart(special: Sequence[str], text: str) -> str:
     """Return a text without special tokens, such as ``<image>``: only we write them."""
-    found = re.compile("|".join(map(re.escape, special)))  # which ``re`` remembers
-    return found.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
+    return _any_of(tuple(special)).sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
+
+
+@functools.cache
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, tokens)))
