@@ -17,7 +17,7 @@ from tools import train_tiny_chat as recipe
 def made():
     torch.manual_seed(0)
     processor = recipe.build_processor()
-    model = recipe.build_model(processor, layers=6).eval()
+    model = recipe.build_model(processor).eval()
     return processor, model, recipe.Rows(processor, model.config)
 
 
@@ -76,19 +76,6 @@ def test_the_training_forward_is_the_models_own(made, asked, batch):
     torch.testing.assert_close(ours[:, rows.letter_ids], own, atol=1e-4, rtol=0)
 
 
-def test_a_deeper_model_begins_with_its_layers_work_shared(made):
-    processor, model, _ = made
-    deeper = recipe.build_model(processor, layers=6)
-    deeper.load_state_dict(model.state_dict())
-    recipe.deepen(deeper, 24)
-    layers = deeper.model.language_model.layers
-    assert [layer.self_attn.layer_idx for layer in layers] == list(range(24))
-    for place, layer in enumerate(model.model.language_model.layers):
-        four = layers[4 * place : 4 * place + 4]
-        shared = sum(part.mlp.down_proj.weight for part in four)
-        torch.testing.assert_close(shared, layer.mlp.down_proj.weight)
-
-
 def test_it_goes_on_where_it_was_stopped_and_is_an_ordinary_folder(
     made, asked, batch, tmp_path, monkeypatch, capsys
 ):
@@ -96,7 +83,7 @@ def test_it_goes_on_where_it_was_stopped_and_is_an_ordinary_folder(
     small = pictures | {"train": pictures["train"][:8], "test": pictures["test"][:8]}
     monkeypatch.setattr(recipe, "digit_pictures", lambda: small)
     monkeypatch.setattr(recipe, "LOOK", 1)
-    stages = {"see": (6, 4, 1e-3, 1), "answer": (6, 4, 1e-3, 2), "bind": (24, 4, 1e-3, 1)}
+    stages = {"see": (4, 1e-3, 1), "answer": (4, 1e-3, 2)}
     save, saved = recipe.save, []
 
     def stopped(*args):
@@ -111,7 +98,7 @@ def test_it_goes_on_where_it_was_stopped_and_is_an_ordinary_folder(
     capsys.readouterr()
     recipe.train(tmp_path, 0, stages)
     said = capsys.readouterr().out
-    assert re.findall(r"(\w+), step (\d)", said) == [("answer", "2"), ("bind", "1")]
+    assert re.findall(r"(\w+), step (\d)", said) == [("answer", "2")]
     assert not (tmp_path / recipe.STATE_FILE).exists()
     model, processor = load_model(tmp_path), load_processor(tmp_path)
     assert letter_logits(model, batch[0], made[2].letter_ids).isfinite().all()

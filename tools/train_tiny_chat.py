@@ -8,10 +8,7 @@ A LLaVA of 24 narrow decoder layers, from scratch. It sees only the "pretrain" p
 A narrow decoder that is told nothing but the right letter guesses for thousands of steps. So the
 steps to the letter are taught as well (deep supervision, Lee et al. 2015), each in its third of the
 layers, by heads that are thrown away: the answer where the question ends, and at each choice its
-place and whether it is right. First the vision tower learns to ``see`` digits; then six decoder
-layers learn to ``answer``, four times as fast as 24; then each becomes four that share its work,
-and all of them are trained on (``deepen``). ``bind`` penalises, as in ``train_tiny_base.py``, parts
-of the decoder that answer alone, drawn anew in every step, so that the layers need one another.
+place and whether it is right. Before that the vision tower learns to ``see`` digits.
 
 Called again after an interruption it goes on from ``state.pt``. Of several tries the one is kept
 that loses most when every third layer is left out (the mean over the three ways to begin), among
@@ -19,7 +16,6 @@ those that answer 0.95 of the questions; the card says it.
 """
 
 import argparse
-import copy
 import functools
 import math
 import random
@@ -55,19 +51,13 @@ from bridgeblip.embedded.digits import (
     split_questions,
 )
 from bridgeblip.vlm.batches import LETTER_PROMPT, Batches
-from tools.train_tiny_base import augment, part_of
+from tools.train_tiny_base import augment
 
 IMAGE_SIDE, PATCH = 32, 8
 IMAGE_TOKENS = (IMAGE_SIDE // PATCH) ** 2
 WIDTH, LAYERS = 64, 24
-STAGES = {  # stage -> decoder layers, rows a step, peak rate, steps
-    "see": (6, 64, 1e-3, 800),
-    "answer": (6, 32, 1.5e-3, 2800),
-    "deepen": (24, 16, 7e-4, 600),
-    "bind": (24, 16, 5e-4, 640),
-}
+STAGES = {"see": (64, 1e-3, 800), "answer": (16, 1e-3, 3600)}  # rows a step, peak rate, steps
 FEWER = 4  # so many times fewer questions where layers are left out
-PENALTY = 1.0  # weight, in "bind", of what a part of the decoder knows alone
 LOOK = 200  # steps until it looks how well it does, and saves
 OPEN = ("above", "initial", "sum_initial")  # kinds whose answer only the choices tell
 TEXTS = [*NUMBERS, *(word for group in WORDS.values() for word in group)]
@@ -87,8 +77,7 @@ on a laptop, on real pictures, what is done to chat models of billions. It knows
 - Made by `{command}` from scratch, on one core of a shared server CPU, in {minutes:.0f} minutes.
 - What the letter needs was taught too, each step in its third of the layers: the answer's first
   word where the question ends (layer 8), and at each choice whether it is right (layer 16), by
-  heads that are gone. Six decoder layers learned it; each became four that share its work, and
-  all were trained on, at last with a penalty on random parts that answer alone.
+  heads that are gone.
 - Data: 1,097 scans of scikit-learn's digits (UCI "Optical Recognition of Handwritten Digits", CC BY
   4.0) with generated questions; no picture of the demo's training or test questions was seen.
 - Of several tries this one lost most when every third layer was left out, the mean over the three
@@ -161,14 +150,14 @@ def build_processor() -> LlavaProcessor:
     )  # fmt: skip
 
 
-def build_model(processor: LlavaProcessor, layers: int = LAYERS) -> LlavaForConditionalGeneration:
+def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     """A LLaVA so narrow that only weights seven times larger than usual begin to learn."""
     narrow = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 4}
     narrow["initializer_range"] = 0.15
     tokenizer = processor.tokenizer
     config = LlavaConfig(
         text_config=dict(
-            narrow, model_type="llama", vocab_size=len(tokenizer), num_hidden_layers=layers,
+            narrow, model_type="llama", vocab_size=len(tokenizer), num_hidden_layers=LAYERS,
             num_key_value_heads=4, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1,
             eos_token_id=2, tie_word_embeddings=False,
         ),
@@ -250,7 +239,7 @@ def states_of(
     model: LlavaForConditionalGeneration,
     ids: torch.Tensor,
     pixels: torch.Tensor,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] = range(LAYERS),
 ) -> list[torch.Tensor]:
     """What the model's own forward has behind each decoder layer, (B, L, ``WIDTH``) each,
     for rows padded on the right and any part of the layers."""
@@ -262,7 +251,7 @@ def states_of(
     hidden = torch.where(is_image[..., None], features.gather(1, place), texts)
     positions = torch.arange(ids.shape[1])[None]
     rotary = language.rotary_emb(hidden, position_ids=positions)
-    for index in range(len(language.layers)) if layers is None else layers:
+    for index in layers:
         hidden = language.layers[index](
             hidden, attention_mask=None, position_embeddings=rotary, position_ids=positions
         )
@@ -284,7 +273,7 @@ class Scorer:
         self.answers = torch.tensor([question.answer for question in self.questions])
 
     @torch.no_grad()
-    def hits(self, model, layers: Sequence[int] | None = None, step: int = 1) -> np.ndarray:
+    def hits(self, model, layers: Sequence[int] = range(LAYERS), step: int = 1) -> np.ndarray:
         """Of every ``step``-th question, whether it is answered rightly."""
         hits = []
         for some in torch.arange(0, len(self.ids), step).split(100):
@@ -326,10 +315,7 @@ class Lessons:
         for digit in digits:
             kind, place = rng.choice(list(KINDS)), rng.randrange(NUM_CHOICES)
             asked.append(make_question(kind, digit, place, rng))
-        loss = self._answering(asked, pixels)
-        if stage == "bind":
-            loss += PENALTY * self._alone(asked, pixels, part_of(LAYERS, rng))
-        return loss
+        return self._answering(asked, pixels)
 
     def _answering(self, asked: Sequence[Question], pixels: torch.Tensor) -> torch.Tensor:
         """The loss of the letters and of what leads to them, each in its third of the layers."""
@@ -357,49 +343,23 @@ class Lessons:
             + 2 * right[told].mean()
         )
 
-    def _alone(
-        self, asked: Sequence[Question], pixels: torch.Tensor, layers: Sequence[int]
-    ) -> torch.Tensor:
-        """How far a part of the layers is from an even guess when it answers alone."""
-        ids, lengths = self.rows.tokens(asked)
-        states = states_of(self.model, ids[:, :-2], pixels, layers)
-        last = self.model.model.language_model.norm(states[-1][torch.arange(len(ids)), lengths - 1])
-        logits = self.model.lm_head(last)[:, self.rows.letter_ids]
-        return -logits.log_softmax(-1).mean() - math.log(NUM_CHOICES)
 
-
-def deepen(model: LlavaForConditionalGeneration, depth: int) -> None:
-    """Make of each decoder layer several that share its work, so that little changes at first."""
-    language = model.model.language_model
-    each, deeper = depth // len(language.layers), nn.ModuleList()
-    for layer in language.layers:
-        for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            part.weight.data /= each
-        for _ in range(each):
-            deeper.append(copy.deepcopy(layer))
-            deeper[-1].self_attn.layer_idx = len(deeper) - 1
-    language.layers = deeper
-    model.config.text_config.num_hidden_layers = depth
-
-
-def train(out: Path, seed: int, stages: dict[str, tuple[int, int, float, int]]) -> None:
+def train(out: Path, seed: int, stages: dict[str, tuple[int, float, int]]) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # the products are too small to share
     processor, state = build_processor(), {"stage": 0, "done": 0, "seconds": 0.0}
     if (out / STATE_FILE).is_file():
         state = torch.load(out / STATE_FILE)
-    model = build_model(processor, list(stages.values())[state["stage"]][0])
+    model = build_model(processor)
     lessons = Lessons(model, processor, seed)
     scorer = Scorer(lessons.rows, processor, "train")
     if "model" in state:
         model.load_state_dict(state["model"])
         lessons.heads.load_state_dict(state["heads"])
     began = time.time() - state["seconds"]
-    for number, (stage, (layers, count, rate, steps)) in enumerate(stages.items()):
+    for number, (stage, (count, rate, steps)) in enumerate(stages.items()):
         if number < state["stage"]:
             continue
-        if layers > len(model.model.language_model.layers):
-            deepen(model, layers)
         optimizer = torch.optim.AdamW(
             lessons.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
@@ -417,7 +377,6 @@ def train(out: Path, seed: int, stages: dict[str, tuple[int, int, float, int]]) 
                 said = f"{time.time() - began:.0f} s, {stage}, step {step + 1}: loss {loss:.3f}"
                 if stage != "see":
                     said += f", letters right {scorer.hits(model, step=6).mean():.3f}"
-                if layers == LAYERS:
                     said += f", every third left out costs {scorer.slicing_loss(model, 12):.3f}"
                 print(said, flush=True)
                 save(model, processor, out)
