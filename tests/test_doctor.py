@@ -315,7 +315,7 @@ BROKEN = [  # name, stage, what breaks it, what must be found
         given(limit=1000),
         r"above the limit of 1,000 .*: keep fewer decoder layers",
     ),
-    ("no such format", TRAIN, given(dtype="foo"), "weights in foo.*expected one of float32"),
+    ("no such format", TRAIN, given(dtype="foo"), "number format 'foo': expected one of float32"),
     ("disk full", TRAIN, small_disk, "disk: about .* to be written .*, 0.0 MiB free: free some"),
     (
         "little memory",
@@ -373,7 +373,7 @@ BROKEN = [  # name, stage, what breaks it, what must be found
         append("base/tokenizer.json", "\n"),
         "trained with another tokenizer.*give the base",
     ),
-    ("integers", EXPORT, given(dtype="int8"), "weights in int8: as asked for: expected one of"),
+    ("integers", EXPORT, given(dtype="int8"), "number format 'int8': expected one of"),
     ("disk full", EXPORT, small_disk, "disk: about .* to be written to .*checkpoint"),
     ("no bundle", PREDICT, remove("checkpoint/torchscript.pt"), "run torchscript.ipynb first"),
     (
