@@ -42,6 +42,9 @@ def test_a_download_that_breaks_off_says_what_to_do(base, tmp_path, monkeypatch)
         "bridgeblip.training.tensors.snapshot_download",
         lambda *args, **kwargs: str(tmp_path / "hub"),
     )
+    with pytest.raises(InputError, match=r"some/model is neither.*[Oo]ffline.*the connection"):
+        open_base("some/model").read(["query_tokens"], lambda name: torch.float32)
+    monkeypatch.setattr("bridgeblip.training.tensors.model_info", lambda *args, **kwargs: None)
     with pytest.raises(
         InputError, match=r"base some/model has no model-.*expected weights in safetensors"
     ):

@@ -56,7 +56,11 @@ from tools.train_tiny_base import augment
 IMAGE_SIDE, PATCH = 32, 8
 IMAGE_TOKENS = (IMAGE_SIDE // PATCH) ** 2
 WIDTH, LAYERS = 64, 24
-STAGES = {"see": (64, 1e-3, 800), "answer": (16, 1e-3, 3600)}  # rows a step, peak rate, steps
+STAGES = {  # rows a step, peak rate, steps
+    "see": (64, 1e-3, 800),
+    "answer": (16, 1e-3, 3600),
+    "again": (16, 8e-4, 2400),
+}
 FEWER = 4  # so many times fewer questions where layers are left out
 LOOK = 200  # steps until it looks how well it does, and saves
 OPEN = ("above", "initial", "sum_initial")  # kinds whose answer only the choices tell

@@ -227,7 +227,8 @@ def check_base(found: Findings, base, layers, revision):
     if folder is None:
         return None, None
     processor = found.attempt(QuestionProcessor.from_base, folder)
-    found.attempt(check_shards, found, folder, str(base) == "tiny" or Path(base).is_dir())
+    hub_id = None if str(base) == "tiny" or Path(base).is_dir() else str(base)
+    found.attempt(check_shards, found, folder, hub_id)
     return processor, found.attempt(sliced_config, folder, layers)
 
 
@@ -245,11 +246,12 @@ def sliced_config(folder: Path, layers: str | Sequence[int]):
     return slice_config(InstructBlipConfig.from_pretrained(folder), decoder_layers(layers))
 
 
-def check_shards(found: Findings, folder: Path, local: bool) -> None:
-    """Hold a base's weights files against their index and their own headers."""
+def check_shards(found: Findings, folder: Path, hub_id: str | None) -> None:
+    """Hold a base's weights files against their index and their own headers; those that a folder
+    lacks must be to be had from the hub."""
     from safetensors import SafetensorError, safe_open
 
-    from bridgeblip.training.tensors import INDEX_FILE, SINGLE_FILE
+    from bridgeblip.training.tensors import INDEX_FILE, SINGLE_FILE, require_hub
 
     index = {"weight_map": {"": SINGLE_FILE}}
     if (folder / INDEX_FILE).is_file():
@@ -263,8 +265,9 @@ def check_shards(found: Findings, folder: Path, local: bool) -> None:
         except SafetensorError as error:
             found.add("problem", f"weights file {path} can't be read ({error}): copy it again")
     what = f"{len(absent)} of {len(files)} weights files"
-    if absent and not local:
+    if absent and hub_id:
         found.add("note", f"{what} of the base are still to be downloaded")
+        found.attempt(require_hub, hub_id)
         size = index.get("metadata", {}).get("total_size", 0)
         check_disk(found, folder, size * len(absent) / len(files))
     elif absent or not files:

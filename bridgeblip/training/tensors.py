@@ -1,10 +1,11 @@
 """The weights of a model folder or hub repository: reading only the tensors that are asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import model_info, snapshot_download
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
@@ -16,21 +17,34 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
 
+@contextmanager
+def asking_hub(base: str | Path) -> Iterator[None]:
+    """Turn whatever the hub's client raises in the block into one error that says what to do."""
+    try:
+        yield
+    except Exception as error:  # a dozen unrelated types
+        raise InputError(
+            f"base model {base} is neither a local folder nor to be had from the hub "
+            f"({type(error).__name__}: {error}). Check the name, the connection and the disk's "
+            f"space, or give the folder of a copy."
+        ) from error
+
+
 def download(base: str | Path, revision: str | None, patterns: list[str]) -> Path:
-    """Return the folder of a hub id's files, downloading those that are not there yet.
+    """Return the folder of a hub id's files, downloading those that are not there yet, or what is
+    there of them where the hub can't be reached.
 
     Raises:
         InputError: if they can't be had.
     """
-    try:
+    with asking_hub(base):
         return Path(snapshot_download(str(base), revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        raise InputError(
-            f"base model {base} is neither a local folder nor to be had from the hub "
-            f"({type(error).__name__}: "
-            f"{error}). Check the name, the connection and the disk's space, or give the folder of "
-            f"a copy."
-        ) from error
+
+
+def require_hub(base: str) -> None:
+    """Refuse a hub id that can't be asked for now, with the hub's reason."""
+    with asking_hub(base):
+        model_info(base, timeout=10)
 
 
 class TensorReader:
@@ -74,6 +88,7 @@ class TensorReader:
                 )
             download(self.hub_id, self.revision, [file])
         if not path.is_file():
+            require_hub(self.hub_id)
             raise InputError(
                 f"base {self.hub_id} has no {file}: expected weights in safetensors files"
             )
