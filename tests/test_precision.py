@@ -86,5 +86,5 @@ def test_a_process_without_a_gpu_of_its_own_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert best_device() == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="process 3 on a machine with 2 GPUs: start as many"):
+    with pytest.raises(InputError, match="LOCAL_RANK is 2 on a machine with 2 GPUs: start as many"):
         best_device()

@@ -127,7 +127,7 @@ def bad_files(folder):
         "dangling.jpg": "dangling.jpg not found",
         "missing.jpg": "missing.jpg not found",
         f"{'long' * 90}.jpg": "long.jpg not found",
-        "": "not found",
+        "": "img_path is empty",
         "../secret.png": "outside the folder",
         "./폴더 하나/../../secret.png": "outside the folder",
         str(folder.parent / "secret.png"): "outside the folder",

@@ -224,7 +224,7 @@ def test_an_unfinished_run_of_other_settings_is_refused_before_anything_long(
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(
         InputError,
-        match=r"another run \(other settings\) that has not ended.*delete the folder state",
+        match=r"another run \(other settings: seed\) that has not ended.*delete the folder state",
     ):
         train(
             competition / "train.csv",
