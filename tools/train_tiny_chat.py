@@ -78,7 +78,12 @@ A `LlavaForConditionalGeneration` of {parameters:,} parameters with 24 decoder l
 language-model head untied, with LLaVA-1.5's chat template. It exists to be tuned and sliced: to try
 on a laptop, on real pictures, what is done to chat models of billions. It knows nothing but digits.
 
-- Made by `{command}` from scratch, on one core of a shared server CPU, in {minutes:.0f} minutes.
+- Made from scratch on one core of a shared server CPU, in {minutes:.0f} minutes, by
+
+```
+{command}
+```
+
 - What the letter needs was taught too, each step in its third of the layers: the answer's first
   word where the question ends (layer 8), and at each choice whether it is right (layer 16), by
   heads that are gone.
