@@ -53,7 +53,7 @@ from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
 from bridgeblip.embedded.demo import TINY_RATE
 from bridgeblip.embedded.digits import write_competition
-from bridgeblip.evidence.figures import NEUTRAL, SMOOTHING
+from bridgeblip.evidence.figures import NEUTRAL, smoothed
 from bridgeblip.evidence.metrics import (
     Estimate,
     clustered_difference,
@@ -366,7 +366,7 @@ def summarise(runs: pd.DataFrame, groups: np.ndarray) -> pd.DataFrame:
 
 
 def _curve_measures(losses: list[float]) -> pd.Series:
-    curve = pd.Series(losses).ewm(alpha=1 - SMOOTHING).mean()
+    curve = smoothed(pd.Series(losses))
     quarter = len(curve) // 4
     drop = curve.iloc[0] - curve.iloc[quarter]
     spread = curve.iloc[quarter:].std()
@@ -456,13 +456,7 @@ def _draw_curves(axes: Axes, runs: pd.DataFrame, arms: Sequence[Arm], title: str
     for arm in arms:
         raw = pd.Series(np.mean(runs[runs["arm"] == arm.name]["losses"].tolist(), axis=0))
         axes.plot(raw.index + 1, raw, color=arm.colour, alpha=0.2, linewidth=1)
-        axes.plot(
-            raw.index + 1,
-            raw.ewm(alpha=1 - SMOOTHING).mean(),
-            color=arm.colour,
-            linewidth=2,
-            label=arm.name,
-        )
+        axes.plot(raw.index + 1, smoothed(raw), color=arm.colour, linewidth=2, label=arm.name)
     axes.axhline(np.log(4), color=NEUTRAL, linestyle=":", label="guessing")
     axes.set(
         title=f"{title}\none epoch, mean of {runs['seed'].nunique()} seeds",

@@ -314,15 +314,6 @@ class Watch(TrainerCallback):
         control.should_training_stop |= state.global_step == self.stop
 
 
-def part_of(layers: int, draw: random.Random) -> list[int]:
-    """Some of so many decoder layers: two to sixteen are left out, in a row or anywhere."""
-    count = draw.randint(2, 16)
-    first = draw.randint(0, layers - count)
-    in_a_row = draw.random() < 0.5
-    gone = range(first, first + count) if in_a_row else draw.sample(range(layers), count)
-    return [i for i in range(layers) if i not in set(gone)]
-
-
 class BindingTrainer(Trainer):
     """Adds a penalty on what a part of the decoder, drawn anew in each step, can answer without the
     rest.
@@ -335,13 +326,20 @@ class BindingTrainer(Trainer):
         super().__init__(model, *args, **kwargs)
         self.letter_ids, self.draw = torch.tensor(letter_ids), random.Random(self.args.seed)
 
+    def part(self, layers: int) -> list[int]:
+        count = self.draw.randint(2, 16)
+        first = self.draw.randint(0, layers - count)
+        in_a_row = self.draw.random() < 0.5
+        gone = range(first, first + count) if in_a_row else self.draw.sample(range(layers), count)
+        return [i for i in range(layers) if i not in set(gone)]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = model(**inputs).loss
         asked = torch.isin(inputs["labels"][:, 0], self.letter_ids)
         rows = {name: tensor[asked] for name, tensor in inputs.items() if name != "labels"}
         decoder = model.language_model.decoder
         blocks = decoder.block
-        decoder.block = nn.ModuleList(blocks[i] for i in part_of(len(blocks), self.draw))
+        decoder.block = nn.ModuleList(blocks[i] for i in self.part(len(blocks)))
         start = torch.zeros(int(asked.sum()), 1, dtype=torch.long)
         alone = model(**rows, decoder_input_ids=start).logits[:, 0, self.letter_ids].log_softmax(-1)
         decoder.block = blocks

@@ -8,7 +8,8 @@ A LLaVA of 24 narrow decoder layers, from scratch. It sees only the "pretrain" p
 A narrow decoder that is told nothing but the right letter guesses for thousands of steps. So the
 steps to the letter are taught as well (deep supervision, Lee et al. 2015), each in its third of the
 layers, by heads that are thrown away: the answer where the question ends, and at each choice its
-place and whether it is right. Before that the vision tower learns to ``see`` digits.
+place and whether it is right. The vision tower learns to ``see`` digits, then all of it to
+``answer``, and ``again``, on other questions and from a high rate anew.
 
 Called again after an interruption it goes on from ``state.pt``. Of several tries the one is kept
 that loses most when every third layer is left out (the mean over the three ways to begin), among

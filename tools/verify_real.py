@@ -41,7 +41,13 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bridgeblip import HOME, InputError
-from bridgeblip.bridge.base import REAL_BASE, SMALL_FILES, pinned_revision, resolve_base
+from bridgeblip.bridge.base import (
+    REAL_BASE,
+    SMALL_FILES,
+    hub_id,
+    pinned_revision,
+    resolve_base,
+)
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.processing import QuestionProcessor, render_prompt
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
@@ -332,7 +338,7 @@ def announce(bases: list[str], work: Path) -> None:
 def open_run(args: argparse.Namespace) -> Run:
     """Fetch the base, if it comes from the hub, and choose device and number format."""
     folder, device = resolve_base(args.base), best_device()
-    if not Path(args.base).is_dir() and args.base != "tiny":
+    if hub_id(args.base):
         download(args.base, folder.name, ["*.safetensors"])
     config = InstructBlipConfig.from_pretrained(folder)
     dtype = choose_precision(device, families.empty_model(config).num_parameters()).dtype
@@ -375,7 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
         name for name in STEPS if name not in args.skip and (name != "zero-shot" or args.aokvqa)
     ]
     bases = [args.base] + [args.chat] * ("chat" in chosen)
-    announce([base for base in bases if base != "tiny" and not Path(base).is_dir()], args.work)
+    announce(list(filter(hub_id, bases)), args.work)
     try:
         run, steps = open_run(args), {}
         file = args.out / f"real-{re.sub('[^a-z0-9]+', '-', run.on['card'].lower())}.json"

@@ -53,6 +53,11 @@ def resolve_base(base: str | Path, revision: str | None = None) -> Path:
     return download(base, pinned_revision(base, revision), SMALL_FILES)
 
 
+def hub_id(base: str | Path) -> str | None:
+    """Return ``base`` if it is a hub id, None if it is "tiny" or a folder."""
+    return None if str(base) == "tiny" or Path(base).is_dir() else str(base)
+
+
 def pinned_revision(base: str | Path, revision: str | None) -> str | None:
     """Return the revision that is taken where none is asked for: of the real base, the one that is
     known."""
@@ -64,10 +69,8 @@ def open_base(
 ) -> TensorReader:
     """Return what reads single tensors of a base; missing shards of a hub id are downloaded when
     first needed. Errors as ``resolve_base``."""
-    folder = resolve_base(base, revision)
-    is_here = Path(base).is_dir() or str(base) == "tiny"
-    hub_id = None if is_here else str(base)
-    return TensorReader(folder, hub_id, pinned_revision(base, revision), device)
+    folder, pinned = resolve_base(base, revision), pinned_revision(base, revision)
+    return TensorReader(folder, hub_id(base), pinned, device)
 
 
 def source_name(name: str, kept_layers: Sequence[int]) -> str:

@@ -51,8 +51,8 @@ class ParityGate:
 
     Two steps, two bounds. Merging changes numbers: in half precision it rounds every bridged
     weight, so the merged model may part from the adapters by a share of the logits' spread.
-    Tracing, saving and loading change
-    nothing: the file is held against the merged model, closely, in any precision.
+    Tracing, saving and loading change nothing: the file is held against the merged model, closely,
+    in any precision.
 
     Args:
         probe: the model's inputs by name, a padded batch; texts come as ``...input_ids`` and

@@ -25,6 +25,11 @@ BELOW = {"frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, -0.18)
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
 
 
+def smoothed(loss: pd.Series) -> pd.Series:
+    """An exponential moving average over the steps; the first steps weigh what they are."""
+    return loss.ewm(alpha=1 - SMOOTHING).mean()
+
+
 def training_figure(history: pd.DataFrame, guessing: float = 0.25) -> Figure:
     """Loss by step, raw and smoothed, and validation accuracy from before training to the end.
 
@@ -37,8 +42,7 @@ def training_figure(history: pd.DataFrame, guessing: float = 0.25) -> Figure:
     left, right = figure.subplots(1, 2)
     loss = history.dropna(subset="loss")
     left.plot(loss["step"], loss["loss"], color=LIGHT, alpha=0.5, linewidth=1, label="each step")
-    smoothed = loss["loss"].ewm(alpha=1 - SMOOTHING).mean()
-    left.plot(loss["step"], smoothed, color=BLUE, linewidth=2, label="smoothed")
+    left.plot(loss["step"], smoothed(loss["loss"]), color=BLUE, linewidth=2, label="smoothed")
     left.axhline(-np.log(guessing), color=NEUTRAL, linestyle=":", label="guessing")
     left.set(xlabel="training step", ylabel="cross-entropy", title="Training loss", ylim=(0, None))
     found = history.dropna(subset="accuracy").reindex(

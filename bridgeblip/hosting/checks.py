@@ -221,14 +221,13 @@ def _fault(path: Path) -> str:
 
 def check_base(found: Findings, base, layers, revision):
     """Return a base's processor and its config once sliced; None for what can't be had."""
-    from bridgeblip.bridge.base import resolve_base
+    from bridgeblip.bridge.base import hub_id, resolve_base
 
     folder = found.attempt(resolve_base, base, revision)
     if folder is None:
         return None, None
     processor = found.attempt(QuestionProcessor.from_base, folder)
-    hub_id = None if str(base) == "tiny" or Path(base).is_dir() else str(base)
-    found.attempt(check_shards, found, folder, hub_id)
+    found.attempt(check_shards, found, folder, hub_id(base))
     return processor, found.attempt(sliced_config, folder, layers)
 
 
@@ -246,9 +245,9 @@ def sliced_config(folder: Path, layers: str | Sequence[int]):
     return slice_config(InstructBlipConfig.from_pretrained(folder), decoder_layers(layers))
 
 
-def check_shards(found: Findings, folder: Path, hub_id: str | None) -> None:
+def check_shards(found: Findings, folder: Path, source: str | None) -> None:
     """Hold a base's weights files against their index and their own headers; those that a folder
-    lacks must be to be had from the hub."""
+    lacks must be to be had from the hub, under the id ``source``."""
     from safetensors import SafetensorError, safe_open
 
     from bridgeblip.training.tensors import INDEX_FILE, SINGLE_FILE, require_hub
@@ -265,9 +264,9 @@ def check_shards(found: Findings, folder: Path, hub_id: str | None) -> None:
         except SafetensorError as error:
             found.add("problem", f"weights file {path} can't be read ({error}): copy it again")
     what = f"{len(absent)} of {len(files)} weights files"
-    if absent and hub_id:
+    if absent and source:
         found.add("note", f"{what} of the base are still to be downloaded")
-        found.attempt(require_hub, hub_id)
+        found.attempt(require_hub, source)
         size = index.get("metadata", {}).get("total_size", 0)
         check_disk(found, folder, size * len(absent) / len(files))
     elif absent or not files:
