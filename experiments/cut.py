@@ -4,22 +4,30 @@
 
 Both embedded bases, an encoder-decoder and a chat model of 24 decoder layers each, are cut in the
 same ways and bridged on the same questions; LoRA on all 24 layers is what a cut is held against.
-Each run is kept as soon as it is done; called again, only what is missing is run.
+Each seed has its own weights to begin with, order, and test questions. A core makes one run at a
+time, by one thread. Each is kept as soon as it is done; called again, only what is missing is run.
 """
 
 import argparse
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import set_seed
@@ -31,7 +39,7 @@ from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.questions import Question, letter, read_questions
 from bridgeblip.embedded.demo import TINY_RATE
-from bridgeblip.embedded.digits import write_competition
+from bridgeblip.embedded.digits import digit_pictures, split_questions, write_competition
 from bridgeblip.evidence.figures import NEUTRAL
 from bridgeblip.evidence.metrics import clustered_difference, clustered_mean, picture_groups
 from bridgeblip.evidence.page import points
@@ -110,14 +118,11 @@ class Run:
 def runs_of(bases: Sequence[str], parts: Sequence[str], seeds: int) -> Iterator[Run]:
     """All runs that are asked for, those first that tell most."""
     fewer = [f"{kind}-{kept}" for kept in FEWER for kind in ("even", "block")]
-    for base in bases:
-        for layers in (WHOLE, *CURVE, *OWN):
-            yield Run(base, layers)
     for seed in range(seeds):
-        for base in bases:
-            for layers in (WHOLE, *CURVE, *OWN):
-                if "depth" in parts:
-                    yield Run(base, layers, REFERENCE_RANK, seed=seed)
+        for rank in (0, REFERENCE_RANK) if "depth" in parts else ():
+            for base in bases:
+                for layers in (WHOLE, *CURVE, *OWN):
+                    yield Run(base, layers, rank, seed=seed)
     for base in bases:
         for layers in (WHOLE, *fewer):
             if "ranks" in parts:
@@ -129,19 +134,20 @@ def runs_of(bases: Sequence[str], parts: Sequence[str], seeds: int) -> Iterator[
 class Bench:
     """The embedded questions: those to train on, and the test questions to measure with."""
 
-    def __init__(self):
+    def __init__(self, seeds: int):
         folder = cache_folder() / "embedded"
         write_competition(folder, folder / "answers.csv")
         self.csv = folder / "train.csv"
         self.training = read_questions(self.csv, need_answers=True)
         answers = pd.read_csv(folder / "answers.csv", index_col="ID")["answer"]
-        self.test = []
-        for question in read_questions(folder / "test.csv"):
-            right = "ABCD".index(answers[question.id])
-            self.test.append(replace(question, answer=right))
-        self.groups = picture_groups(self.test)
-        shown = [(q.id, q.question, q.choices, letter(q.answer)) for q in self.training + self.test]
-        self.digest = digest_of(shown)
+        first = read_questions(folder / "test.csv")
+        self.groups = picture_groups(first)
+        self.tests = [[replace(q, answer="ABCD".index(answers[q.id])) for q in first]]
+        digits = [digit for _, digit in digit_pictures()["test"]]
+        for seed in range(1, seeds):  # other questions about the same pictures
+            asked = [q for own in split_questions("test", digits, seed) for q in own]
+            pairs = zip(asked, first, strict=True)
+            self.tests.append([replace(q, id=f"{seed} {p.id}", image=p.image) for q, p in pairs])
         self.encoded = None
 
     def some(self, run: Run) -> list[Question]:
@@ -152,17 +158,19 @@ class Bench:
 
     def identity(self, run: Run) -> dict:
         """What a kept run must agree with."""
+        asked = self.training + self.tests[run.seed]
+        shown = [(q.id, q.question, q.choices, letter(q.answer)) for q in asked]
         weights = file_digest(BASES[run.base] / "model.safetensors")
         settings = asdict(run.settings) if run.rank else {}
         for name in NOT_THE_RESULT:
             settings.pop(name, None)
-        facts = {"run": asdict(run), "weights": weights, "questions": self.digest}
+        facts = {"run": asdict(run), "weights": weights, "questions": digest_of(shown)}
         return json.loads(json.dumps(facts | {"settings": settings}))
 
     def measure(self, run: Run) -> dict:
         """Slice, bridge and train as the run says, and answer the test questions."""
         make = self._encoder_decoder if run.base == "tiny" else self._chat
-        settings = run.settings
+        settings, test = run.settings, self.tests[run.seed]
         with TemporaryDirectory() as folder:
             model, collate = make(run, settings, Path(folder))
             arguments = training_arguments(folder, settings)
@@ -171,7 +179,7 @@ class Bench:
                 model,
                 arguments,
                 train_dataset=TrainingQuestions(self.some(run), run.seed, False),
-                eval_dataset=self.test,
+                eval_dataset=test,
                 data_collator=collate,
                 optimizers=(optimizer(model, settings), None),
                 average=settings.average,
@@ -181,8 +189,8 @@ class Bench:
             if run.rank:
                 trainer.train()
             seconds = time.perf_counter() - began
-            given = trainer.answer(self.test).argmax(-1)
-        right = given == [question.answer for question in self.test]
+            given = trainer.answer(test).argmax(-1)
+        right = given == [question.answer for question in test]
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if run.rank else 0
         return {"right": right.astype(int).tolist(), "trained": trained, "seconds": round(seconds)}
 
@@ -191,7 +199,7 @@ class Bench:
         arm = Arm(run.layers, ",".join(map(str, decoder_layers(run.layers, DEPTH))), bridge)
         loader = SlicedLoader(run.base, [arm])
         if self.encoded is None:  # the encoder is the same in every run
-            shown, model = self.training + self.test, loader.load(arm)
+            shown, model = sum(self.tests, self.training), loader.load(arm)
             size = SETTINGS.batch_size
             self.encoded, _ = encode_questions(model, loader.processor, shown, size)
         set_seed(run.seed)
@@ -202,6 +210,26 @@ class Bench:
         tune = TuneSettings(layers=run.layers, rank=rank, alpha=2 * rank)
         plan = plan_tuning(BASES[run.base], self.csv, folder, tune, settings)
         return Teacher(load_learner(plan), plan), Collator(plan)
+
+
+@cache
+def bench(seeds: int) -> Bench:
+    """One for all runs of a process."""
+    return Bench(seeds)
+
+
+def by_itself() -> None:
+    """Make a process one of several: a thread of its own, and ended as its parent is."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def kept(run: Run, folder: Path, seeds: int) -> dict:
+    """What a run found, and its fields; measured if it is not there."""
+    here = bench(seeds)
+    with redirect_stdout(StringIO()):  # what is planned, of each run the same
+        found = kept_run(folder / run.file, here.identity(run), lambda: here.measure(run))
+    return asdict(run) | {"kept": run.kept, "kind": run.kind, "file": run.file} | found
 
 
 def summarise(runs: pd.DataFrame, groups: np.ndarray) -> pd.DataFrame:
@@ -293,7 +321,8 @@ def cut_figure(summary: pd.DataFrame, bases: Sequence[str]) -> Figure:
         axes.set(title=base, xlabel="decoder layers kept", ylim=(0, 1.02), xticks=[*KEPT, DEPTH])
         axes.invert_xaxis()
     panels[0].set_ylabel("accuracy on the test questions")
-    panels[-1].legend(frameon=False, fontsize=8, loc="center left")
+    lines, names = panels[0].get_legend_handles_labels()
+    figure.legend(lines, names, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -341,21 +370,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each bridge (3)")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time (each core)")
     parser.add_argument("--out", type=Path, default=Path("results/cut"), help="goes on there")
     args = parser.parse_args(arguments)
     require_writable(args.out)
-    bench, began, done = Bench(), time.time(), []
     wanted = list(runs_of(args.bases, args.parts, args.seeds))
-    for run in tqdm(wanted, "cuts", unit="run"):
-        path, identity = args.out / "runs" / run.file, bench.identity(run)
-        late = args.minutes is not None and time.time() - began > 60 * args.minutes
-        if late and not path.is_file():
-            continue
-        found = kept_run(path, identity, lambda run=run: bench.measure(run))
-        more = {"kept": run.kept, "kind": run.kind, "file": run.file}
-        done.append(asdict(run) | more | found)
-    summary = summarise(pd.DataFrame(done), bench.groups)
+    began, cores = time.perf_counter(), ProcessPoolExecutor(args.jobs, initializer=by_itself)
+    with cores:
+        try:
+            made = [cores.submit(kept, run, args.out / "runs", args.seeds) for run in wanted]
+            done = [one.result() for one in tqdm(made, "cuts", unit="run")]
+        except BaseException:
+            cores.shutdown(wait=False, cancel_futures=True)
+            raise
+    minutes = (time.perf_counter() - began) / 60
+    here = bench(args.seeds)
+    summary = summarise(pd.DataFrame(done), here.groups)
     verdict = judge(summary, args.bases)
     there = {run["file"] for run in done}
     whole = runs_of(list(BASES), PARTS, max(args.seeds, 3))
@@ -364,9 +394,12 @@ def main(arguments: list[str] | None = None) -> int:
     facts = {
         "command": f"`python experiments/cut.py --bases {' '.join(words)}`",
         "date": date.today().isoformat(),
-        "each run": f"an epoch of {len(bench.training)} questions, of 600 two, of 60 ten; batch "
+        "each run": f"an epoch of {len(here.training)} questions, of 600 two, of 60 ten; batch "
         f"{SETTINGS.batch_size}, rate {SETTINGS.learning_rate:g}",
-        "measured on": f"{len(bench.test)} test questions about {bench.groups.max() + 1} pictures",
+        "measured on": f"{len(here.tests[0])} test questions, for each seed others, about "
+        f"{here.groups.max() + 1} pictures",
+        "this call took": f"{minutes:.0f} minutes, {args.jobs} runs at a time; what was there "
+        f"already was not run again",
     }
     cut_figure(summary, args.bases).savefig(args.out / "cut.png", dpi=150)
     write_text(args.out / "cut.md", page(summary, verdict, missing, facts))

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bridgeblip.embedded.digits import NUMBERS
 from experiments import cut
 from experiments.cut import WHOLE, Run
 
@@ -77,20 +78,34 @@ def test_the_page_names_what_has_not_run(summary, tmp_path):
 def test_a_run_is_kept_and_taken_again(tmp_path, monkeypatch, capsys):
     class Quick(cut.Bench):
         def __init__(self):
-            self.training, self.test, self.digest = [None] * 8, [None] * 200, "x"
-            self.groups, self.measured = np.arange(200) // 4, []
+            self.training, self.tests = [], [[None] * 200]
+            self.groups = np.arange(200) // 4
 
         def measure(self, run):
-            self.measured.append(run)
+            with (tmp_path / "measured").open("a") as file:
+                print(run, file=file)
             return {"right": [1, 0] * 100, "trained": 5, "seconds": 1}
 
-    benches = []
-    monkeypatch.setattr(cut, "Bench", lambda: benches.append(Quick()) or benches[-1])
+        def identity(self, run):
+            return {"run": run.layers}
+
+    monkeypatch.setattr(cut, "bench", lambda seeds: Quick())
     words = ["--bases", "tiny", "--parts", "depth", "--seeds", "1", "--out", str(tmp_path)]
-    assert cut.main(words) == cut.main(words) == 0
-    assert len(benches[0].measured) == 38 and not benches[1].measured
+    assert cut.main([*words, "--jobs", "2"]) == cut.main(words) == 0
+    assert len((tmp_path / "measured").read_text().splitlines()) == 38
     kept = json.loads((tmp_path / "runs" / Run("tiny", "even-4", 96).file).read_text())
-    assert kept["identity"]["run"]["layers"] == "even-4"
+    assert kept["identity"]["run"] == "even-4"
     assert "holds down to 4 of 24 layers" in capsys.readouterr().out
     assert (tmp_path / "cut.png").is_file()
     assert "tiny, rank 96, all questions, seeds 1, 2: 38" in (tmp_path / "cut.md").read_text()
+
+
+def test_each_seed_has_other_questions_about_the_same_test_pictures():
+    first, second = cut.Bench(2).tests
+    assert [q.image for q in first] == [q.image for q in second]
+    asked = [[(q.question, *q.choices, q.answer) for q in test] for test in (first, second)]
+    assert sum(a == b for a, b in zip(*asked, strict=True)) < len(first) / 10
+    right = {
+        q.question: q.choices[q.answer] for q in second if q.question.startswith("Which digit")
+    }
+    assert set(right.values()) <= set(NUMBERS[:10])

@@ -164,10 +164,14 @@ def digit_pictures() -> dict[str, list[tuple[Image.Image, int]]]:
     }
 
 
-def split_questions(split: str, digits: list[int]) -> list[list[Question]]:
+def split_questions(split: str, digits: list[int], draw: int = 0) -> list[list[Question]]:
     """Return the questions of each picture of a split: different kinds each, letters balanced over
-    all."""
-    rng = random.Random(f"{SPLIT_SEED} {split}")
+    all.
+
+    Args:
+        draw: 0: the competition's; any other number: others of the same kinds.
+    """
+    rng = random.Random(f"{SPLIT_SEED} {split}{draw or ''}")
     each = QUESTIONS_A_PICTURE[split]
     places = [i % NUM_CHOICES for i in range(each * len(digits))]
     rng.shuffle(places)
