@@ -17,7 +17,7 @@ import torch
 
 from bridgeblip import InputError
 from bridgeblip.bundle.processing import Processor
-from bridgeblip.files import cache_folder, write_text
+from bridgeblip.files import cache_folder, read_json, write_text
 from bridgeblip.machine import FORMATS, is_out_of_memory
 
 # In a process of their own: loading TorchScript keeps Python's lock from all threads.
@@ -275,14 +275,14 @@ def recall(path: Path) -> str | None:
 def remember(path: Path, digest: str) -> None:
     """Keep the SHA-256 of a file as it is now."""
     kept = _memory() | {str(path.resolve()): (_state(path), digest)}
-    with suppress(OSError):  # a read-only home: next time the file is read again
+    with suppress(OSError, InputError):  # a read-only home: next time the file is read again
         write_text(_memory_path(), json.dumps(kept))
 
 
 def _memory() -> dict[str, list]:
     try:
-        return dict(json.loads(_memory_path().read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or damaged
+        return read_json(_memory_path())
+    except InputError:  # not there, or damaged
         return {}
 
 
