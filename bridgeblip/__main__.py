@@ -160,8 +160,9 @@ def _open_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number is free
             stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
         if number:
-            how = {"encoding": stream.encoding, "line_buffering": stream.line_buffering}
-            stream = Stream(stream.detach(), errors="backslashreplace", **how)
+            how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            file = open(number, "wb", -1 + stream.write_through, closefd=False)  # noqa: SIM115
+            stream = Stream(file, stream.encoding, "backslashreplace", **how)
         setattr(sys, name, stream)
 
 

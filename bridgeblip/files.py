@@ -166,7 +166,9 @@ def require_writable(
 ) -> None:
     """Raise an InputError now if files, such as one called ``name``, can't be written into
     ``folder``, rather than after hours of work."""
-    probe = Path(folder) / f".writable-{os.getpid()}{name}"  # processes may probe at once
+    probe = (
+        Path(os.path.realpath(folder)) / f".writable-{os.getpid()}{name}"
+    )  # processes may probe at once
     try:
         write_text(probe, "yes")
         probe.unlink()
