@@ -38,7 +38,7 @@ LACKING = {
     NO_MEMORY: ((errno.ENOMEM,), OUT_OF_MEMORY),
     "allow more open files (ulimit -n)": ((errno.EMFILE,), (os.strerror(errno.EMFILE),)),
     "allow more processes (ulimit -u)": ((errno.EAGAIN,), ("can't start new thread",)),
-    "set workers to 0, or give the machine more memory": ((), ("DataLoader worker",)),
+    "set workers to 0, or give the machine more memory": ((), ("DataLoader worker (pid",)),
 }
 
 CHUNK = 1 << 20  # bytes that are copied at a time
@@ -166,9 +166,8 @@ def require_writable(
 ) -> None:
     """Raise an InputError now if files, such as one called ``name``, can't be written into
     ``folder``, rather than after hours of work."""
-    probe = (
-        Path(os.path.realpath(folder)) / f".writable-{os.getpid()}{name}"
-    )  # processes may probe at once
+    # Processes may probe at once.
+    probe = Path(os.path.realpath(folder)) / f".writable-{os.getpid()}{name}"
     try:
         write_text(probe, "yes")
         probe.unlink()
