@@ -52,7 +52,7 @@ def check_tune(
         taken = f"a picture takes at most {batches.most} of them"
         found.add("ok", f"{base}: reads {batches.context:,} tokens, {taken}")
     if batches and rows:
-        found.attempt(batches.check, rows, csv, settings is not None)
+        found.attempt(batches.check, rows, settings is not None)
         unread = [row.id for row in rows if batches.unread(row)]
         if unread:
             what = f"{len(unread)} of {len(rows)} questions, such as {unread[0]}'s"
