@@ -171,7 +171,6 @@ def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:
         plan.manifest["base"],
         plan.processor.letter_ids,
         plan.manifest["layers"],
-        plan.bridge.head_init,
         plan.dtype,
         plan.device,
         plan.manifest["revision"],
@@ -246,8 +245,6 @@ def describe_bridge(model: nn.Module) -> str:
 def describe_head(plan: Plan) -> str:
     """From which rows of the base's LM head the head starts."""
     processor = plan.processor
-    if plan.bridge.head_init == "random":
-        return f"the head starts from noise, a row for each of {', '.join(processor.letters)}"
     lines = []
     for letter, row in zip(processor.letters, processor.letter_ids, strict=True):
         token = processor.tokenizer.id_to_token(row)

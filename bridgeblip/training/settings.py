@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from bridgeblip import InputError
 from bridgeblip.messages import say
@@ -38,6 +38,9 @@ def setting(default: Any, text: str, **bounds: float) -> Any:
 class Settings:
     """Settings that refuse what makes no sense, for dataclasses whose fields are ``setting``s."""
 
+    # What earlier versions let one set, and the values with which it is now as it was.
+    FORMER: ClassVar[dict[str, tuple]] = {}
+
     def __post_init__(self):
         for item in fields(self):
             value = getattr(self, item.name)
@@ -56,12 +59,15 @@ class Settings:
         Raises:
             InputError: if it is of a version that has others.
         """
-        if others := sorted(values.keys() - {item.name for item in fields(cls)}):
+        known = values.keys() & {item.name for item in fields(cls)}
+        other = values.keys() - known
+        others = sorted(name for name in other if values[name] not in cls.FORMER.get(name, ()))
+        if others:
             raise InputError(
                 f"the file was written with the settings {', '.join(others)}, which this version "
                 f"lacks: take the version of bridgeblip that wrote it"
             )
-        return cls(**values)
+        return cls(**{name: values[name] for name in known})
 
     def describe(self) -> str:
         """A line for each setting: its name, its value and what it means."""
