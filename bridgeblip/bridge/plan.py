@@ -4,8 +4,7 @@ that has come to, in a few lines of text."""
 import gc
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from operator import ne
@@ -28,7 +27,7 @@ from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
-from bridgeblip.files import digest_of, require_writable, without
+from bridgeblip.files import digest_of, without
 from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import BUDGET_LIMIT, NOT_THE_RESULT, TrainSettings, decoder_layers
@@ -86,7 +85,7 @@ def plan_training(
     require_service(settings.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
     places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
-    with held(places, process):
+    with holding(places, process.is_main_process):
         folder = resolve_base(base, revision)
         processor = QuestionProcessor.from_base(folder)
         questions = _read_fitting(train_csv, processor, process)
@@ -127,20 +126,6 @@ def plan_training(
             settings, bridge, places, training, validation, keys, processor,
             process, device, precision.dtype, manifest, identity,
         )  # fmt: skip
-
-
-@contextmanager
-def held(places: Sequence[Path], process: PartialState) -> Iterator[None]:
-    """Hold folders that can be written for the time of a block; the main process does it for all.
-
-    Raises:
-        InputError: if one can't be written, or a live run holds it.
-    """
-    places = places if process.is_main_process else []
-    for place in places:
-        require_writable(place)
-    with holding(places):
-        yield
 
 
 def _read_fitting(

@@ -22,13 +22,14 @@ from bridgeblip.bridge.features import (
     encoder_key,
     fill,
 )
-from bridgeblip.bridge.plan import Plan, build_bridge, held, load_slice, plan_training
+from bridgeblip.bridge.plan import Plan, build_bridge, load_slice, plan_training
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.report import write_report
 from bridgeblip.files import cache_folder, copy_missing, require_writable
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import history_table, validations
+from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, in_one_line, mirror, newest_state
 from bridgeblip.training.trainer import (
@@ -97,7 +98,7 @@ def train(
         plan = plan_training(
             train_csv, base, checkpoint_dir, settings, bridge, revision, budget_limit, copy_to
         )
-        with held(plan.places, plan.process):
+        with holding(plan.places, plan.process.is_main_process):
             return train_model(plan, build_bridge(plan, load_slice(plan)), features)
 
 
@@ -110,7 +111,8 @@ def train_model(
         features: folder of the cache of image features; None encodes the pictures anew in every
             epoch.
     """
-    with in_one_line(plan.places[0]), held(plan.places, plan.process):
+    main = plan.process.is_main_process
+    with in_one_line(plan.places[0]), holding(plan.places, main):
         resumed = newest_state(plan.places, plan.identity)
         if resumed is None and getattr(model, "has_begun", False):
             raise InputError(

@@ -19,7 +19,7 @@ from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.report import write_report
 from bridgeblip.evidence.texts import score_texts, write_text_report
-from bridgeblip.files import replacing, require_writable, write_text
+from bridgeblip.files import replacing, write_text
 from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import history_table, validations
@@ -85,9 +85,7 @@ def tune(
     """
     process_rank()  # refuses what another program has left in the environment
     process, out = PartialState(cpu=not torch.cuda.is_available()), Path(out)
-    if process.is_main_process:
-        require_writable(out)
-    with in_one_line(out), holding([out] if process.is_main_process else []):
+    with in_one_line(out), holding([out], process.is_main_process):
         plan = plan_tuning(
             base, data, out, settings, train_settings, revision, images, split, continue_from
         )
