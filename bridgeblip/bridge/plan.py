@@ -66,15 +66,12 @@ def plan_training(
     checkpoint_dir: str | Path,
     settings: TrainSettings = TrainSettings(),
     bridge: BridgeSettings = BridgeSettings(),
-    revision: str | None = None,
-    budget_limit: int = BUDGET_LIMIT,
     copy_to: str | Path | None = None,
 ) -> Plan:
     """Read and split the questions, look at base, machine and folders; nothing long is done.
 
     Args:
-        base: "tiny", a folder, or a hub id, of which ``revision`` is taken.
-        budget_limit: most parameters that the merged model may have.
+        base: "tiny", a folder, or a hub id.
         copy_to: a second checkpoint folder, such as one on Drive, that gets a verified copy of
             every file.
 
@@ -86,7 +83,7 @@ def plan_training(
     process = PartialState(cpu=not torch.cuda.is_available())
     places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
     with holding(places, process.is_main_process):
-        folder = resolve_base(base, revision)
+        folder = resolve_base(base)
         processor = QuestionProcessor.from_base(folder)
         questions = _read_fitting(train_csv, processor, process)
         training, validation = split_by_picture(
@@ -94,22 +91,22 @@ def plan_training(
         )
         layers = decoder_layers(bridge.layers)
         config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
-        budget = certify_budget(config, budget_limit)
+        budget = certify_budget(config)
         # accelerate may say cpu:0
         device = process.device if process.device.type == "cuda" else torch.device("cpu")
         precision = choose_precision(device, budget["total"])
         process.print(
-            f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}"
+            f"{budget['total']:,} parameters of at most {BUDGET_LIMIT:,}; computing in {precision}"
         )
         keys = picture_keys(q.image for q in questions)
         manifest = {
             "base": str(base),
-            "revision": revision,
+            "revision": None,  # the one that is pinned, or the newest
             "layers": layers,
             "bridge": without(asdict(bridge), "layers"),
             "train": asdict(settings),
             "dtype": str(precision.dtype).removeprefix("torch."),
-            "budget": budget | {"limit": budget_limit},
+            "budget": budget | {"limit": BUDGET_LIMIT},
             "config": config.to_json_string(),
             "pictures": sorted({keys[q.image][:SHORT_KEY] for q in training}),
             # What whoever uses the weights must agree on, and the versions that made them.

@@ -30,7 +30,7 @@ from bridgeblip.files import cache_folder, copy_missing, require_writable
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import history_table, validations
 from bridgeblip.training.hold import holding
-from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
+from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, in_one_line, mirror, newest_state
 from bridgeblip.training.trainer import (
     TrainingQuestions,
@@ -76,8 +76,6 @@ def train(
     checkpoint_dir: str | Path,
     settings: TrainSettings = TrainSettings(),
     bridge: BridgeSettings = BridgeSettings(),
-    revision: str | None = None,
-    budget_limit: int = BUDGET_LIMIT,
     features: str | Path | None = "default",
     copy_to: str | Path | None = None,
 ) -> TrainResult:
@@ -95,9 +93,7 @@ def train(
         TrainingStopped: after the stop button, Ctrl-C or SIGTERM.
     """
     with in_one_line(Path(checkpoint_dir)):
-        plan = plan_training(
-            train_csv, base, checkpoint_dir, settings, bridge, revision, budget_limit, copy_to
-        )
+        plan = plan_training(train_csv, base, checkpoint_dir, settings, bridge, copy_to)
         with holding(plan.places, plan.process.is_main_process):
             return train_model(plan, build_bridge(plan, load_slice(plan)), features)
 
