@@ -24,8 +24,8 @@ PARTS = {
     "language_model.decoder": "T5 decoder",
     "head": "head",
 }
+# What an export leaves out: over the decoder's single token it does nothing.
 LEFT_OUT = r"language_model\.decoder\..*\.SelfAttention\.(q|k|relative_attention_bias)\.weight"
-"""What an export leaves out: over the decoder's single token it does nothing."""
 
 
 def count_parts(model: nn.Module) -> dict[str, int]:

@@ -37,5 +37,5 @@ class BridgeSettings(Settings):
         decoder_layers(self.layers)
 
 
+# The layers that stay by default, as indices.
 DEFAULT_DECODER_LAYERS = tuple(decoder_layers(BridgeSettings().layers))
-"""The layers that stay by default, as indices."""

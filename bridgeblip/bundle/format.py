@@ -38,6 +38,7 @@ def _is(kind: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, kind)
 
 
+# What a manifest holds, and which values can be right.
 MANIFEST = {
     "format": _is(int),
     "kind": _is(str),
@@ -49,7 +50,6 @@ MANIFEST = {
     "config": _is(dict),
     "trained": lambda it: isinstance(it, dict) and _is(float | int)(it.get("permute_below") or 0),
 }
-"""What a manifest holds, and which values can be right."""
 
 
 @dataclass(frozen=True)

@@ -184,9 +184,9 @@ class TrainSettings(Settings):
         return cls.given(**profile | {k: v for k, v in changes.items() if v is not None})
 
 
+# The usual rule: all parameters of all models loaded for inference, summed, stay under three
+# billion.
 BUDGET_LIMIT = 3_000_000_000
-"""The usual rule: all parameters of all models loaded for inference, summed, stay under three
-billion."""
 
 
 def evenly(depth: int, count: int) -> list[int]:
@@ -199,6 +199,7 @@ def block(depth: int, count: int) -> list[int]:
     return [*range(count - 1), depth - 1]
 
 
+# Ways to cut a decoder, by name; the numbers in the names are those of 24 layers.
 LAYER_SELECTIONS: dict[str, Callable[[int], Sequence[int]]] = {
     "every-third": lambda depth: range(0, depth, 3),
     "every-second-8": lambda depth: range(0, depth // 3 * 2, 2),
@@ -207,10 +208,9 @@ LAYER_SELECTIONS: dict[str, Callable[[int], Sequence[int]]] = {
     "every-third-with-last": lambda depth: [*range(0, depth - 3, 3), depth - 1],
     "even-with-last": lambda depth: evenly(depth, depth // 3),
 }
-"""Ways to cut a decoder, by name; the numbers in the names are those of 24 layers."""
 
+# Ways that a count belongs to, such as block-18.
 COUNTED = {"even": evenly, "block": block}
-"""Ways that a count belongs to, such as block-18."""
 
 # The widths that the published settings belong to: rank 96 on the 2048-wide T5-XL.
 REFERENCE_RANK = 96
