@@ -32,6 +32,7 @@ from bridgeblip.bridge.base import (
     stored_dtype,
 )
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
+from bridgeblip.files import without
 from bridgeblip.machine import NonFiniteError, first_non_finite_module
 from bridgeblip.training.losses import choice_loss
 
@@ -314,18 +315,15 @@ def load_sliced(
     reader = open_base(base, revision, device)
     config = slice_config(InstructBlipConfig.from_pretrained(reader.folder), layers)
     model = empty_model(config)
-    shapes, source_of = {}, {}
-    for name, parameter in own_parameters(model).items():
-        if not name.startswith("head."):
-            shapes[name] = parameter.shape
-            source_of[name] = source_name(name, config.kept_decoder_layers)
+    own = without(own_parameters(model), "head.weight", "head.bias")
+    source_of = {name: source_name(name, config.kept_decoder_layers) for name in own}
     read = reader.read(list(source_of.values()), lambda name: stored_dtype(name, dtype))
     state = {name: read.pop(source) for name, source in source_of.items()}
-    for name, shape in shapes.items():
-        if state[name].shape != shape:
+    for name, parameter in own.items():
+        if state[name].shape != parameter.shape:
             raise InputError(
                 f"tensor {source_of[name]!r} of the base has shape {tuple(state[name].shape)}; "
-                f"its config.json asks for {tuple(shape)}"
+                f"its config.json asks for {tuple(parameter.shape)}"
             )
     state |= _start_head(reader, config, letter_ids, dtype)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
