@@ -237,6 +237,8 @@ def _write_window(
         return batches.write(tuned.model, to_model(tuned.model, batch), beams, most)
 
     lengths = [batches.length_bound(question) for question in asked]
+    if batches.padding_side == "right" and len(set(lengths)) > 1:
+        batch_size = 1  # behind padding nothing can be written
     for rows in batches_of(lengths, batch_size):
         texts = in_halves(write, rows, lambda halves: [*halves[0], *halves[1]])
         for row, text in zip(rows, texts, strict=True):
