@@ -52,7 +52,6 @@ from bridgeblip.embedded.digits import (
     split_questions,
 )
 from bridgeblip.vlm.batches import LETTER_PROMPT, Batches
-from tools.train_tiny_base import augment
 
 IMAGE_SIDE, PATCH = 32, 8
 IMAGE_TOKENS = (IMAGE_SIDE // PATCH) ** 2
@@ -237,6 +236,20 @@ def pixels_of(processor: LlavaProcessor, split: str) -> tuple[torch.Tensor, list
     pictures = sorted(digit_pictures()[split], key=lambda pair: pair[1])
     images = processor.image_processor([p.convert("RGB") for p, _ in pictures], return_tensors="pt")
     return images["pixel_values"], [digit for _, digit in pictures]
+
+
+def augment(pixels: torch.Tensor) -> torch.Tensor:
+    """Turn, scale and shift each picture a little; ``pixels`` is (B, 3, S, S), normalised."""
+    n, device = len(pixels), pixels.device
+    angle = (torch.rand(n, device=device) - 0.5) * 0.5  # about +-14 degrees
+    scale = 1 + (torch.rand(n, device=device) - 0.5) * 0.3
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    shift = (torch.rand(n, 2, device=device) - 0.5) * 0.3
+    theta = torch.stack(
+        [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
+    )
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
 def features_of(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
