@@ -6,7 +6,6 @@ fails.
 
 import json
 import os
-import random
 import resource
 import shutil
 import subprocess
@@ -106,44 +105,6 @@ def check_tests(name: str) -> list[Row]:
     return rows
 
 
-def check_captions() -> list[Row]:
-    """BLEU, ROUGE-L and CIDEr against pycocoevalcap's, on the same tokens: where it is
-    installed."""
-    from bridgeblip.evidence import captions
-
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ImportError:
-        return [Row("caption scores", "pycocoevalcap", "not installed: nothing shown", False)]
-    chance = random.Random(0)
-    words = [f"word{number}" for number in range(60)]
-    right, given = [], []
-    for _ in range(400):
-        row = [chance.choices(words, k=chance.randint(1, 14)) for _ in range(chance.randint(1, 5))]
-        near = [*chance.choice(row), *chance.choices(words, k=chance.randint(0, 3))]
-        right.append(row)
-        given.append(chance.choice([near, [], row[0], chance.choices(words, k=6)]))
-    truth = {i: [" ".join(text) for text in row] for i, row in enumerate(right)}
-    said = {i: [" ".join(text)] for i, text in enumerate(given)}
-    theirs = Bleu(4).compute_score(truth, said, verbose=0)[0]
-    theirs += [measure().compute_score(truth, said)[0] for measure in (Rouge, Cider)]
-    ours = captions.bleu(right, given)
-    for measure in (captions.rouge, captions.cider):
-        values = measure(right, given)
-        ours.append(sum(values) / len(values))
-    apart = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
-    return [at_most("caption scores, farthest from pycocoevalcap's", 1e-9, apart, ".1e")]
-
-
-def check_families() -> list[Row]:
-    """What tuning makes of random models of two families on the embedded pictures."""
-    from tools.learn_families import checks
-
-    return checks()
-
-
 def check_ablation() -> list[Row]:
     """The layer-selection experiment from nothing, in one command."""
     work = Path(tempfile.mkdtemp())
@@ -211,14 +172,16 @@ TESTS = {
         ("pictures", "pictures.py", "BRIDGEBLIP_EXAMPLES", 2000),
     ],
     "intervals": [("intervals that hold the truth", "metrics.py", "BRIDGEBLIP_RUNS", 1000)],
+    "captions": [("caption scores within 1e-9 of pycocoevalcap's, which must be installed",
+                  "captions.py", "BRIDGEBLIP_EXAMPLES", 400)],
+    "families": [("random models learn to tell digits apart", "tune_learns.py",
+                  "BRIDGEBLIP_EXAMPLES", 60)],
     "install": [("installed elsewhere", "install.py", "BRIDGEBLIP_EXAMPLES", 100)],
 }  # fmt: skip
 CHECKS = {
     "tiny_base": check_tiny_base,
     "demo": check_demo,
     **{name: partial(check_tests, name) for name in TESTS},
-    "captions": check_captions,
-    "families": check_families,
     "ablation": check_ablation,
     "full_size": check_full_size,
     "speed": check_speed,
