@@ -1,9 +1,11 @@
-"""Long checks: what was asked, what was measured. Run by ``make verify``; exits with 1 if any
-fails.
+"""Long checks: what was asked, what was measured.
 
     python tools/verify.py [NAME ...]
+
+``make verify`` runs all of them.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -175,13 +177,18 @@ CHECKS = {
 }
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """Run the checks; 0 if all is as asked, 1 if anything fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", choices=CHECKS, metavar="NAME", help=", ".join(CHECKS))
     rows = []
-    for name in names or CHECKS:
+    for name in parser.parse_args(arguments).names or CHECKS:
         rows += [{"check": name} | row.shown() for row in CHECKS[name]()]
     print(f"\n{os.cpu_count()} cores, Python {sys.version.split()[0]}\n{markdown(rows)}")
     return 1 if any(row["verdict"] == "FAIL" for row in rows) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
