@@ -13,7 +13,7 @@ from bridgeblip import InputError
 from bridgeblip.bridge.base import BridgeBlipConfig, resolve_base
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
-from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.processing import TEXTS, QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle.export import MERGING_SHARE, ParityGate, export_device, write_bundle
 from bridgeblip.files import file_digest, require_place, without
@@ -21,13 +21,7 @@ from bridgeblip.machine import number_format
 from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
 
 # What the exported model takes, in this order.
-INPUTS = (
-    "pixel_values",
-    "qformer_input_ids",
-    "qformer_attention_mask",
-    "input_ids",
-    "attention_mask",
-)
+INPUTS = ("pixel_values", *TEXTS)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ PROMPT_TEMPLATE = "Question: {question} Options: {options} Short answer:"
 # Typographic characters that a vocabulary may lack, by what a typewriter has for them.
 PLAIN = {"'": "‘’‚‛′", '"': "“”„‟″«»", "-": "‐‑‒–—―−", "...": "…", "x": "×"}
 IMAGE_TOKEN = "<image>"
+# The text inputs of ``score``, in its order.
+TEXTS = ("qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
 
 
 class QuestionProcessor(Processor):
@@ -148,7 +150,7 @@ class QuestionProcessor(Processor):
         return max(len(reader.encode(prompt)) for reader in readers)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the four text inputs of ``score``; see ``Processor``.
+        """Return ``TEXTS``; see ``Processor``.
 
         Raises:
             InputError: if a prompt is longer than the Q-Former can read: nothing is ever cut off.
