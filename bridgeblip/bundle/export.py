@@ -86,8 +86,14 @@ class ParityGate:
             best = expected.topk(2).values
             clear = best[:, 0] - best[:, 1] > 2 * bound
             changed = int(((logits.argmax(-1) != expected.argmax(-1)) & clear).sum())
-            row = {"form": form, "case": case, "difference": difference, "bound": bound}
-            row |= {"letters changed": changed, "ok": difference <= bound and not changed}
+            row = {
+                "form": form,
+                "case": case,
+                "difference": difference,
+                "bound": bound,
+                "letters changed": changed,
+                "ok": difference <= bound and not changed,
+            }
             self.rows.append(row)
 
     def compare_trained(self, logits: torch.Tensor, dtype: str) -> None:
