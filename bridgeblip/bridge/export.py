@@ -18,7 +18,7 @@ from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle.export import MERGING_SHARE, ParityGate, export_device, write_bundle
 from bridgeblip.files import file_digest, require_place, without
 from bridgeblip.machine import number_format
-from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
+from bridgeblip.training.weights import load_trained, load_weights, recorded_margin
 
 # What the exported model takes, in this order.
 INPUTS = ("pixel_values", *TEXTS)
@@ -161,7 +161,7 @@ def export_bundle(
     about = {
         "kind": "instructblip",
         "config": merged.config.to_dict(),
-        "trained": trained | made_from | {"permute_below": permutation_margin(weights)},
+        "trained": trained | made_from | {"permute_below": recorded_margin(weights)},
     }
     processor, models = restored.processor, [TraceableModel(merged)]
     del restored, merged

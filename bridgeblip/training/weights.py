@@ -130,7 +130,7 @@ def read_best(checkpoint_dir: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def permutation_margin(weights: str | Path) -> float | None:
+def recorded_margin(weights: str | Path) -> float | None:
     """Return the margin that was measured with these weights; None where none was, or with
     others."""
     best = read_best(Path(weights).parent)
