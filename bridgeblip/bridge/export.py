@@ -165,5 +165,4 @@ def export_bundle(
     }
     processor, models = restored.processor, [TraceableModel(merged)]
     del restored, merged
-    write_bundle(out, models, gate, processor, about)
-    return out, gate.table
+    return write_bundle(out, models, gate, processor, about)
