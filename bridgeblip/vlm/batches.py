@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -265,29 +266,27 @@ class Batches:
 
     @torch.inference_mode()
     def write(
-        self, model: PreTrainedModel, batch: dict[str, torch.Tensor], beams: int, most: int
+        self,
+        model: PreTrainedModel,
+        batch: dict[str, torch.Tensor],
+        beams: int,
+        most: int,
+        **more: Any,
     ) -> list[str]:
         """Return what a model writes behind the prompts of ``ask``: by so many beams, without
-        chance, at most so many tokens."""
-        lengths = batch["attention_mask"].sum(1)
-        # Behind padding nothing can be written: rows of one length at a time.
-        if self.padding_side == "right" and len(lengths.unique()) > 1:
-            texts = [""] * len(lengths)
-            for length in lengths.unique():
-                rows = (lengths == length).nonzero().flatten()
-                part = _aligned({name: batch[name][rows] for name in batch}, "right")
-                for row, text in zip(rows, self.write(model, part, beams, most), strict=True):
-                    texts[row] = text
-            return texts
-        made = self._generate(model, batch, beams, most)
-        return list(map(str.strip, self.tokenizer.batch_decode(made, skip_special_tokens=True)))
+        chance, at most so many tokens.
 
-    def _generate(
-        self, model: PreTrainedModel, batch: dict, beams: int, most: int, **more
-    ) -> torch.Tensor:
+        Args:
+            more: for ``generate``.
+
+        Raises:
+            ValueError: if a prompt has padding behind it, where nothing can be written.
+        """
         begun = batch["input_ids"]
-        ends = [self.tokenizer.convert_tokens_to_ids(self.end)]
-        how = {"eos_token_id": ends, "pad_token_id": self.pad_id}
+        if not batch["attention_mask"][:, -1].all():
+            raise ValueError("only prompts of one length can be gone on from")
+        how = {"eos_token_id": [self.tokenizer.convert_tokens_to_ids(self.end)]}
+        how["pad_token_id"] = self.pad_id
         if self.kind == "blip":  # its generate takes a last column away, and has its own ends
             how = {}
             for name, value in (("input_ids", self.pad_id), ("attention_mask", 0)):
@@ -298,7 +297,7 @@ class Batches:
         width = begun.shape[1]  # some families repeat the prompt
         if made.shape[1] >= width and bool((made[:, :width] == begun).all()):
             made = made[:, width:]
-        return made
+        return list(map(str.strip, self.tokenizer.batch_decode(made, skip_special_tokens=True)))
 
 
 def letter_logits(
