@@ -271,8 +271,10 @@ def test_more_choices_than_letters_are_refused(processor, questions):
 @pytest.mark.parametrize(
     "file, content, message",
     [("config.json", "{", "no JSON"), ("processor_config.json", "version https://git-lfs", "no JSON"),
-     ("tokenizer.json", "{}", "a tokenizer in"), ("config.json", "{}", "lack 'image_token_index'"),
-     ("processor_config.json", '{"image_processor": {"size": 3}}', "lack")],
+     ("tokenizer.json", "{}", "a tokenizer in"), ("config.json", "{}", "an InstructBLIP's .*image_token_index"),
+     ("processor_config.json", '{"image_processor": {"size": 3}}', "InstructBLIP's"),
+     ("processor_config.json", '{"image_processor": {"resample": 9, "size": {"height": 8, "width": 8}}}',
+      "9 is not a valid Resampling")],
 )  # fmt: skip
 def test_a_base_with_a_broken_file_is_one_line(base, tmp_path, file, content, message):
     for path in base.iterdir():

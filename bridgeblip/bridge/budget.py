@@ -1,5 +1,5 @@
 """The parameter budget: what inference loads, counted by part, against a competition's limit; and
-it in bytes."""
+the bytes that it, or its training, holds."""
 
 import re
 

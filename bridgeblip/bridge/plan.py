@@ -216,11 +216,9 @@ def describe_bridge(model: nn.Module) -> str:
     adapters = Counter()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            adapters[module.r["default"], ".".join(name.split(".")[-2:])] += 1
-    lines = []
-    for (rank, place), count in adapters.items():
-        lines.append(f"{count} adapters of rank {rank} on {place}")
-    bridge = "\n".join(lines) or "no adapters"
+            place = ".".join(name.split(".")[-2:])
+            adapters[f"adapters of rank {module.r['default']} on {place}"] += 1
+    bridge = "\n".join(f"{n} {sort}" for sort, n in adapters.items()) or "no adapters"
     return f"{bridge}\n{trained:,} weights learn, head included: {share:.1%} of all"
 
 

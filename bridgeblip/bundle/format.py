@@ -264,13 +264,13 @@ def read_digests(path: Path) -> list[str]:
 
 def recall(path: Path) -> str | None:
     """Return the SHA-256 that a file had when it was last read; None if it has changed since."""
-    with suppress(OSError, ValueError):  # not there, or damaged
+    with suppress(OSError, ValueError, InputError):  # not there, damaged, or no home
         return _memory_of(path).read_text(encoding="utf-8")
 
 
 def remember(path: Path, digest: str) -> None:
     """Keep the SHA-256 of a file as it is now."""
-    with suppress(OSError):  # a read-only home: next time the file is read again
+    with suppress(OSError, InputError):  # a read-only home: next time the file is read again
         write_text(_memory_of(path), digest)
 
 

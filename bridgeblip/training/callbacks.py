@@ -84,10 +84,10 @@ class SelfCheck(TrainerCallback):
     STEPS = 4
 
     def __init__(self, model: nn.Module):
-        self.waiting = trainable(model)
-        self.frozen = {n: p for n, p in model.named_parameters() if n not in self.waiting}
-        self.sums = {name: _checksum(p) for name, p in self.frozen.items()}
-        self.steps = 0
+        self.waiting, self.sums, self.steps = trainable(model), {}, 0
+        for name, parameter in model.named_parameters():
+            if name not in self.waiting:
+                self.sums[name] = parameter, _checksum(parameter)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         groups = optimizer.param_groups
@@ -108,12 +108,12 @@ class SelfCheck(TrainerCallback):
             )
         if self.waiting:
             return
-        moved = [n for n, p in self.frozen.items() if not torch.equal(_checksum(p), self.sums[n])]
+        moved = [n for n, (p, was) in self.sums.items() if not torch.equal(_checksum(p), was)]
         if moved:
             raise TrainingError(
                 f"{len(moved)} frozen tensors have changed, the first is {moved[0]!r}"
             )
-        self.frozen, self.sums = {}, {}
+        self.sums = {}
 
 
 def _checksum(tensor: torch.Tensor) -> torch.Tensor:

@@ -162,8 +162,7 @@ def export_chat(
     about = {"kind": "chat", "config": json.loads(config.to_json_string()), "trained": trained}
     models = [wrapper]
     del loaded, merged, wrapper
-    write_bundle(out, models, gate, processor, about)
-    return out, gate.table
+    return write_bundle(out, models, gate, processor, about)
 
 
 def make_processor(batches: Batches, run: dict, name: str | Path) -> ChatProcessor:

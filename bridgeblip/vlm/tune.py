@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
 from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
@@ -83,9 +82,9 @@ def tune(
             a live run or has the state of another one that has not ended; before anything long.
         TrainingStopped: after the stop button, Ctrl-C or SIGTERM.
     """
-    process_rank()  # refuses what another program has left in the environment
-    process, out = PartialState(cpu=not torch.cuda.is_available()), Path(out)
-    with in_one_line(out), holding([out], process.is_main_process):
+    rank, _ = process_rank()  # refuses what another program has left in the environment
+    out = Path(out)
+    with in_one_line(out), holding([out], rank == 0):
         plan = plan_tuning(
             base, data, out, settings, train_settings, revision, images, split, continue_from
         )
