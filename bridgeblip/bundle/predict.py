@@ -196,7 +196,7 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
                 strangers += 1
     if strangers:
         print(
-            f"passing over {strangers} windows in {folder}: torn, or of another bundle, question "
+            f"passing over {strangers} windows in {folder}: torn, or of another model, question "
             f"file or setting"
         )
     if kept:
