@@ -20,6 +20,7 @@ from bridgeblip.files import file_digest, require_place, without
 from bridgeblip.machine import number_format
 from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
 
+# What the exported model takes, in this order.
 INPUTS = (
     "pixel_values",
     "qformer_input_ids",
@@ -27,19 +28,18 @@ INPUTS = (
     "input_ids",
     "attention_mask",
 )
-"""What the exported model takes, in this order."""
 
 
 @dataclass(frozen=True)
 class Restored:
     """A trained model, rebuilt from its weights file and base."""
 
+    # With the adapters still apart, if there are any.
     model: nn.Module
-    """With the adapters still apart, if there are any."""
     processor: QuestionProcessor
     manifest: dict
+    # Of the frozen weights.
     dtype: torch.dtype
-    """Of the frozen weights."""
 
 
 def restore(

@@ -20,8 +20,8 @@ from bridgeblip.data.questions import NUM_CHOICES, Question, letters
 from bridgeblip.files import read_json, read_text
 
 PROMPT_TEMPLATE = "Question: {question} Options: {options} Short answer:"
+# Typographic characters that a vocabulary may lack, by what a typewriter has for them.
 PLAIN = {"'": "‘’‚‛′", '"': "“”„‟″«»", "-": "‐‑‒–—―−", "...": "…", "x": "×"}
-"""Typographic characters that a vocabulary may lack, by what a typewriter has for them."""
 IMAGE_TOKEN = "<image>"
 
 

@@ -23,8 +23,8 @@ from bridgeblip.messages import say
 
 WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
+# What a weights file needs to say.
 NAMED = {"base": str, "revision": str | None, "layers": list, "bridge": dict, "dtype": str}
-"""What a weights file needs to say."""
 
 
 @dataclass(frozen=True)
