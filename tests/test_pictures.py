@@ -103,7 +103,8 @@ def test_floating_point_from_0_to_1_is_scaled(tmp_path):
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"", "no picture, it begins with b''"),
+    (b"", "it is empty"),
+    (b"hello", "no whole picture, it begins with b'hello'"),
     (b"\0\0\0\x18ftypheic" + bytes(40), "a HEIC photo"),
     (b"\0\0\0\x20ftypisom" + bytes(40), "a video"),
     (b"<?xml version='1.0'?>\n<svg/>", "a drawing, SVG"),

@@ -16,6 +16,9 @@ for code in (*range(0xFF), 0x180E, *range(0x2000, 0x3001), 0xFEFF):
 BLANK = "".join(map(chr, UNSEEN))
 
 OTHERS = {  # how files begin that are given for something else
+    rb"\Z": "empty",
+    rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff": "UTF-32 text",
+    rb"\xff\xfe|\xfe\xff|([^\x00]\x00){4}|(\x00[^\x00]){4}": "UTF-16 text",
     rb"PK\x03\x04": "an Excel workbook, or a zip",
     rb"\xd0\xcf\x11\xe0": "an Excel workbook",
     rb"\x1f\x8b|BZh\d|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!": "a packed file",

@@ -71,7 +71,7 @@ def fault_of(path: str | Path, error: BaseException) -> str:
     if not isinstance(error, UnidentifiedImageError):
         return " ".join(str(error).split()) or type(error).__name__
     begin = Path(path).read_bytes()[:1000]
-    return f"it is {what_is(begin) or f'no picture, it begins with {begin[:8]!r}'}"
+    return f"it is {what_is(begin) or f'no whole picture, it begins with {begin[:8]!r}'}"
 
 
 def as_seen(image: Image.Image) -> Image.Image:

@@ -209,17 +209,14 @@ def odd_names(names: Sequence[str], missing: Sequence[str]) -> str:
     seem others; empty if none."""
     said = ""
     for name in names:
-        odd = [c for c in name if not (c.isascii() and c.isprintable()) and not _is_script(c)]
+        # but for letters of a script without capitals, such as Hangul
+        odd = [c for c in name if not c.isascii() or not c.isprintable()]
+        odd = [char for char in odd if unicodedata.category(char) != "Lo"]
         pattern = "".join(".?" if char in odd else re.escape(char) for char in name)
         if odd and any(re.fullmatch(pattern, other) for other in missing):
             shown = ", ".join(unicodedata.name(char, f"U+{ord(char):04X}") for char in odd)
             said += f"; {name!r} has an odd or hidden character, {shown}: write the name anew"
     return said
-
-
-def _is_script(char: str) -> bool:
-    """Whether it is a letter of a script without capitals, such as Hangul."""
-    return unicodedata.category(char) == "Lo"
 
 
 def check_once(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """CSV tables of texts: read as written, or refused with the line at fault."""
 
-import codecs
 import csv
 import io
 import re
@@ -98,14 +97,8 @@ def _text(path: Path) -> str:
             f"{path} not found: put the organiser's file there, or set the path to yours"
         )
     content = path.read_bytes()
-    begin = content[:1000]
     if what := what_is(content):
-        raise InputError(f"{path} is {what}, no CSV: get the table itself, saved as CSV")
-    if begin.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        raise InputError(f"{path} is UTF-32 text, not UTF-8: save it as UTF-8")
-    zeros = sorted((begin[::2].count(0), begin[1::2].count(0)))
-    if begin.startswith((b"\xff\xfe", b"\xfe\xff")) or zeros[0] == 0 < zeros[1] - len(begin) / 4:
-        raise InputError(f"{path} is UTF-16 text, not UTF-8: save it as UTF-8")
+        raise InputError(f"{path} is {what}, no CSV in UTF-8: get the table itself, saved as that")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as fault:
@@ -117,7 +110,7 @@ def _text(path: Path) -> str:
             text = content.decode("cp949")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{path} is neither UTF-8 nor cp949 text, it begins with {begin[:8]!r}: save the "
+                f"{path} is neither UTF-8 nor cp949 text, it begins with {content[:8]!r}: save the "
                 f"table as CSV in UTF-8"
             ) from error
         warnings.warn(

@@ -160,7 +160,7 @@ def _dialogues(path: Path, folder: Path) -> Iterator[Question]:
     header, rows = read_csv(labels)
     names = known_names(header)
     picture = next((name for name in PICTURE_COLUMNS if name in names), names[0])
-    dialogues = _json(path)
+    dialogues = load_json(path)
     for row in rows:
         cells = dict(zip(names, map(str.strip, row.cells), strict=True))
         image = folder / cells[picture].removeprefix(f"{FRAMES}/")
@@ -190,7 +190,7 @@ def _filled(text: str, cells: dict[str, str], path: Path) -> str:
 
 def _published(path: Path, folder: Path, split: str | None) -> tuple[str, Iterator[Question]]:
     """The task and the questions of a JSON file, told by what it holds."""
-    content = _json(path)
+    content = load_json(path)
     first = content[0] if isinstance(content, list) and content else content
     keys = set(first) if isinstance(first, dict) else set()
     if isinstance(content, list) and "conversations" in keys:
@@ -251,7 +251,7 @@ def _captions(path: Path, rows: Sequence[dict[str, Any]], folder: Path) -> Itera
     given = None
     if right.is_file():
         given = {}
-        for row in _json(right)["annotations"]:
+        for row in load_json(right)["annotations"]:
             given.setdefault(str(row["image_id"]), []).append(row["caption"])
     for row in rows:
         name = _picture_id(row["image"])
@@ -340,13 +340,3 @@ def _say_left_out(path: Path, left_out: Counter) -> None:
     if left_out.total():
         counted = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
         warnings.warn(f"{path}: left out {counted}", stacklevel=4)
-
-
-def _json(path: Path) -> Any:
-    """The content of a JSON file; of JSON lines, a list."""
-    try:
-        return load_json(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} can't be read ({error}): get a whole copy, or give {EXPECTED}"
-        ) from error

@@ -109,7 +109,7 @@ def read_texts(path: str | Path, questions: Sequence[Question]) -> list[str]:
                 )
                 for row in load_json(path)
             ]
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+        except (AttributeError, TypeError) as error:
             raise InputError(
                 f"{path} can't be read ({error}); expected a list of image_id and caption"
             ) from error

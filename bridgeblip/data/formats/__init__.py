@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bridgeblip import InputError
 from bridgeblip.data.names import what_is
 
 SOURCES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
@@ -33,18 +34,19 @@ def load_json(path: Path) -> Any:
     values one behind the other, a list. Half a character, which no text can hold, becomes U+FFFD.
 
     Raises:
-        ValueError: naming the line at fault.
+        InputError: if it can't be read, naming the line at fault.
     """
-    text = HALF.sub(r"\1\\ufffd", path.read_text(encoding="utf-8-sig"))
     decoder, rows = json.JSONDecoder(), []
-    place = SPACE.match(text).end()
     try:
+        text = HALF.sub(r"\1\\ufffd", path.read_text(encoding="utf-8-sig"))
+        place = SPACE.match(text).end()
         while place < len(text) or not rows:
             row, place = decoder.raw_decode(text, place)
             rows.append(row)
             place = SPACE.match(text, place).end()
-    except RecursionError as error:
-        raise ValueError("its lists are nested too deeply") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno} is no JSON: {error.msg}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"line {error.lineno} is no JSON: {error.msg}"
+        raise InputError(f"{path} can't be read ({reason}): get a whole copy") from error
     return rows if len(rows) > 1 or path.suffix.lower() in (".jsonl", ".ndjson") else rows[0]
