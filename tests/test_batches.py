@@ -229,8 +229,6 @@ def test_rows_over_the_context_are_refused_and_never_cut(family):
     long = Question("7", None, "which digit " * 9000, ("one", "two"), line=8)
     with pytest.raises(InputError, match=r"q\.csv, line 8 \(ID 7\): \d+ tokens with picture"):
         batches.check([*ASKED, long], "q.csv")
-    with pytest.raises(InputError, match=r"7: .* tokens with picture and answer, more than the"):
-        batches.ask([long], PICTURES[:1])
     assert not any(batches.problem(question) for question in ASKED)
     with pytest.raises(InputError, match="tokens with picture"):
         batches.check([Question("1", None, "what?", (), references=("one " * 9000,))], learns=True)

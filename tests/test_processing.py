@@ -264,8 +264,9 @@ def test_more_choices_than_letters_are_refused(processor, questions):
         processor.check_choices([questions[0], fifth], "test.csv")
     empty = replace(fifth, choices=("a", "b", "c", "d", ""))
     processor.check_choices([empty, replace(fifth, choices=("a", "b"))], "test.csv")
-    assert processor.choice_mask(empty) == [True] * 4
-    assert processor.choice_mask(replace(fifth, choices=("a", "b"))) == [True, True, False, False]
+    assert empty.mask(4) == [True] * 4
+    assert replace(fifth, choices=("a", "b")).mask(4) == [True, True, False, False]
+    assert replace(fifth, choices=()).mask(2) == [True, True]
 
 
 @pytest.mark.parametrize(

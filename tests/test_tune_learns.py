@@ -26,13 +26,13 @@ COLOURS["white"] = (230, 230, 230)
 EPOCHS = int(os.environ.get("BRIDGEBLIP_EXAMPLES", "0"))  # of the long test
 
 
-def write_files(folder, shown, names, caption):
+def write_files(folder, shown, names, question, caption):
     """A question file and a caption file about pictures, each with the number of its name."""
     asked, captions = [], []
     for number, (picture, right) in enumerate(shown):
         path = f"{number}.png"
         picture.save(folder / path)
-        row = {"ID": number, "img_path": path, "Question": "which one is it?"}
+        row = {"ID": number, "img_path": path, "Question": question}
         asked.append(row | dict(zip("ABCD", names, strict=True)) | {"answer": "ABCD"[right]})
         captions.append({"image": path, "caption": f"{caption} {names[right]}"})
     pd.DataFrame(asked).to_csv(folder / "choice.csv", index=False)
@@ -48,9 +48,8 @@ def colours(tmp_path_factory):
         colour = np.array(list(COLOURS.values())[number % 4])
         noisy = colour + chance.normal(0, 25, (56, 56, 3))
         shown.append((Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), number % 4))
-    return write_files(
-        tmp_path_factory.mktemp("colours"), shown, list(COLOURS), "a picture that is"
-    )
+    texts = "which colour is it?", "a picture that is"
+    return write_files(tmp_path_factory.mktemp("colours"), shown, list(COLOURS), *texts)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +57,8 @@ def digits(tmp_path_factory):
     """700 scans of four digits."""
     every = [pair for group in digit_pictures().values() for pair in group]
     shown = [pair for pair in every if pair[1] < 4][:700]
-    return write_files(
-        tmp_path_factory.mktemp("digits"), shown, NUMBERS[:4], "a picture of the digit"
-    )
+    texts = "What digit is this?", "a picture of the digit"
+    return write_files(tmp_path_factory.mktemp("digits"), shown, NUMBERS[:4], *texts)
 
 
 def learn(family, task, data, folder, epochs, fraction, **settings):

@@ -186,7 +186,7 @@ class QuestionProcessor(Processor):
             batch |= pictures(questions)
         else:
             batch["pixel_values"] = torch.stack([self.load_pixels(q.image) for q in questions])
-        batch["choice_mask"] = torch.tensor(list(map(self.choice_mask, questions)))
+        batch["choice_mask"] = torch.tensor([q.mask(len(self.letters)) for q in questions])
         answers = [question.answer for question in questions]
         return batch if None in answers else batch | {"labels": torch.tensor(answers)}
 

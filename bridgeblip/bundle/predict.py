@@ -196,7 +196,7 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
                 strangers += 1
     if strangers:
         print(
-            f"passing over {strangers} windows in {folder}: torn, or of another bundle, question "
+            f"passing over {strangers} windows in {folder}: torn, or of another model, question "
             f"file or setting"
         )
     if kept:
@@ -288,7 +288,7 @@ def weigh(
     def probabilities(
         rows: Sequence[int], shown: Sequence[Question], bar: tqdm | None = None
     ) -> np.ndarray:
-        masks = [(question.choice_mask + [False] * width)[:width] for question in shown]
+        masks = torch.tensor([question.mask(width) for question in shown])
         logits = torch.empty(len(shown), width)
 
         def run(batch: Sequence[int]) -> torch.Tensor:
@@ -304,7 +304,7 @@ def weigh(
                 f"the model gives {shown[wrong[0]].id} no finite number: export it as bfloat16 or "
                 f"float32"
             )
-        return logits.masked_fill(~torch.tensor(masks), float("-inf")).softmax(-1).numpy()
+        return logits.masked_fill(~masks, float("-inf")).softmax(-1).numpy()
 
     single = probabilities(range(len(asked)), asked, bar)
     unsure = np.flatnonzero(margins(single) < permute_below)

@@ -78,13 +78,6 @@ class Processor:
                     f"such questions out, or the choices that are surely wrong"
                 )
 
-    def choice_mask(self, question: Question) -> list[bool]:
-        """Which of the model's letters can be the answer; all where no choice is filled in."""
-        count = len(self.letters)
-        padded = (*question.choices, *[""] * count)
-        filled = [bool(choice) for choice in padded[:count]]
-        return filled if any(filled) else [True] * count
-
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """Return a picture, upright and in RGB as ``as_seen`` makes it, as (3, height, width),
         normalised, fp32."""

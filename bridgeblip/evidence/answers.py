@@ -25,7 +25,7 @@ FLAGS = tuple(FLAG_NOTES)
 
 @dataclass(frozen=True)
 class Answers:
-    """What a bundle makes of questions, row by row in their order."""
+    """What a model makes of questions, row by row in their order."""
 
     # (rows, choices), fp32; a missing choice has 0.
     probabilities: np.ndarray

@@ -155,8 +155,7 @@ def predict(
     made = _made(tuned, questions, answer, 1, settings, batch_size, blank_images, out)
     for row, question in enumerate(questions):
         if made[row][0] is None:
-            evenly = np.array(question.choice_mask) / sum(question.choice_mask)
-            made[row] = np.pad(evenly, (0, width - len(evenly))), *made[row][1:]
+            made[row] = np.divide(question.mask(width), sum(question.choice_mask)), *made[row][1:]
     return as_answers(questions, made, width)
 
 

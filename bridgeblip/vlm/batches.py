@@ -150,13 +150,14 @@ class Batches:
     def ask(
         self, questions: Sequence[Question], pictures: Sequence[Image.Image]
     ) -> dict[str, torch.Tensor]:
-        """Return a batch that ends where the answers begin, padded on ``padding_side``.
+        """Return a batch that ends where the answers begin, padded on ``padding_side``; whether its
+        rows fit is asked of ``problem`` or ``check`` before.
 
         Raises:
-            InputError: if a row is longer than the model's context, or without its picture.
+            InputError: if a row is without its picture.
         """
         batch = _aligned(self._process(questions, pictures), self.padding_side)
-        self._check_rows(questions, batch, 1)
+        self._check_pictures(questions, batch)
         return batch
 
     def teach(
@@ -183,7 +184,7 @@ class Batches:
         for name in batch.keys() & behind.keys():
             batch[name] = torch.cat([batch[name], behind[name]], dim=1)
         batch = _aligned(batch, "right")
-        self._check_rows(questions, batch, 0)
+        self._check_pictures(questions, batch)
         return batch
 
     def _process(self, questions, pictures) -> dict[str, torch.Tensor]:
@@ -201,24 +202,15 @@ class Batches:
             batch["input_ids"][:, 0] = self.config.text_config.bos_token_id
         return {name: batch[name] for name in batch if name != "labels"}  # PaliGemma's own
 
-    def _check_rows(self, questions, batch: dict[str, torch.Tensor], room: int) -> None:
-        """Refuse rows without their picture, and those that leave no room in the context."""
-        rows = zip(questions, batch["input_ids"], batch["attention_mask"].sum(1), strict=True)
-        for question, ids, length in rows:
+    def _check_pictures(self, questions, batch: dict[str, torch.Tensor]) -> None:
+        """Refuse rows without their picture."""
+        for question, ids in zip(questions, batch["input_ids"], strict=True):
             seen = 1 if self.image_id is None else int((ids == self.image_id).sum())
             if not 0 < seen <= self.most + 1:  # its placeholder is counted with the text
                 raise InputError(
                     f"{question.id}: its picture takes {seen} tokens, expected 1 to "
                     f"{self.most + 1}: take another version of Transformers"
                 )
-            if length + room > self.context:
-                raise InputError(f"{question.id}: {self._too_long(int(length) + room)}")
-
-    def _too_long(self, length: int) -> str:
-        return (
-            f"{length} tokens with picture and answer, more than the {self.context} that this "
-            f"model reads: shorten it, or take fewer pixels"
-        )
 
     def _length(self, question: Question, picture: Image.Image) -> int:
         return int(self._process([question], [picture])["attention_mask"].sum())
@@ -234,7 +226,12 @@ class Batches:
         length = self.length_bound(question) + room
         if length > self.context and question.image:  # the bound is its picture's at most
             length = self._length(question, open_picture(question.image)) + room
-        return self._too_long(length) if length > self.context else ""
+        if length <= self.context:
+            return ""
+        return (
+            f"{length} tokens with picture and answer, more than the {self.context} that this "
+            f"model reads: shorten it, or take fewer pixels"
+        )
 
     def check(
         self, questions: Sequence[Question], csv: str | Path = "questions", learns: bool = False

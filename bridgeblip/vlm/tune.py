@@ -3,7 +3,7 @@ there are choices, by the text where captions or answers are wanted."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,8 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
     if plan.letters:
         probabilities = trainer.answer(questions)
         margin = trainer.permutation_margin(questions, probabilities)
-        about["blank_probabilities"] = trainer.answer(questions, Collator(plan, blank=True))
+        unseen = [replace(question, image=None) for question in questions]
+        about["blank_probabilities"] = trainer.answer(unseen)
         about["references"] = {"before tuning": history["accuracy"].dropna().iloc[0]}
         write = partial(write_report, report, questions, probabilities)
         if plan.process.is_main_process:
