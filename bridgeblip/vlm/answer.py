@@ -177,8 +177,7 @@ def _made(
     problems = [tuned.batches.problem(question, room) for question in questions]
     fit = [question for question, problem in zip(questions, problems, strict=True) if not problem]
     settings = [tuned.fingerprint, batch_size, *settings]
-    found = in_windows(fit, open_picture, BLANK, answer, settings, blank_images, out)
-    made = iter(found)
+    made = iter(in_windows(fit, open_picture, BLANK, answer, settings, blank_images, out))
     return [(None, [], problem) if problem else next(made) for problem in problems]
 
 
@@ -208,9 +207,7 @@ def _answer_window(
             batch = batches.ask(asking, [seen[rows[place]] for place in places])
             return letter_logits(tuned.model, to_model(tuned.model, batch), letter_ids).cpu()
 
-        masks = []
-        for question in shown:
-            masks.append(question.choice_mask + [False] * (len(letter_ids) - len(question.choices)))
+        masks = [q.choice_mask + [False] * (len(letter_ids) - len(q.choices)) for q in shown]
         lengths = [batches.length_bound(question) for question in shown]
         return probabilities_of(shown, lengths, masks, run, batch_size, bar)
 
