@@ -56,7 +56,7 @@ def check_tune(
             f"them",
         )
     if batches and rows:
-        found.attempt(batches.check, rows, csv, settings is not None)
+        found.attempt(batches.check, rows, settings is not None)
         unread = [row.id for row in rows if batches.unread(row)]
         if unread:
             found.add(

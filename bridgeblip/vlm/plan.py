@@ -107,7 +107,7 @@ def plan_tuning(
     letters = max(len(question.choices) for question in questions)
     if not letters:
         training = _one_a_text(training)
-    batches.check([*training, *validation], data, learns=True)
+    batches.check([*training, *validation], learns=True)
     unread = sum(map(batches.unread, questions))
     if unread:
         process.print(f"warning: the model's vocabulary can't read {unread} questions whole")
