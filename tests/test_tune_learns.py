@@ -12,6 +12,7 @@ import os
 import families
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 
 from bridgeblip.embedded.digits import NUMBERS, digit_pictures
