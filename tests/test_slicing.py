@@ -31,7 +31,7 @@ from bridgeblip.embedded.digits import write_competition
 from bridgeblip.files import cache_folder
 from bridgeblip.hosting.doctor_tune import held_memory
 from bridgeblip.machine import Precision
-from bridgeblip.training.settings import TrainSettings
+from bridgeblip.training.settings import TrainSettings, block, evenly
 from bridgeblip.training.tensors import TensorReader
 from bridgeblip.vlm import slicing
 from bridgeblip.vlm.batches import Batches
@@ -39,7 +39,8 @@ from bridgeblip.vlm.families import TINY_CHAT, empty_model, load_config
 from bridgeblip.vlm.merge import logits_of, probe
 from bridgeblip.vlm.settings import TuneSettings, read_run
 from bridgeblip.vlm.slicing import (
-    HELD,
+    HELD_ELSE,
+    HELD_IN_BLOCK,
     describe_budget,
     layers_of,
     slice_empty,
@@ -337,15 +338,22 @@ def test_a_cut_chat_model_learns_and_answers_alike_by_run_folder_and_file(tmp_pa
     assert main([*ask.split(), str(merged)]) == 0
 
 
-def test_a_cut_deeper_than_any_that_a_bridge_healed_is_warned_of(csv, capsys):
+def test_a_cut_deeper_than_a_bridge_was_seen_to_heal_is_warned_of(csv, capsys):
     whole = empty_model(load_config("tiny-chat"))
-    assert warn_of_cut(whole, range(HELD)) == warn_of_cut(whole, []) == ""
+    for fine in ([], block(24, 16), evenly(24, 20)):
+        assert warn_of_cut(whole, fine) == ""
+    assert warn_of_cut(whole, block(24, 15)) and warn_of_cut(whole, evenly(24, 18))
     main(f"doctor --stage tune --base tiny-chat --csv {csv} --layers even-2".split())
-    said = capsys.readouterr().out
-    assert "warning  2 of 24 decoder layers stay" in said and f"no cut below {HELD};" in said
-    for page in ("other-models.md", "other-models.ko.md"):  # both say the same number
+    assert "warning  2 of 24 decoder layers stay" in capsys.readouterr().out
+
+
+def test_the_warning_says_what_was_measured():
+    cuts = (ROOT / "results" / "cut" / "cut.md").read_text(encoding="utf-8")
+    verdict = cuts.split("tiny-chat (", 1)[1].splitlines()[0]
+    assert re.findall(r"(\d+) of 24 layers \(", verdict) == [f"{HELD_ELSE}", f"{HELD_IN_BLOCK}"]
+    for page in ("other-models.md", "other-models.ko.md"):
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-        assert re.search(rf"`tiny-chat`\D+24\D+ {HELD}\D", text), page
+        assert re.search(rf"`tiny-chat`\D+24\D+{HELD_ELSE}\D+{HELD_IN_BLOCK}\D", text), page
 
 
 def test_rank_and_alpha_are_a_share_of_the_width_unless_given():
