@@ -71,12 +71,14 @@ def check_tune(
         found.add("ok" if fits else "warning", line)
         if warning := warn_of_cut(whole, kept):
             found.add("warning", warning)
-        learning, held = held_memory(model, tune, settings is not None)
-        if settings:
+        memory = found.attempt(held_memory, model, tune, settings is not None)
+        if memory and settings:
+            learning, held = memory
             found.add(
                 "ok", f"{learning:,} numbers learn; {held / 1e9:.1f} GB are held while tuning"
             )
-        check_memory(found, held)
+        if memory:
+            check_memory(found, memory[1])
 
 
 def held_memory(model, tune: TuneSettings, learns: bool = True) -> tuple[int, int]:
