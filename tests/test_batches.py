@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import families
 import pytest
 import torch
@@ -226,9 +228,9 @@ def test_special_tokens_and_earlier_turns_of_a_text(family):
 
 def test_rows_over_the_context_are_refused_and_never_cut(family):
     _, _, batches = family
-    long = Question("7", None, "which digit " * 9000, ("one", "two"), line=8)
+    long = Question("7", None, "which digit " * 9000, ("one", "two"), file=Path("q.csv"), line=8)
     with pytest.raises(InputError, match=r"q\.csv, line 8 \(ID 7\): \d+ tokens with picture"):
-        batches.check([*ASKED, long], "q.csv")
+        batches.check([*ASKED, long])
     assert not any(batches.problem(question) for question in ASKED)
     with pytest.raises(InputError, match="tokens with picture"):
         batches.check([Question("1", None, "what?", (), references=("one " * 9000,))], learns=True)

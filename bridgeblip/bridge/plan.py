@@ -131,7 +131,7 @@ def _read_fitting(
     """Read the questions, those shortened that the model can't read whole; say what is odd about
     them."""
     written = read_questions(train_csv, need_answers=True)
-    processor.check_choices(written, train_csv)
+    processor.check_choices(written)
     questions = list(map(processor.fit, written))
     processor.encode_prompts(list(map(processor.prompt, questions)))
     shortened = sum(map(ne, questions, written))

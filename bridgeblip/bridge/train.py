@@ -149,28 +149,6 @@ def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor])
         )
 
 
-def _write_weights(
-    trainer: AheadTrainer,
-    plan: Plan,
-    probe: dict[str, torch.Tensor],
-    accuracies: list[float],
-    losses: list[float],
-    measured: dict[str, float],
-) -> None:
-    """Write ``weights-N.pt`` of the epoch just validated, and ``best.json``.
-
-    Args:
-        probe: a batch whose logits by these weights travel with them.
-    """
-    path = weights_path(plan.places[0], len(accuracies) - 1)
-    with torch.no_grad():
-        logits = trainer.model(**trainer._prepare_inputs(probe)).logits.cpu()
-    kept = {"validation": measured, "probe": {"inputs": probe, "logits": logits}}
-    save_weights(path, trained_tensors(trainer.model), plan.manifest | kept)
-    save_best(plan.places[0], accuracies, losses)
-    mirror(plan.places, [path.name, BEST_FILE])
-
-
 def _conclude(trainer: AheadTrainer, plan: Plan, blank: Callable) -> TrainResult:
     """Measure the best epoch's weights, those that exporting takes, and write the report."""
     history = history_table(trainer.state.log_history)
@@ -224,6 +202,28 @@ def _load_best(
         if not path.is_file():
             plan.process.print(f"note: {path} is gone; it is not the best, so nothing hangs on it")
     return list(filter(Path.is_file, paths))
+
+
+def _write_weights(
+    trainer: AheadTrainer,
+    plan: Plan,
+    probe: dict[str, torch.Tensor],
+    accuracies: list[float],
+    losses: list[float],
+    measured: dict[str, float],
+) -> None:
+    """Write ``weights-N.pt`` of the epoch just validated, and ``best.json``.
+
+    Args:
+        probe: a batch whose logits by these weights travel with them.
+    """
+    path = weights_path(plan.places[0], len(accuracies) - 1)
+    with torch.no_grad():
+        logits = trainer.model(**trainer._prepare_inputs(probe)).logits.cpu()
+    kept = {"validation": measured, "probe": {"inputs": probe, "logits": logits}}
+    save_weights(path, trained_tensors(trainer.model), plan.manifest | kept)
+    save_best(plan.places[0], accuracies, losses)
+    mirror(plan.places, [path.name, BEST_FILE])
 
 
 def blank_pictures(embeds: torch.Tensor, questions: Sequence[Question]) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from bridgeblip import InputError
 from bridgeblip.bundle.format import Bundle, as_traced
-from bridgeblip.data.pictures import load_ahead
+from bridgeblip.data.pictures import fault_of, load_ahead
 from bridgeblip.data.questions import Question, ask_in_orders, content_keys
 from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
 from bridgeblip.files import write_text
@@ -209,8 +209,7 @@ def _or_blank(load: Callable[[Path], Any], blank: Any, path: Path | None) -> tup
     try:
         return load(path) if path else blank, ""
     except InputError as error:
-        cause = error.__cause__
-        return blank, f"{type(cause).__name__}: {cause}"
+        return blank, fault_of(path, error.__cause__)
 
 
 @as_traced()

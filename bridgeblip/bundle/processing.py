@@ -64,7 +64,7 @@ class Processor:
         pairs = zip(encoding.ids, encoding.offsets, strict=True)
         return "".join(prompt[start:end] for id, (start, end) in pairs if id == self.unknown)
 
-    def check_choices(self, questions: Sequence[Question], csv: str | Path = "questions") -> None:
+    def check_choices(self, questions: Sequence[Question]) -> None:
         """Refuse questions with more choices than the model has letters.
 
         Raises:
@@ -73,9 +73,9 @@ class Processor:
         for question in questions:
             if any(question.choices[len(self.letters) :]):
                 raise InputError(
-                    f"{csv}, line {question.line} (ID {question.id}): {len(question.choices)} "
-                    f"choices, but the model answers only with {', '.join(self.letters)}: leave "
-                    f"such questions out, or the choices that are surely wrong"
+                    f"{question.place}: {len(question.choices)} choices, but the model answers "
+                    f"only with {', '.join(self.letters)}: leave such questions out, or the "
+                    f"choices that are surely wrong"
                 )
 
     def pixels(self, image: Image.Image) -> torch.Tensor:

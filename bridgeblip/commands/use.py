@@ -65,15 +65,13 @@ def _read_for(model, args, need_answers, strict=True):
     from bridgeblip.data.texts import read_task
     from bridgeblip.hosting.ask import is_bundle
 
-    bundle, task = model and is_bundle(model), None
-    if bundle:
+    task = None
+    if model and is_bundle(model):
         find_bundle(model)
+        task = "choice"
     elif model:
         task = find_source(model)[0].get("task")
-    task, questions = read_task(args.csv, args.images, task, args.split, need_answers, strict)
-    if bundle and task != "choice":
-        raise InputError(f"{model} answers choices only: give a model that writes texts")
-    return task, questions
+    return read_task(args.csv, args.images, task, args.split, need_answers, strict)
 
 
 def _load(model):

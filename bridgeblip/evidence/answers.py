@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from bridgeblip import InputError
+from bridgeblip.data.names import looks
 from bridgeblip.data.questions import Question, letter, letters
 from bridgeblip.data.tables import read_table
 from bridgeblip.files import write_text
@@ -195,12 +196,15 @@ def require_ids(
     """
     if found.has_duplicates:
         twice = found[found.duplicated()][0]
-        raise InputError(f"{path} has the ID {twice!r} twice: make them unique")
+        column = f" in its column {found.name}" * (found.name is not None)
+        raise InputError(f"{path} has the ID {twice!r} twice{column}: make them unique")
     lacking = sorted(set(ids) - set(found))
     others = sorted(set(found) - set(ids))
     if lacking or (others and not further):
         some = "".join(f", one is {name!r}" for name in lacking[:1] + others[:1])
+        alike = not set(map(looks, lacking)).isdisjoint(map(looks, others))
+        seen = " (some differ only in spaces, or in what can't be seen)" * alike
         raise InputError(
-            f"{path} and {what} differ in {len(lacking) + len(others)} IDs{some}: take both files "
-            f"from the same download"
+            f"{path} and {what} differ in {len(lacking) + len(others)} IDs{some}{seen}: take both "
+            f"files from the same download"
         )

@@ -174,8 +174,7 @@ def _made(
     problems = [tuned.batches.problem(question, room) for question in questions]
     fit = [question for question, problem in zip(questions, problems, strict=True) if not problem]
     settings = [tuned.fingerprint, batch_size, *settings]
-    found = in_windows(fit, open_picture, BLANK, answer, settings, blank_images, out)
-    made = iter(found)
+    made = iter(in_windows(fit, open_picture, BLANK, answer, settings, blank_images, out))
     return [(None, [], problem) if problem else next(made) for problem in problems]
 
 

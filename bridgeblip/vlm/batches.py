@@ -1,7 +1,6 @@
 """Questions to a model's inputs, for any family: prompts, answers as labels, letters."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -233,9 +232,7 @@ class Batches:
             f"model reads: shorten it, or take fewer pixels"
         )
 
-    def check(
-        self, questions: Sequence[Question], csv: str | Path = "questions", learns: bool = False
-    ) -> None:
+    def check(self, questions: Sequence[Question], learns: bool = False) -> None:
         """Refuse rows that don't fit, and letters that can't be told apart; nothing is truncated.
 
         Args:
@@ -253,7 +250,7 @@ class Batches:
             if learns and not question.choices:
                 room = len(self.answer_ids(self.render(question), question.references[0]))
             if fault := self.problem(question, room):
-                raise InputError(f"{csv}, line {question.line} (ID {question.id}): {fault}")
+                raise InputError(f"{question.place}: {fault}")
 
     def unread(self, question: Question) -> bool:
         """Whether the vocabulary lacks something of the question, such as its script."""

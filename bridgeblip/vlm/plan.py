@@ -37,7 +37,7 @@ from bridgeblip.vlm.families import (
 )
 from bridgeblip.vlm.processing import BLANK
 from bridgeblip.vlm.settings import FOLDERS, METRICS, TuneSettings, read_run
-from bridgeblip.vlm.slicing import describe_budget, slice_empty, slice_model
+from bridgeblip.vlm.slicing import describe_budget, slice_empty, slice_model, warn_of_cut
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -94,6 +94,8 @@ def plan_tuning(
     whole = empty_model(load_config(base, revision))
     model, layers = slice_empty(whole, settings.layers) if settings.layers else (whole, [])
     process.print(describe_budget(whole, model)[1])
+    if warning := warn_of_cut(whole, layers):
+        process.print(f"warning: {warning}")
     decoder_linears(model, settings.targets)  # refuses what is not there
     config = model.config
     start = _start(continue_from, base, layers, settings)
@@ -105,7 +107,7 @@ def plan_tuning(
     letters = max(len(question.choices) for question in questions)
     if not letters:
         training = _one_a_text(training)
-    batches.check([*training, *validation], data, learns=True)
+    batches.check([*training, *validation], learns=True)
     unread = sum(map(batches.unread, questions))
     if unread:
         process.print(f"warning: the model's vocabulary can't read {unread} questions whole")
@@ -145,9 +147,10 @@ def _identity(
     facts: dict[str, Any], questions: Sequence[Question], keys: dict[Path, str]
 ) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    rows = []
-    for q in questions:
-        rows.append([q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history])
+    rows = [
+        [q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history]
+        for q in questions
+    ]
     ours = {key: value for key, value in facts["train"].items() if key not in NOT_THE_RESULT}
     return json.loads(json.dumps(facts | {"train": ours, "pictures": digest_of(rows)}))
 
@@ -180,8 +183,7 @@ def _one_a_text(questions: Sequence[Question]) -> list[Question]:
     """A row for each of a picture's captions, or of a question's answers."""
     rows = []
     for question in questions:
-        for text in dict.fromkeys(question.references):
-            rows.append(replace(question, references=(text,)))
+        rows += [replace(question, references=(t,)) for t in dict.fromkeys(question.references)]
     return rows
 
 
