@@ -76,7 +76,7 @@ def test_the_training_forward_is_the_models_own(made, asked, batch):
     torch.testing.assert_close(ours[:, rows.letter_ids], own, atol=1e-4, rtol=0)
 
 
-def test_a_few_steps_make_an_ordinary_folder_with_a_card(
+def test_it_goes_on_where_it_was_stopped_and_is_an_ordinary_folder(
     made, asked, batch, tmp_path, monkeypatch, capsys
 ):
     pictures = recipe.digit_pictures()
@@ -84,9 +84,22 @@ def test_a_few_steps_make_an_ordinary_folder_with_a_card(
     monkeypatch.setattr(recipe, "digit_pictures", lambda: small)
     monkeypatch.setattr(recipe, "LOOK", 1)
     stages = {"see": (4, 1e-3, 1), "answer": (4, 1e-3, 2)}
+    save, saved = recipe.save, []
+
+    def stopped(*args):
+        saved.append(args)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        save(*args)
+
+    monkeypatch.setattr(recipe, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train(tmp_path, 0, stages)
+    capsys.readouterr()
     recipe.train(tmp_path, 0, stages)
-    said = re.findall(r"(\w+), step (\d)", capsys.readouterr().out)
-    assert said == [("see", "1"), ("answer", "1"), ("answer", "2")]
+    said = capsys.readouterr().out
+    assert re.findall(r"(\w+), step (\d)", said) == [("answer", "2")]
+    assert not (tmp_path / recipe.STATE_FILE).exists()
     model, processor = load_model(tmp_path), load_processor(tmp_path)
     assert letter_logits(model, batch[0], made[2].letter_ids).isfinite().all()
     assert processor.chat_template == made[0].chat_template

@@ -11,8 +11,9 @@ layers, by heads that are thrown away: the answer where the question ends, and a
 place and whether it is right. The vision tower learns to ``see`` digits, then all of it to
 ``answer``, and ``again``, on other questions and from a high rate anew.
 
-Of several tries the one is kept that loses most when every third layer is left out (the mean over
-the three ways to begin), among those that answer 0.95 of the questions; the card says it.
+Called again after an interruption it goes on from ``state.pt``. Of several tries the one is kept
+that loses most when every third layer is left out (the mean over the three ways to begin), among
+those that answer 0.95 of the questions; the card says it.
 """
 
 import argparse
@@ -61,10 +62,11 @@ STAGES = {  # rows a step, peak rate, steps
     "again": (16, 8e-4, 2400),
 }
 FEWER = 4  # so many times fewer questions where layers are left out
-LOOK = 200  # steps until it looks how well it does
+LOOK = 200  # steps until it looks how well it does, and saves
 OPEN = ("above", "initial", "sum_initial")  # kinds whose answer only the choices tell
 TEXTS = [*NUMBERS, *(word for group in WORDS.values() for word in group)]
 EVERY_THIRD = [[i for i in range(LAYERS) if i % 3 != left] for left in range(3)]  # left out
+STATE_FILE = "state.pt"
 CARD = """---
 license: mit
 library_name: transformers
@@ -368,15 +370,25 @@ class Lessons:
 def train(out: Path, seed: int, stages: dict[str, tuple[int, float, int]]) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # the products are too small to share
-    began, processor = time.time(), build_processor()
+    processor, state = build_processor(), {"stage": 0, "done": 0, "seconds": 0.0}
+    if (out / STATE_FILE).is_file():
+        state = torch.load(out / STATE_FILE)
     model = build_model(processor)
     lessons = Lessons(model, processor, seed)
     scorer = Scorer(lessons.rows, processor, "train")
-    for stage, (count, rate, steps) in stages.items():
+    if "model" in state:
+        model.load_state_dict(state["model"])
+        lessons.heads.load_state_dict(state["heads"])
+    began = time.time() - state["seconds"]
+    for number, (stage, (count, rate, steps)) in enumerate(stages.items()):
+        if number < state["stage"]:
+            continue
         optimizer = torch.optim.AdamW(
             lessons.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
-        for step in range(steps):
+        if state["done"]:
+            optimizer.load_state_dict(state["optimizer"])
+        for step in range(state["done"], steps):
             cosine = 0.51 + 0.49 * math.cos(math.pi * step / steps)
             optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 100) * cosine
             loss = lessons.loss(stage, step, count)
@@ -390,7 +402,12 @@ def train(out: Path, seed: int, stages: dict[str, tuple[int, float, int]]) -> No
                     said += f", letters right {scorer.hits(model, step=6).mean():.3f}"
                     said += f", every third left out costs {scorer.slicing_loss(model, 12):.3f}"
                 print(said, flush=True)
-    save(model, processor, out)
+                save(model, processor, out)
+                state = {"stage": number, "done": step + 1, "seconds": time.time() - began}
+                state |= {"model": model.state_dict(), "heads": lessons.heads.state_dict()}
+                torch.save(state | {"optimizer": optimizer.state_dict()}, out / STATE_FILE)
+        state = {"stage": 0, "done": 0}
+    (out / STATE_FILE).unlink()
     model.to(torch.bfloat16).to(torch.float32)  # as stored
     test = Scorer(lessons.rows, processor, "test")
     command = f"python tools/train_tiny_chat.py --out {out}" + f" --seed {seed}" * (seed > 0)
@@ -435,7 +452,7 @@ def fused_norm(self, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make the model and its card."""
+    """Make the model; what is there of it is gone on from."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
