@@ -415,9 +415,35 @@ def test_forms_of_aokvqa_that_are_met(downloads):
     assert (summary.questions, summary.renamed) == (2, 1)
 
 
+@pytest.mark.parametrize("source, content, said", [
+    ("aokvqa", [AOKVQA[0], AOKVQA[0] | {"choices": "['a', 'b']"}], "after 1 questions .*choices in one text"),
+    ("visual7w", {"images": [VISUAL7W["images"][0] | {"qa_pairs": [
+        {"qa_id": 1, "question": "?", "answer": "a", "multiple_choices": "bcd"}]}]}, "no attribute 'copy'"),
+    ("seedbench", {"questions": [SEEDBENCH["questions"][0] | {"answer": ""}]}, "not in list"),
+])  # fmt: skip
+def test_no_set_is_read_askew(tmp_path, source, content, said):
+    with pytest.raises(InputError, match=rf"another form .*{said}") as caught:
+        read_annotations(source, write_json(tmp_path / "x.json", content), tmp_path)
+    assert "seems to be" not in str(caught.value)  # what was asked for is no remedy
+
+
+def test_texts_are_tidied(downloads):
+    odd = SCIENCEQA["1"] | {
+        "hint": None,
+        "question": "What\0is \ud83d?",
+        "choices": ["a\u200b", "b"],
+    }
+    path = write_json(downloads / "p.json", {"1": odd | {"answer": 0}})
+    summary = prepare("scienceqa", [path], downloads / "scienceqa/images", downloads / "q.csv")
+    (only,) = read_questions(summary.out)
+    assert (only.question, only.choices[:2]) == ("What is \ufffd?", ("a", "b"))
+
+
 @pytest.mark.parametrize(
     "content, name",
     [
+        ('{"1": {"semantic": [], "fullAnswer": "Yes."}}', "GQA's questions"),
+        ("PK\3\4", "an Excel workbook, or a zip"),
         ('{"annotations": [{"multiple_choice_answer": "food"}]}', "VQA v2's annotations"),
         ('{"task_type": "Open-Ended", "questions": []}', "VQA's questions"),
         (json.dumps(SEEDBENCH), "SEED-Bench's: prepare seedbench"),
@@ -428,7 +454,9 @@ def test_forms_of_aokvqa_that_are_met(downloads):
 def test_a_set_of_another_kind_is_named(tmp_path, content, name):
     (tmp_path / "x.json").write_text(content)
     for source in ("aokvqa", "visual7w", "scienceqa"):
-        with pytest.raises(InputError, match=rf"another form.*expected .*; it seems to be {name}"):
+        with pytest.raises(
+            InputError, match=rf"another form after 0.*expected .*; it seems to be {name}"
+        ):
             read_annotations(source, tmp_path / "x.json", tmp_path)
 
 

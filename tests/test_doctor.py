@@ -242,7 +242,7 @@ BROKEN = [  # name, stage, what breaks it, what must be found
         first_picture(),
         "13 distinct.*1 can't be read.*truncated.*replace",
     ),
-    ("text as picture", TRAIN, first_picture(b"hello"), "1 can't be read.*cannot identify"),
+    ("text as picture", TRAIN, first_picture(b"hello"), "1 can't be read.*no whole picture"),
     (
         "fifth choice",
         TRAIN,

@@ -102,6 +102,28 @@ def test_floating_point_from_0_to_1_is_scaled(tmp_path):
     assert np.array_equal(bright, np.asarray(grey.convert("RGB")))
 
 
+@pytest.mark.parametrize("content, said", [
+    (b"", "it is empty"),
+    (b"hello", "no whole picture, it begins with b'hello'"),
+    (b"\0\0\0\x18ftypheic" + bytes(40), "a HEIC photo"),
+    (b"\0\0\0\x20ftypisom" + bytes(40), "a video"),
+    (b"<?xml version='1.0'?>\n<svg/>", "a drawing, SVG"),
+    (b"\n<!DOCTYPE html>", "a web page"),
+    (b"%PDF-1.7", "a PDF"),
+    (b"version https://git-lfs.github.com/spec/v1", "a pointer to the file"),
+    (b'{"error": "not found"}', "JSON"),
+    (None, "there is no such file"),
+])  # fmt: skip
+def test_what_is_no_picture_is_named(tmp_path, content, said):
+    path = tmp_path / "x.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(
+        InputError, match=rf"x\.jpg can't be read \(.*{said}.*\): give a whole JPEG"
+    ):
+        open_picture(path)
+
+
 def test_faults_are_one_line_with_their_cause(tmp_path):
     for content in (b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + bytes(40)):
         with pytest.raises(InputError, match="picture can't be read") as caught:

@@ -218,16 +218,46 @@ def test_what_spreadsheets_add_is_passed_over(tmp_path):
     [
         ((HEADER + ROW).replace(",", ";"), "separated by semicolons"),
         ((HEADER + ROW).replace(",", "\t"), "separated by tabs"),
-        ((HEADER + ROW).encode("utf-16-le"), "UTF-16 text, not UTF-8: save it as UTF-8"),
-        ((HEADER + ROW).encode("utf-16"), "UTF-16 text, not UTF-8"),
+        ((HEADER + ROW).encode("utf-16-le"), "UTF-16 text, no CSV in UTF-8"),
+        ((HEADER + ROW).encode("utf-16"), "UTF-16 text"),
         (HEADER.replace("Question", "Question\u200b") + ROW, "ZERO WIDTH SPACE"),
         (HEADER.replace("B,", "\u202aB\u202c,") + ROW, "LEFT-TO-RIGHT EMBEDDING, POP DIR"),
         (HEADER.replace("C,", "") + ROW.replace("c,", ""), "lacks the column c"),
+        (HEADER.replace("B,", "\u0412,") + ROW, "CYRILLIC CAPITAL LETTER VE|LETTER VE"),
+        (HEADER.replace("A,", "\uff21,") + ROW, "FULLWIDTH LATIN SMALL LETTER A"),
+        ((HEADER + ROW).replace(",", "^"), r"separated by '\^', CIRCUMFLEX"),
+        ((HEADER + ROW).replace(",", "\uff0c"), "FULLWIDTH COMMA"),
+        (HEADER.replace(",", "\t").replace("Question", "So, question") + ROW, "separated by tabs"),
+        (f'"{HEADER.strip()}"\n"{ROW.strip()}"\n', "commas within quotes"),
+        ("# made by a tool\n" + HEADER + ROW, "header 1, from '# made by a tool' on"),
+        ("404: Not Found", "no rows: .* header, '404: Not Found'"),
+        (b"PAR1" + bytes(range(256)), "a Parquet table"),
+        (b"SQLite format 3\0" + bytes(90), "a database"),
+        (b'[{"ID": 1}]', "JSON, no CSV in"),
+        ((HEADER + ROW).encode() + bytes(900), "line 3 holds a NUL"),
+        ((HEADER + ROW.replace("What", "caf\xe9")).encode("cp1252"), "it begins with b'ID,img_p'"),
+        ("\ufeff" + HEADER + ROW + "\ufeff" + HEADER + ROW, "line 3 is the header once more"),
+        (HEADER + ROW + ROW.replace("1,", "1\u200b,"), "look the same; the first is '1'"),
     ],
 )
 def test_other_forms_are_refused_by_name(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
         read(tmp_path, content)
+
+
+def test_what_can_not_be_seen_is_no_text(tmp_path):
+    """A text may be as long as it likes; a row of one cell says so."""
+    long = "word " * 40_000
+    rows = read(
+        tmp_path,
+        f"{HEADER}1,a.png,{long},a,b,\u200b,\u2060\u00a0\n2;a.png;What?;a;b\n"
+        "3,.,What?,a,b,c,d\n4,a.png,What?,a\u200b,b,,\n\x1a",
+    )
+    assert [len(row.question) for row in rows] == [199_999, 0, 5, 5]
+    assert rows[0].choices == rows[3].choices == ("a", "b", "", "")
+    assert rows[1].problem.startswith("the row is one cell, the header 7: put commas")
+    assert "picture . not found" in rows[2].problem and rows[2].image is None
+    assert rows[3].place == f"{tmp_path / 'x.csv'}, line 5 (ID 4)"
 
 
 def test_any_number_of_choices_is_read(tmp_path):
@@ -264,6 +294,17 @@ def test_pictures_are_found_under_names_that_look_the_same(tmp_path, stored):
     (tmp_path / "a\\b.png").touch()
     (asis,) = read(tmp_path, HEADER + "1,a\\b.png,?,a,b,c,d\n")
     assert asis.image.name == "a\\b.png"  # there, as written
+
+
+def test_a_picture_is_found_under_the_one_name_that_looks_alike(tmp_path):
+    stored = ["at 3.04\u202fPM.png", "zero\u200bwidth.png", "UP/Q.PNG", "a.png", "A.png"]
+    for name in stored:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    written = ["at 3.04 PM.png", "zerowidth.png\u200b", "up\\q.png", "a.png", "A.png"]
+    rows = [f"{number},{name},What?,a,b,c,d\n" for number, name in enumerate(written)]
+    questions = read(tmp_path, HEADER + "".join(rows) + "9,A.PNG,What?,a,b,c,d\n")
+    assert [q.image and str(q.image.relative_to(tmp_path)) for q in questions] == [*stored, None]
 
 
 def test_it_is_said_at_the_start_that_no_picture_is_there(tmp_path):

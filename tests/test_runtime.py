@@ -240,6 +240,21 @@ def test_names_that_look_the_same_are_the_same(tmp_path, monkeypatch, written, s
     assert len(contents(csv.parent)) == 2
 
 
+def test_a_zip_of_odd_names_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path / "local"))
+    names = ["a.png", "A.png", "at 3\u202fPM.png", "B.PNG"]
+    written = ["a.png", "A.png", "at 3 PM.png", "b.png"]
+    rows = [f"{n},{name},What is it?,a,b,c,d\n" for n, name in enumerate(written)]
+    with zipfile.ZipFile(tmp_path / "OPEN.ZIP", "w") as archive:
+        archive.writestr("open [v2]/test.csv", "ID,img_path,Question,A,B,C,D\n" + "".join(rows))
+        archive.writestr("open [v2]/more/other.csv", "ID\n1\n")
+        for name in names:
+            archive.writestr(f"open [v2]/{name}", name)
+    csv = local_copy(tmp_path / "test.csv")
+    assert [row.image.read_text() for row in read_questions(csv, strict=False)] == names
+    assert len(contents(csv.parent)) == 5
+
+
 def test_a_zip_is_bounded_by_what_the_question_file_names(tmp_path, monkeypatch):
     monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path / "local"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9 + 500))

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import families
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -26,16 +27,27 @@ from transformers import (
 
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
+from bridgeblip.embedded.digits import write_competition
 from bridgeblip.files import cache_folder
 from bridgeblip.hosting.doctor_tune import held_memory
 from bridgeblip.machine import Precision
+from bridgeblip.training.settings import TrainSettings, block, evenly
 from bridgeblip.training.tensors import TensorReader
 from bridgeblip.vlm import slicing
 from bridgeblip.vlm.batches import Batches
-from bridgeblip.vlm.families import empty_model
+from bridgeblip.vlm.families import TINY_CHAT, empty_model, load_config
 from bridgeblip.vlm.merge import logits_of, probe
 from bridgeblip.vlm.settings import TuneSettings, read_run
-from bridgeblip.vlm.slicing import describe_budget, layers_of, slice_empty, slice_model
+from bridgeblip.vlm.slicing import (
+    HELD_ELSE,
+    HELD_IN_BLOCK,
+    describe_budget,
+    layers_of,
+    slice_empty,
+    slice_model,
+    warn_of_cut,
+)
+from bridgeblip.vlm.tune import tune
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [0, 2, 5]
@@ -212,8 +224,9 @@ def test_bad_layers_are_one_line(layers, llava, csv, tmp_path, capsys):
 
 def test_bases_that_can_not_be_sliced_are_one_line(base, llava, csv, tmp_path, capsys, monkeypatch):
     command = f"tune --data {csv} --few no --out {tmp_path / 'run'} --layers 0,2 --base "
-    assert main(f"{command}{base}".split()) == 2  # InstructBLIP-FlanT5's kind
-    assert re.search(r"encoder-decoder .*there is train", capsys.readouterr().err)
+    for known in (base, "tiny"):  # InstructBLIP-FlanT5's kind
+        assert main(f"{command}{known}".split()) == 2
+        assert re.search(r"encoder-decoder .*there is train", capsys.readouterr().err)
     (tmp_path / "tower").mkdir()
     (tmp_path / "tower" / "config.json").write_text('{"model_type": "vit"}')
     assert main(f"{command}{tmp_path / 'tower'}".split()) == 2
@@ -277,43 +290,70 @@ def test_layers_that_are_fed_by_place_may_be_kept():
     assert config.text_config.num_hidden_layers == 6
 
 
-def test_tune_predict_evaluate_and_merge_on_some_layers(llava, csv, tmp_path, capsys):
-    base, run = tmp_path / "base", tmp_path / "run"
-    shutil.copytree(llava, base)
-    options = "--few no --epochs 1 --batch-size 8 --validation-fraction 0.25 --learning-rate 3e-3"
-    command = f"tune --base {base} --data {csv} {options} --out "
-    assert main(f"{command}{run} --layers block-3".split()) == 0
+def test_a_cut_chat_model_learns_and_answers_alike_by_run_folder_and_file(tmp_path, capsys):
+    """The embedded one, from a folder of its own, since its weights are to change at the end."""
+    base, data, run = tmp_path / "base", tmp_path / "data", tmp_path / "run"
+    shutil.copytree(TINY_CHAT, base)
+    write_competition(data, tmp_path / "answers.csv", {"train": 24, "test": 9})
+    settings = TuneSettings(layers="even-16")
+    train = TrainSettings(batch_size=8, learning_rate=3e-3, validation_fraction=0.25)
+    result = tune(base, data / "train.csv", run, settings, train)
     assert "parameters, each counted once, of at most 3,000,000,000" in capsys.readouterr().out
+    right = [question.answer for question in result.validation]
+    before = np.array(json.loads((run / "before.json").read_text()))
+    unbridged, bridged = (-np.log(p[range(len(p)), right]) for p in (before, result.probabilities))
+    assert bridged.mean() < 0.9 * unbridged.mean()
     facts = read_run(run)
-    assert (facts["base"], facts["layers"]) == (str(base), [0, 1, 5])
-    assert (facts["settings"]["rank"], facts["settings"]["alpha"]) == (2, 4)  # of a width of 32
+    kept = [0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21, 23]
+    assert (facts["base"], facts["layers"]) == (str(base), kept)
     adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    assert (adapter["r"], adapter["lora_alpha"]) == (2, 4)
+    assert (adapter["r"], adapter["lora_alpha"]) == (3, 6)  # of a width of 64
     learned = load_file(run / "adapter" / "adapter_model.safetensors")
-    linears = {re.sub(r".*(layers\.\d\.\w+\.\w+)\..*", r"\1", name) for name in learned}
-    assert len(linears) == 3 * 7 and any(t.any() for n, t in learned.items() if "lora_B" in n)
+    linears = {re.sub(r".*(layers\.\d+\.\w+\.\w+)\..*", r"\1", name) for name in learned}
+    assert len(linears) == 16 * 7
     shutil.rmtree(cache_folder())  # as on another machine
+    merged, file = run / "merged", run / "torchscript.pt"
     assert main(["merge", str(run)]) == 0
-    merged = AutoConfig.from_pretrained(run / "merged")
-    assert merged.text_config.num_hidden_layers == 3
-    table = {}
-    for name in ("run", "run/merged"):
-        out = tmp_path / name.replace("/", "-") / "submission.csv"
-        assert main(f"predict --model {tmp_path / name} --csv {csv} --out {out}".split()) == 0
-        table[name] = pd.read_csv(out.with_name("probabilities.csv"))[list("ABCD")]
-    assert (table["run"] - table["run/merged"]).abs().max(axis=None) < 1e-4
-    page = tmp_path / "page.html"
-    assert main(f"evaluate --model {run} --csv {csv} --out {page}".split()) == 0
+    assert AutoConfig.from_pretrained(merged).text_config.num_hidden_layers == 16
+    assert main(f"export --weights {run} --out {file}".split()) == 0
+    tables, out = [], tmp_path / "submission.csv"
+    ask = f"predict --csv {data / 'test.csv'} --out {out} --model"
+    for model in (run, merged, file):
+        assert main([*ask.split(), str(model)]) == 0
+        probabilities = pd.read_csv(tmp_path / "probabilities.csv")[list("ABCD")]
+        tables.append((pd.read_csv(out)["answer"], probabilities))
+    for letters, probabilities in tables[1:]:
+        assert letters.equals(tables[0][0]) and letters.nunique() == 4
+        assert (probabilities - tables[0][1]).abs().max(axis=None) < 1e-4
     capsys.readouterr()
-    assert main(f"{command}{tmp_path / 'next'} --layers 0,5 --continue {run}".split()) == 2
-    assert re.search(r"on decoder layers \[0, 1, 5\], not on \[0, 5\]", capsys.readouterr().err)
-    for path in base.glob("*.safetensors"):
-        tensors = {name: tensor + 0.1 for name, tensor in load_file(path).items()}
-        save_file(tensors, path, {"format": "pt"})
-    assert main(f"predict --model {run} --csv {csv} --out {out}".split()) == 2
+    again = f"tune --base {base} --data {data / 'train.csv'} --few no --out {tmp_path / 'next'}"
+    assert main(f"{again} --layers 0,5 --continue {run}".split()) == 2
+    assert re.search(r"on decoder layers \[0, 2, .*\], not on \[0, 5\]", capsys.readouterr().err)
+    (weights,) = base.glob("*.safetensors")
+    tensors = {name: tensor + 0.1 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    assert main([*ask.split(), str(run)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {base} has changed since it was sliced for this run")
-    assert main(f"predict --model {run / 'merged'} --csv {csv} --out {out}".split()) == 0
+    assert main([*ask.split(), str(merged)]) == 0
+
+
+def test_a_cut_deeper_than_a_bridge_was_seen_to_heal_is_warned_of(csv, capsys):
+    whole = empty_model(load_config("tiny-chat"))
+    for fine in ([], block(24, 16), evenly(24, 20)):
+        assert warn_of_cut(whole, fine) == ""
+    assert warn_of_cut(whole, block(24, 15)) and warn_of_cut(whole, evenly(24, 18))
+    main(f"doctor --stage tune --base tiny-chat --csv {csv} --layers even-2".split())
+    assert "warning  2 of 24 decoder layers stay" in capsys.readouterr().out
+
+
+def test_the_warning_says_what_was_measured():
+    cuts = (ROOT / "results" / "cut" / "cut.md").read_text(encoding="utf-8")
+    verdict = cuts.split("tiny-chat (", 1)[1].splitlines()[0]
+    assert re.findall(r"(\d+) of 24 layers \(", verdict) == [f"{HELD_ELSE}", f"{HELD_IN_BLOCK}"]
+    for page in ("other-models.md", "other-models.ko.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert re.search(rf"`tiny-chat`\D+24\D+{HELD_ELSE}\D+{HELD_IN_BLOCK}\D", text), page
 
 
 def test_rank_and_alpha_are_a_share_of_the_width_unless_given():

@@ -80,6 +80,19 @@ def test_letters_have_the_case_that_the_data_uses(tmp_path, sample_answer, heade
     assert "".join(submission["Answer"]) == written
 
 
+def test_a_samples_columns_without_a_name_are_passed_over(tmp_path):
+    sample = tmp_path / "sample_submission.csv"
+    sample.write_text("ID,answer,,\n1,-,,\n2,-,,\n")
+    assert list(read_sample(["1", "2"], sample).columns) == ["ID", "answer"]
+    with pytest.raises(
+        InputError, match=r"differ in 2 IDs.*some differ only in spaces, or in what"
+    ):
+        read_sample(["1", "2\u200b"], sample)
+    sample.write_text("answer,index\nA,1\nA,2\n")
+    with pytest.raises(InputError, match="the ID 'A' twice in its column answer"):
+        read_sample(["1", "2"], sample)
+
+
 def test_answer_may_stand_before_the_id(tmp_path):
     sample = write_sample(tmp_path)
     table = pd.read_csv(sample, dtype=str)

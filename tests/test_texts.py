@@ -182,31 +182,71 @@ def test_choices_are_read_as_question_files_are(folder):
     path = put(folder, "q.csv", "id,path,question,a,b,c,d,answer\nq1,1.png,무엇?,개,소,말,새,b\n")
     task, (question,) = read_task(path)
     assert task == "choice" and question.answer == 1 and question.small_letters
-    with pytest.raises(InputError, match="holds choices: expected --task choice, not caption"):
+    with pytest.raises(InputError, match=r"holds choices, not captions: .* --task choice"):
         read_task(path, task="caption")
     with pytest.raises(InputError, match="pictures beside it"):
         read_task(path, images=folder / "elsewhere")
+
+
+TASKS = {"answers": "answer", "choices": "choice"}
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("x.json", {"questions": [], "task_type": 1}, "holds objects with questions, task_type"),
     ("x.json", [{"image_id": 1, "text": ""}], "a list of objects with image_id, text"),
     ("x.json", [], "a list of"),
-    ("x.json", "", "line 1 is no JSON"),
-    ("x.json", "[" * 100_000, "nested too deeply"),
+    ("x.json", "", "is empty, no CSV"),
+    ("x.json", "[1,", "line 1 is no JSON"),
+    ("x.xlsx", "PK\3\4", "an Excel workbook, or a zip, no CSV"),
+    ("x.parquet", "PAR1", "a Parquet table, no CSV"),
+    ("x.tsv", "id\timage\tcaption\n", "separated by tabs"),
+    ("x.json", [{"image": "1.png", "caption": "a"}], "not choices: give another file"),
+    ("x.json", [{"image": "1.png", "caption": "a"}, {"image": "1.png", "caption": {"b": "c"}}], "after 1 questions .*is no text"),
+    ("x.csv", "image,image,caption\n1.png,2.png,a\n", "column image twice"),
+    ("x.csv", "image,\u200bcaption\n1.png,a\n", "odd or hidden character, ZERO WIDTH SPACE"),
+    ("x.json", "[" * 100_000, "recursion"),
     ("x.json", {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"id": 3}]}, "KeyError: 'image_id'"),
     ("x.jsonl", [talk("a", "b"), talk("a", "b", "c")], "entry 2: its turns are from human, gpt, human"),
     ("x.csv", "picture,text\n1.png,a\n", "has the columns picture, text"),
     ("x.csv", "image,caption\n1.png,\n", "has no captions"),
-    ("x.csv", "image,caption\n1.png,a\n", "expected --task caption, not answer"),
+    ("x.csv", "image,caption\n1.png,a\n", "not answers in free text: .* --task caption"),
     ("x.csv", "id,image,question,answer\n1,1.png,a,b\n1,1.png,a,b\n", "1 repeated IDs"),
     ("messages.txt", [{"question": "a"}], "labels.csv not found"),
 ])  # fmt: skip
 def test_anything_else_is_refused_naming_what_was_seen(folder, name, content, message):
     path = put(folder, name, content)
+    task = next((task for word, task in TASKS.items() if f"not {word}" in message), None)
     with pytest.raises(InputError, match=message) as caught:
-        read_task(path, task="answer" if "not answer" in message else None)
+        read_task(path, task=task)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.txt", "x", "x.CSV ", "x.json"])
+def test_a_table_is_told_by_its_content(folder, name):
+    rows = "image,caption\n ./1.PNG ,None\n2.png,NA\n"
+    (folder / name).write_text(rows)
+    task, questions = read_task(folder / name)
+    assert task == "caption" and [q.references for q in questions] == [("None",), ("NA",)]
+    assert [q.image.name for q in questions] == ["1.png", "2.png"] and questions[
+        1
+    ].place.startswith(f"{folder / name}, line 3")
+
+
+def test_null_is_no_text_and_half_a_character_none(folder):
+    path = put(folder, "x.json", "")
+    path.write_text(
+        '[{"image": "1.png", "caption": [null, NaN, 7, "x \\ud83d", "\\ud83d\\ude00 \\\\ud83d"]},'
+        ' {"image": "2.png", "caption": null}]\n'
+    )
+    with pytest.warns(UserWarning, match="left out 1 pictures without a caption"):
+        (only,) = read_task(path)[1]
+    assert only.references == ("7", "x \ufffd", "😀 \\ud83d")
+
+
+def test_json_lines_are_read_under_any_name(folder):
+    lines = "\n\n".join(json.dumps(talk("a", "b")) for _ in range(2))
+    (folder / "x.json").write_text(lines)
+    assert len(read_task(folder / "x.json")[1]) == 2
 
 
 def test_a_broken_line_is_named(folder):

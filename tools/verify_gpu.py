@@ -48,7 +48,7 @@ from bridgeblip import InputError
 from bridgeblip.bridge import export as exporting
 from bridgeblip.bridge import train as training
 from bridgeblip.bridge.base import resolve_base, slice_config
-from bridgeblip.bridge.budget import certify_budget, held_memory
+from bridgeblip.bridge.budget import held_memory
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.bundle.export import MERGING_SHARE, PARITY_BOUND
@@ -56,7 +56,7 @@ from bridgeblip.bundle.format import Bundle, as_traced, load_bundle
 from bridgeblip.bundle.predict import predict
 from bridgeblip.bundle.trace import constants_of, graphs
 from bridgeblip.data.pictures import LOADERS, picture_key
-from bridgeblip.data.questions import read_questions
+from bridgeblip.data.questions import Question, read_questions
 from bridgeblip.data.tables import read_table
 from bridgeblip.files import write_text
 from bridgeblip.hosting import checks
@@ -69,7 +69,7 @@ from experiments.bench import EACH, count_floor, write_photo_questions
 from experiments.contenders import Generating, PeakMemory, ceiling, clock
 from tools import make_full_size_base as maker
 from tools import verify_real as real
-from tools.rows import VERDICTS, markdown
+from tools.rows import Row, at_most, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_TESTS = ("pinning", "training", "precision", "features", "export", "inference", "callbacks")
@@ -97,8 +97,7 @@ class Check:
 
     def row(self, what: str, asked: str, measured: str, ok: bool | None = None) -> None:
         """Print and store a row; ``ok`` is None where nothing is asked, or nothing could be run."""
-        row = {"step": self.step, "what": what, "asked": asked, "measured": measured}
-        self.rows.append(row | {"verdict": VERDICTS[ok]})
+        self.rows.append({"step": self.step} | Row(what, asked, measured, ok).shown())
         print(" | ".join(self.rows[-1].values()), flush=True)
         versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
         facts = {"card": self.card, "date": time.strftime("%Y-%m-%d"), "versions": versions}
@@ -116,6 +115,20 @@ class Check:
         """Four questions on each picture, of the official length where the model reads as much."""
         share = 0.1 if self.tiny else 1.0
         return write_photo_questions(self.work / "questions", self.pictures, EACH, share)
+
+    @cached_property
+    def asked(self) -> list[Question]:
+        """The questions without answers, as short as the model reads them."""
+        processor = QuestionProcessor.from_base(resolve_base(self.base))
+        return [processor.fit(q) for q in read_questions(self.questions / "test.csv")]
+
+    @cached_property
+    def floor(self) -> tuple[float, float]:
+        """Operations of encoding a picture, and of answering a row once it is encoded."""
+        config = slice_config(self.config, DEFAULT_DECODER_LAYERS)
+        processor = QuestionProcessor.from_base(resolve_base(self.base))
+        picture, texts = count_floor(config, processor, self.asked[:EACH])
+        return picture, texts / EACH
 
     @cached_property
     def base(self) -> str:
@@ -151,10 +164,13 @@ class Check:
         worst = (table["difference"] / table["bound"]).max()
         self.row(f"export on {place}", "gate", f"worst {worst:.2f} of its bound", table["ok"].all())
         share = memory.added * 1e9 / path.stat().st_size
-        ok = None if self.tiny or self.cuda else share <= 1.25
-        asked = "" if ok is None else "at most 1.25"
-        self.row("its peak of memory over the bundle's bytes", asked, f"{share:.2f}", ok)
+        self.at_real_size(at_most("its peak of memory over the bundle's bytes", 1.25, share))
         return path
+
+    def at_real_size(self, row: Row) -> None:
+        """A row that asks something of the real size on a CPU alone, and else only tells."""
+        asks = not (self.tiny or self.cuda)
+        self.row(*row if asks else row._replace(asked="", ok=None))
 
     def held(self, bridge: BridgeSettings | None, dtype: torch.dtype) -> float:
         """GB by the README's table."""
@@ -238,18 +254,9 @@ def base(check: Check) -> None:
     check.row(f"{check.pictures * EACH} questions", "", f"{seconds:.1f} s")
 
 
-def floor_of(check: Check) -> tuple[float, float]:
-    """Operations of encoding a picture, and of answering a row once it is encoded."""
-    config = slice_config(check.config, DEFAULT_DECODER_LAYERS)
-    processor = QuestionProcessor.from_base(resolve_base(check.base))
-    some = read_questions(check.questions / "test.csv")[:EACH]
-    picture, texts = count_floor(config, processor, [processor.fit(q) for q in some])
-    return picture, texts / len(some)
-
-
 def train(check: Check) -> None:
     """A whole training, report and all, twice; a second size of batch."""
-    _, row = floor_of(check)
+    _, row = check.floor
     rows = check.pictures * EACH
     for batch in (4,) if check.small else (16, 64):
         watched = profile()
@@ -306,13 +313,8 @@ def parity(check: Check) -> None:
         with PeakMemory(check.device) as peak:
             model = real.load_ours(run, DEFAULT_DECODER_LAYERS)
             real.ask(model, run, inputs)
-        count = certify_budget(slice_config(check.config, DEFAULT_DECODER_LAYERS))["total"]
-        found = sum(parameter.numel() for parameter in model.parameters())
-        check.row("parameters of the slice", f"{count:,}", f"{found:,}", found == count)
-        share = peak.added / (sum(parameter.nbytes for parameter in model.parameters()) / 1e9)
-        ok = None if check.tiny or check.cuda else share <= 1.2
-        asked = "" if ok is None else "at most 1.2"
-        check.row("peak of memory in loading over kept bytes", asked, f"{share:.2f}", ok)
+        share = peak.added * 1e9 / sum(parameter.nbytes for parameter in model.parameters())
+        check.at_real_size(at_most("peak of memory in loading over kept bytes", 1.2, share))
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
 
@@ -321,8 +323,7 @@ def export(check: Check) -> None:
     """Exported on the GPU and on the CPU, each read on the other and without any device."""
     places = {check.device: "bundle", "cpu": "bundle-cpu"}
     processor = QuestionProcessor.from_base(resolve_base(check.base))
-    asked = [processor.fit(q) for q in read_questions(check.questions / "test.csv")[:8]]
-    batch = processor.collate(asked)
+    batch = processor.collate(check.asked[:8])
     batch.pop("choice_mask")
     logits = {}
     for made, name in places.items():
@@ -363,15 +364,14 @@ def export(check: Check) -> None:
 def answer(check: Check) -> None:
     """All rows, and some of them by ``generate``."""
     bundle = load_bundle(check.bundle, check.device)
-    questions = read_questions(check.questions / "test.csv")
-    fitted = [bundle.processor.fit(question) for question in questions]
-    parts(check, bundle, fitted)
-    picture, row = floor_of(check)
+    questions = check.asked
+    parts(check, bundle, questions)
+    picture, row = check.floor
     operations = check.pictures * picture + len(questions) * row
     check.peak()
     best, answers = math.inf, []
     for batch, what in ((32, "shapes new"), (32, "shapes known"), (128, "shapes new")):
-        run = partial(predict, bundle, fitted, batch, permute_below=0)
+        run = partial(predict, bundle, questions, batch, permute_below=0)
         seconds = clock(lambda run=run: answers.append(run().probabilities.argmax(-1)))
         best = min(best, seconds)
         share = f"{operations / check.ceiling / seconds:.2f} of the ceiling"
@@ -385,7 +385,7 @@ def answer(check: Check) -> None:
     check.row("letters, batch 32 and 128", f"at most {most} differ", measured, differ <= most)
     del bundle
     real.release()
-    some = fitted[: 8 if check.small else 256]
+    some = questions[: 8 if check.small else 256]
     with torch.inference_mode():
         peer = Generating(resolve_base(check.base), check.device, check.dtype, 32)
         peer.answer(some[:32])
@@ -395,15 +395,15 @@ def answer(check: Check) -> None:
     check.row("speed against generate, batch 32", asked, f"{times:.2f} times", ok)
 
 
-def parts(check: Check, bundle: Bundle, fitted: list) -> None:
+def parts(check: Check, bundle: Bundle, questions: list[Question]) -> None:
     """What a window of 32 pictures takes, each part alone."""
-    paths = list({picture_key(question.image): question.image for question in fitted}.values())
+    paths = list({picture_key(q.image): q.image for q in questions}.values())
     with ThreadPoolExecutor(LOADERS) as pool:
         loaded = []
         seconds = clock(lambda: loaded.extend(pool.map(bundle.processor.load_pixels, paths)))
     check.row(f"decoding alone, {LOADERS} threads", "", f"{len(paths) / seconds:.0f} pictures/s")
     pixels = torch.stack(loaded[:32])
-    texts = bundle.processor.encode_prompts([bundle.processor.prompt(q) for q in fitted[:32]])
+    texts = bundle.processor.encode_prompts([bundle.processor.prompt(q) for q in questions[:32]])
     texts = {name: tensor.to(check.device) for name, tensor in texts.items()}
     with torch.inference_mode(), as_traced():
         encode = partial(bundle.model.encode_image, pixels.to(check.device))
@@ -438,8 +438,7 @@ def memory(check: Check) -> None:
     if not check.cuda:
         raise NotRun("needs CUDA")
     bundle = load_bundle(check.bundle, check.device)
-    questions = read_questions(check.questions / "test.csv")[:128]
-    questions = [bundle.processor.fit(question) for question in questions]
+    questions = check.asked[:128]
     expected = predict(bundle, questions, 32, permute_below=0).probabilities
     real.release()
     total = torch.cuda.get_device_properties(check.device).total_memory

@@ -165,9 +165,8 @@ def _public_name(base: str) -> str:
     """The base as a stranger may know it: a hub id or "tiny" as it is; of a folder's path only the
     last part."""
     is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not Path(base).is_dir()
-    return (
-        base if is_hub_id else PureWindowsPath(Path(base).resolve()).name
-    )  # knows the slashes of all systems
+    folder = PureWindowsPath(Path(base).resolve())  # knows the slashes of all systems
+    return base if is_hub_id else folder.name
 
 
 def _card(

@@ -65,15 +65,13 @@ def _read_for(model, args, need_answers, strict=True):
     from bridgeblip.data.texts import read_task
     from bridgeblip.hosting.ask import is_bundle
 
-    bundle, task = model and is_bundle(model), None
-    if bundle:
+    task = None
+    if model and is_bundle(model):
         find_bundle(model)
+        task = "choice"
     elif model:
         task = find_source(model)[0].get("task")
-    task, questions = read_task(args.csv, args.images, task, args.split, need_answers, strict)
-    if bundle and task != "choice":
-        raise InputError(f"{model} answers choices only: give a model that writes texts")
-    return task, questions
+    return read_task(args.csv, args.images, task, args.split, need_answers, strict)
 
 
 def _load(model):
@@ -144,8 +142,6 @@ def blend(args):
     IMAGES, SPLIT,
     option("--answers", type=Path,
            help="the right answers, if the CSV has none: columns ID and answer"),
-    option("--weights-column", metavar="NAME",
-           help="column of the CSV: what a question counts in the score"),
     option("--out", type=Path,
            help="the page; by default report.html, or comparison.html for two results"),
     extras=("notebooks",),
@@ -173,24 +169,21 @@ def evaluate(args):
 
 def _judge_choices(model, args, questions, out):
     """Judge the answers of a result or of a model, or compare two results."""
-    from bridgeblip.evidence.answers import read_probabilities, read_weights, with_answers
+    from bridgeblip.evidence.answers import read_probabilities, with_answers
     from bridgeblip.evidence.report import write_comparison, write_report
 
-    weights = None
     if args.answers:
         questions = with_answers(questions, args.answers)
-    if args.weights_column:
-        weights = read_weights(args.csv, args.weights_column, questions)
     runs = [read_probabilities(path, questions) for path in args.results]
     if len(runs) == 2:
         (one, _), (other, _) = runs
         names = tuple(map(str, args.results))
-        return write_comparison(out, questions, one, other, names=names, weights=weights)
+        return write_comparison(out, questions, one, other, names=names)
     if runs:
         found = {"probabilities": runs[0][0], "flags": runs[0][1]}
     else:
         found = _answer(model, questions)
-    return found and write_report(out, questions, **found, weights=weights, data=args.csv)
+    return found and write_report(out, questions, **found, data=args.csv)
 
 
 def _judge_texts(model, args, task, questions, out):
@@ -198,8 +191,8 @@ def _judge_texts(model, args, task, questions, out):
     from bridgeblip.evidence.texts import read_texts, write_text_report
     from bridgeblip.machine import process_rank
 
-    if args.answers or args.weights_column:
-        raise InputError("--answers and --weights-column are for choices: leave them out")
+    if args.answers:
+        raise InputError("--answers is for choices: leave it out")
     found, manifest = [read_texts(path, questions) for path in args.results], None
     if model:
         tuned, answering = _load(model)

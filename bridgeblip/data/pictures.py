@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
+from bridgeblip.data.names import what_is
 
 # Photo editors put more than Pillow's 1 MB of text or colour profile into a PNG.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
@@ -54,12 +55,23 @@ def open_picture(path: str | Path) -> Image.Image:
             if image is None:
                 raise
     except Exception as error:  # each of Pillow's decoders raises its own
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"picture {path} can't be read ({reason}): replace it by a whole one"
+            f"picture {path} can't be read ({fault_of(path, error)}): give a whole JPEG or PNG"
         ) from error
     image.info = {}  # the orientation in it must not be applied a second time
     return image
+
+
+def fault_of(path: str | Path, error: BaseException) -> str:
+    """Return in one line what keeps a file from being seen, given what Pillow said."""
+    if not os.path.isfile(path):
+        return "there is no such file"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, scale it down"
+    if not isinstance(error, UnidentifiedImageError):
+        return " ".join(str(error).split()) or type(error).__name__
+    begin = Path(path).read_bytes()[:1000]
+    return f"it is {what_is(begin) or f'no whole picture, it begins with {begin[:8]!r}'}"
 
 
 def as_seen(image: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
+from bridgeblip.data.names import BLANK, what_is
 from bridgeblip.data.questions import NUM_CHOICES, Question, letter, letters, read_rows
 from bridgeblip.files import require_place, write_text
 
@@ -23,7 +24,18 @@ LONGEST = 1000  # characters of a question: with its choices, about what the mod
 SIGNS = {  # what only the files of one set hold -> what they are
     '"multiple_choice_answer"': "VQA v2's annotations, which have no choices",
     '"task_type"': "VQA's questions, which have no answers",
-    "\tanswer\tcategory\timage\t": "MMBench's table, which holds its pictures: not read",
+    "answer\tcategory\timage\t": "MMBench's table, which holds its pictures: not read",
+    "answer,category,image,": "MMBench's table, which holds its pictures: not read",
+    '"entityChoices"': "GQA's choices, which are no questions",
+    '"fullAnswer"': "GQA's questions, which have no choices",
+    '"answer_type"': "VQA's annotations, which have no choices",
+    '"answer_confidence"': "VizWiz's questions, which have no choices",
+    '"image_filename"': "CLEVR's questions, which have no choices",
+    '"issimple"': "TallyQA's questions, which have no choices",
+    '"dataset_type"': "TextVQA's questions, which have no choices",
+    '"topic_difficulty"': "MMMU's questions, whose choices are one text: not read",
+    '"conversations"': "conversations: tune --data takes them as they are",
+    '"caption"': "captions: tune --data takes them as they are",
     '"correct_choice_idx"': "A-OKVQA's: prepare aokvqa",
     '"qa_pairs"': "Visual7W's: prepare visual7w, if it is the telling part",
     '"answerTexts"': "AI2D's: prepare ai2d",
@@ -119,21 +131,25 @@ def read_annotations(
             is, if that can be seen.
     """
     published = importlib.import_module(f"bridgeblip.data.formats.{source}")
-    path = Path(path)
+    path, questions = Path(path), []
     if not path.is_file():
         raise InputError(
             f"{path} not found: expected {published.FORM}; bridgeblip/data/formats/{source}.py "
             f"says where to download it"
         )
     try:
-        return list(map(_tidied, published.entries(path, Path(images), seed)))
+        questions.extend(map(_tidied, published.entries(path, Path(images), seed)))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        begin = path.read_bytes()[:4000].decode(errors="replace")
-        seen = [f"; it seems to be {name}" for sign, name in SIGNS.items() if sign in begin]
+        content = path.read_bytes()[:4000]
+        begin, whole = content.decode(errors="replace"), what_is(content)
+        seen = [name for sign, name in SIGNS.items() if sign in begin and source not in name]
+        seen += [whole] * (whole not in ("", "JSON"))
         raise InputError(
-            f"{path} has another form ({type(error).__name__}: {error}); expected "
-            f"{published.FORM}{''.join(seen[:1])}"
+            f"{path} has another form after {len(questions)} questions ({type(error).__name__}: "
+            f"{error}); expected {published.FORM}"
+            + "".join(f"; it seems to be {name}" for name in seen[:1])
         ) from error
+    return questions
 
 
 def write_questions(
@@ -187,9 +203,12 @@ def write_questions(
 
 
 def _tidied(question: Question) -> Question:
-    """The question with its texts in one line each, no space around them."""
+    """The question with its texts in one line each, no space around them, nor a NUL in them, which
+    no CSV holds."""
+    if isinstance(question.choices, str):
+        raise TypeError(f"choices in one text, {question.choices[:40]!r}")
     texts = (question.id, question.question, *question.choices)
-    name, asked, *choices = [" ".join(text.split()) for text in texts]
+    name, asked, *choices = [" ".join(t.replace("\0", " ").split()).strip(BLANK) for t in texts]
     return replace(question, id=name, question=asked, choices=tuple(choices))
 
 

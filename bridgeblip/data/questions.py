@@ -3,16 +3,19 @@ choices."""
 
 import functools
 import os
+import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from bridgeblip import InputError
+from bridgeblip.data.names import BLANK, by_look, looks, pick
 from bridgeblip.data.pictures import picture_keys
 from bridgeblip.data.tables import Row, read_csv
 
@@ -43,7 +46,8 @@ class Question:
     answer: int | None = None
     # Whether the file's header writes its letters small.
     small_letters: bool = False
-    # Where the row begins in its file; the header is line 1.
+    # Its file, and where the row begins in it; the header is line 1.
+    file: Path | None = field(default=None, compare=False)
     line: int = 0
     # What keeps the row from being used as it stands; empty if nothing does.
     problem: str = ""
@@ -55,10 +59,20 @@ class Question:
     split: str | None = None
 
     @property
+    def place(self) -> str:
+        """Where to find the row, for messages."""
+        known = [str(self.file)] * bool(self.file) + [f"line {self.line}"] * bool(self.line)
+        return f"{', '.join(known)} (ID {self.id})".strip()
+
+    @property
     def choice_mask(self) -> list[bool]:
         """Which letters can be the answer; all of them where no choice is filled in."""
         filled = list(map(bool, self.choices))
         return filled if any(filled) else [True] * len(filled)
+
+    def mask(self, width: int) -> list[bool]:
+        """Which of so many letters can be the answer; all of them where there are no choices."""
+        return ((self.choice_mask or [True] * width) + [False] * width)[:width]
 
     def reordered(self, source: dict[int, int]) -> "Question":
         """Return the question with the choice of ``source[i]`` at place ``i``; the answer follows
@@ -109,7 +123,7 @@ def read_questions(
         return placed
     for question in questions:
         if question.problem:
-            raise InputError(describe_problem(question, path))
+            raise InputError(f"{question.place}: {question.problem}")
     check_pictures(questions, path)
     if same := repeated_answers(questions, path):
         warnings.warn(same, stacklevel=2)
@@ -129,20 +143,20 @@ def read_rows(path: str | Path, need_answers: bool) -> list[Question]:
     _check_columns(path, names, need_answers)
     _check_swallowed(path, rows, names.index("img_path"))
     small = {"a", "b"} <= set(map(str.strip, header))
-    listing = functools.cache(_listing)
+    listing = functools.cache(names_in)
     used = _choice_names(names)
     questions, spaced = [], []
     for row in rows:
         cells = dict(zip(names, row.cells, strict=True))
         texts = [cells[name] for name in used]
-        choices = tuple(map(str.strip, texts))
-        given = cells.get("answer", "").strip().upper()
+        choices = tuple(text.strip(BLANK) for text in texts)
+        given = cells.get("answer", "").strip(BLANK).upper()
         known = letters(len(choices))
         answer = known.index(given) if given in known and choices[known.index(given)] else None
         problem = ""
-        if row.cut_off:
-            problem = "the file ends within this row: get a whole copy"
-        elif not cells["img_path"].strip():
+        if row.problem:
+            problem = row.problem
+        elif not cells["img_path"].strip(BLANK):
             problem = "img_path is empty; expected the name of a picture's file"
         elif sum(map(bool, choices)) < 2:
             problem = f"fewer than two choices are filled in; expected texts in {', '.join(known)}"
@@ -151,10 +165,10 @@ def read_rows(path: str | Path, need_answers: bool) -> list[Question]:
                 f"answer {cells['answer']!r} is not the letter of a choice; expected one of "
                 f"{', '.join(known)}"
             )
-        image = _locate(path.parent, cells["img_path"], listing)
-        question = cells["question"].strip()
+        image = locate(path.parent, cells["img_path"], listing)
+        question = cells["question"].strip(BLANK)
         questions.append(
-            Question(cells["id"], image, question, choices, answer, small, row.line, problem)
+            Question(cells["id"], image, question, choices, answer, small, path, row.line, problem)
         )
         if any(text[:1] == " " and f",{text}" in row.raw for text in texts):
             spaced.append(questions[-1])
@@ -180,19 +194,33 @@ def _choice_names(names: Sequence[str]) -> list[str]:
 def _check_columns(path: Path, names: Sequence[str], need_answers: bool) -> None:
     wanted = ["id", "img_path", "question", *_choice_names(names), *["answer"] * need_answers]
     missing = [name for name in wanted if name not in names]
-    hidden = []
-    for name in names:
-        odd = [char for char in name if not char.isascii() or not char.isprintable()]
-        if name.translate(dict.fromkeys(map(ord, odd))).strip() in missing:
-            shown = ", ".join(unicodedata.name(char, f"U+{ord(char):04X}") for char in odd)
-            hidden.append(f"; {name!r} has a hidden character, {shown}: take it out")
     if missing:
         raise InputError(
             f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: it has "
             f"{', '.join(names)}; expected ID, img_path, Question, A, B, C, D"
             + ", answer" * need_answers
-            + "".join(hidden)
+            + odd_names(names, missing)
         )
+    check_once(path, names, wanted)
+
+
+def odd_names(names: Sequence[str], missing: Sequence[str]) -> str:
+    """Say which column names would be missing ones, had they no characters that can't be seen or
+    seem others; empty if none."""
+    said = ""
+    for name in names:
+        # but for letters of a script without capitals, such as Hangul
+        odd = [c for c in name if not c.isascii() or not c.isprintable()]
+        odd = [char for char in odd if unicodedata.category(char) != "Lo"]
+        pattern = "".join(".?" if char in odd else re.escape(char) for char in name)
+        if odd and any(re.fullmatch(pattern, other) for other in missing):
+            shown = ", ".join(unicodedata.name(char, f"U+{ord(char):04X}") for char in odd)
+            said += f"; {name!r} has an odd or hidden character, {shown}: write the name anew"
+    return said
+
+
+def check_once(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Refuse a table in which a column that is read comes twice."""
     twice = [name for name in wanted if names.count(name) > 1]
     if twice:
         raise InputError(
@@ -214,22 +242,25 @@ def _check_swallowed(path: Path, rows: Sequence[Row], column: int) -> None:
                 )
 
 
-def _locate(folder: Path, written: str, listing: Callable[[Path], dict[str, str]]) -> Path:
-    """The file of a path as written, or as it looks: whatever way its letters are composed, without
-    spaces around it, and with ``\\`` for ``/``."""
+def locate(folder: Path, written: str, listing: Callable[[Path], dict[str, list[str]]]) -> Path:
+    """Return the file of a path as written, or the only one that looks like it, letter case aside
+    and with ``\\`` for ``/``.
+
+    Args:
+        listing: ``names_in``, perhaps remembered.
+    """
     if os.path.isfile(folder / written):
         return folder / written
-    for part in Path(written.strip().replace("\\", "/")).parts:
-        folder /= listing(folder).get(unicodedata.normalize("NFC", part), part)
+    for part in Path(written.strip(BLANK).replace("\\", "/")).parts:
+        folder /= pick(part, listing(folder))
     return folder
 
 
-def _listing(folder: Path) -> dict[str, str]:
-    """The names in a folder by their composed form; none where it can't be read."""
-    try:
-        return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder)}
-    except OSError:
-        return {}
+def names_in(folder: Path) -> dict[str, list[str]]:
+    """Return the names in a folder as ``by_look`` does; none where it can't be read."""
+    with suppress(OSError):
+        return by_look(os.listdir(folder))
+    return {}
 
 
 def repeated_answers(questions: Sequence[Question], path: Path) -> str:
@@ -245,11 +276,6 @@ def repeated_answers(questions: Sequence[Question], path: Path) -> str:
     )
 
 
-def describe_problem(question: Question, path: Path) -> str:
-    """The problem of a row in one line, with where to find it."""
-    return f"{path}, line {question.line} (ID {question.id}): {question.problem}"
-
-
 def check_ids(questions: Sequence[Question], path: Path) -> None:
     """Refuse a file in which the header comes once more, a row has no ID, or an ID comes twice."""
     for question in questions:
@@ -257,20 +283,19 @@ def check_ids(questions: Sequence[Question], path: Path) -> None:
             raise InputError(f"{path}, line {question.line} is the header once more: take it out")
         if not question.id.strip():
             raise InputError(f"{path}, line {question.line} has no ID: give it one of its own")
-    # those that look the same are the same
-    ids = pd.Series([unicodedata.normalize("NFC", question.id).strip() for question in questions])
+    ids = pd.Series([looks(question.id) for question in questions])
     repeated = ids[ids.duplicated()]
     if len(repeated):
         raise InputError(
-            f"{path} has {len(repeated)} repeated IDs, the first is {repeated.iloc[0]!r}: make "
-            f"them unique"
+            f"{path} has {len(repeated)} repeated IDs, or such that look the same; the first is "
+            f"{repeated.iloc[0]!r}: make them unique"
         )
 
 
 def _check_place(question: Question, folder: Path) -> Question:
     """Take away a picture that is not there, or not below ``folder``; links are followed."""
     written = os.path.relpath(question.image, folder)
-    if written == os.curdir:
+    if written == os.curdir and question.problem:
         return replace(question, image=None)  # none is named, as its problem says
     if written.split(os.sep)[0] == os.pardir:
         problem = f"picture {written} lies outside the folder of the CSV"

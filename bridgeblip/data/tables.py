@@ -1,9 +1,9 @@
 """CSV tables of texts: read as written, or refused with the line at fault."""
 
-import codecs
 import csv
 import io
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,16 +12,11 @@ from pathlib import Path
 import pandas as pd
 
 from bridgeblip import InputError
+from bridgeblip.data.names import what_is
 
-SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-OTHERS = {  # how files begin that are taken for a CSV
-    b"PK\x03\x04": "an Excel workbook, or a zip",
-    b"\xd0\xcf\x11\xe0": "an Excel workbook",
-    b"\x1f\x8b": "packed by gzip",
-    b"%PDF": "a PDF",
-    b"<": "a web page",
-    b"version https://git-lfs": "a pointer to the file",
-}
+csv.field_size_limit(2**31 - 1)  # a text may be longer than Python's 131,072 characters
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas within quotes"}
+KNOWN = {"id", "image", "img_path", "question", "caption", "answer"}  # one is in any header
 SPACE_AND_QUOTE = re.compile(r', +"[^",\r\n]')  # in a quoted text, a quote would be doubled
 EXCELS_FIRST_LINE = re.compile(r"sep=.\s*", re.IGNORECASE)  # tells Excel the separator
 QUOTED = re.compile(r'(?:(?<=,)|^)"(?:[^"]|"")*"(?=[,\r\n]|$)')  # a whole cell
@@ -34,7 +29,7 @@ class Row:
     line: int  # where it begins; the file's first line is 1
     raw: str  # as it stands in the file
     cells: list[str]  # its texts, one a column; empty where the row ends early
-    cut_off: bool  # whether the file ends within the row
+    problem: str  # why it can't be a whole row; empty if it can
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -70,20 +65,26 @@ def read_csv(path: str | Path) -> tuple[list[str], list[Row]]:
         if any(cells[len(header) :]):
             raise InputError(
                 f"{path} is no CSV table: line {line} has {len(cells)} cells, the header "
-                f"{len(header)}; put a text that holds a comma in quotes"
+                f"{len(header)}, from {header[0][:40]!r} on; put a text that holds a comma in "
+                f"quotes"
             )
         if _swallows(raw, len(header)):
             raise InputError(
                 f"{path} is no CSV table: the quotes in line {line} make one row of several; take "
                 f"the stray quote out, or double it within a quoted text"
             )
-        missing = len(header) - len(cells)
-        cut_off = missing > 0 and not raw.endswith(("\n", "\r"))
-        rows.append(Row(line, raw, cells[: len(header)] + [""] * missing, cut_off))
+        missing, problem = len(header) - len(cells), ""
+        if missing > 0 and not raw.endswith(("\n", "\r")):
+            problem = "the file ends within this row: get a whole copy"
+        elif len(cells) == 1 < missing:
+            problem = f"the row is one cell, the header {len(header)}: put commas between its cells"
+        rows.append(Row(line, raw, cells[: len(header)] + [""] * missing, problem))
     if header is None:
         raise InputError(f"{path} is no CSV table (it is empty): expected a header line and rows")
     if not rows:
-        raise InputError(f"{path} has no rows: expected one question a line below the header")
+        raise InputError(
+            f"{path} has no rows: expected one a line below the header, {','.join(header)[:60]!r}"
+        )
     if empty:
         warnings.warn(f"{path}: passed over {empty} rows of commas only", stacklevel=3)
     return header, rows
@@ -96,14 +97,8 @@ def _text(path: Path) -> str:
             f"{path} not found: put the organiser's file there, or set the path to yours"
         )
     content = path.read_bytes()
-    begin = content[:1000]
-    for start, what in OTHERS.items():
-        if begin.lstrip().startswith(start):
-            raise InputError(f"{path} is {what}, no CSV: get the table itself, saved as CSV")
-    if begin.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        raise InputError(f"{path} is UTF-32 text, not UTF-8: save it as UTF-8")
-    if begin.startswith((b"\xff\xfe", b"\xfe\xff")) or begin.count(0) > len(begin) / 4:
-        raise InputError(f"{path} is UTF-16 text, not UTF-8: save it as UTF-8")
+    if what := what_is(content):
+        raise InputError(f"{path} is {what}, no CSV in UTF-8: get the table itself, saved as that")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as fault:
@@ -114,7 +109,10 @@ def _text(path: Path) -> str:
         try:
             text = content.decode("cp949")
         except UnicodeDecodeError as error:
-            raise InputError(f"{path} is neither UTF-8 nor cp949 text: save it as UTF-8") from error
+            raise InputError(
+                f"{path} is neither UTF-8 nor cp949 text, it begins with {content[:8]!r}: save the "
+                f"table as CSV in UTF-8"
+            ) from error
         warnings.warn(
             f"{path} is not UTF-8: read as cp949, Korean Windows; is it that?", stacklevel=4
         )
@@ -122,7 +120,7 @@ def _text(path: Path) -> str:
     if nul:
         line = len(io.StringIO(before + "|", newline="").readlines())
         raise InputError(f"{path}, line {line} holds a NUL character, U+0000: take it out")
-    return text.lstrip("\ufeff")
+    return text.replace("\ufeff", "").rstrip("\x1a")  # marks of old systems, not of the text
 
 
 def _split(path: Path, text: str) -> Iterator[tuple[int, str, list[str]]]:
@@ -144,10 +142,13 @@ def _split(path: Path, text: str) -> Iterator[tuple[int, str, list[str]]]:
 
 
 def _check_separator(path: Path, raw: str, header: list[str]) -> None:
-    """Refuse a header of one cell that another separator would part into known names."""
-    for separator, name in SEPARATORS.items():
-        parts = [part.strip(' "\r\n').lower() for part in raw.split(separator)]
-        if len(header) == 1 < len(parts) and "id" in parts:
+    """Refuse a header without any known name that another separator would part into some."""
+    names = {name.strip().lower() for name in header}
+    no_sign = '"\r\n' + " " * (len(header) > 1)
+    for sign in dict.fromkeys(raw):
+        parts = {part.strip(' "\r\n').lower() for part in raw.split(sign)}
+        if not sign.isalnum() and sign not in no_sign and KNOWN & parts and not KNOWN & names:
+            name = SEPARATORS.get(sign) or f"{sign!r}, {unicodedata.name(sign, 'a control sign')}"
             raise InputError(
                 f"{path}: its cells are separated by {name}; save it with commas as separators"
             )

@@ -6,6 +6,7 @@ COCO's and VizWiz's captions, Karpathy's split file, InternVL's ``coco_karpathy_
 plain CSV; a function each.
 """
 
+import functools
 import os
 import re
 import warnings
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from bridgeblip import InputError
-from bridgeblip.data.formats import load_json
+from bridgeblip.data.formats import holds_json, load_json
 from bridgeblip.data.questions import (
     Question,
     check_ids,
+    check_once,
     check_pictures,
     known_names,
+    locate,
+    names_in,
+    odd_names,
     read_questions,
 )
 from bridgeblip.data.tables import read_csv
@@ -68,11 +73,11 @@ def read_task(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} not found: expected {EXPECTED}")
-    names = []
-    if path.suffix.lower() == ".csv":
+    names, is_json = [], holds_json(path)
+    if not is_json:
         with warnings.catch_warnings(action="ignore"):  # they come when its rows are read
             names = known_names(read_csv(path)[0])
-    if {"a", "b"} <= set(names):
+    if names and (task == "choice" or {"a", "b"} <= set(names)):
         _check_task(path, "choice", task)
         if images is not None and Path(images).resolve() != path.parent.resolve():
             raise InputError(f"{path} has its pictures beside it: leave --images out")
@@ -86,11 +91,19 @@ def read_task(
     else:
         kind, rows = _published(path, folder, split)
     _check_task(path, kind, task)
+    questions, listing = [], functools.cache(names_in)
     try:
-        questions = list(rows)
+        for question in rows:
+            image = locate(Path(), str(question.image), listing)
+            questions.append(replace(question, image=image, file=path))
+    except InputError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path} has another form ({reason}); expected {EXPECTED}") from error
+        raise InputError(
+            f"{path} has another form after {len(questions)} questions ({reason}); expected "
+            f"{EXPECTED}"
+        ) from error
     task = task or kind
     if task == "caption":
         questions = _one_a_picture(questions)
@@ -107,7 +120,10 @@ def read_task(
 def _check_task(path: Path, kind: str, task: str | None) -> None:
     """Refuse choices in a caption task and the like; questions with answers may be captions."""
     if task not in (None, kind) and (kind, task) != ("answer", "caption"):
-        raise InputError(f"{path} holds {HOLDS[kind]}: expected --task {kind}, not {task}")
+        raise InputError(
+            f"{path} holds {HOLDS[kind]}, not {HOLDS[task]}: give another file, or a model for "
+            f"this one; to tune on it, --task {kind}"
+        )
 
 
 def _table(path: Path, folder: Path) -> tuple[str, Iterator[Question]]:
@@ -117,13 +133,16 @@ def _table(path: Path, folder: Path) -> tuple[str, Iterator[Question]]:
     picture = next((name for name in PICTURE_COLUMNS if name in names), None)
     kind = "caption" if "caption" in names else "answer"
     if picture is None or (kind == "answer" and "question" not in names):
-        raise InputError(f"{path} has the columns {', '.join(names)}; expected {EXPECTED}")
+        odd = odd_names(names, [*PICTURE_COLUMNS, "caption", "question"])
+        raise InputError(f"{path} has the columns {', '.join(names)}{odd}; expected {EXPECTED}")
+    check_once(path, names, ["id", picture, "question", kind])
 
     def questions() -> Iterator[Question]:
         for number, row in enumerate(rows, 1):
             cells = dict(zip(names, map(str.strip, row.cells), strict=True))
             image = cells[picture]
-            name = cells.get("id") or (_picture_id(image) if kind == "caption" else str(number))
+            of_picture = kind == "caption" and _picture_id(image)
+            name = cells.get("id") or of_picture or str(number)
             answer = cells.get(kind, "")
             yield _question(name, folder / image, cells.get("question", ""), [answer], row.line)
 
@@ -141,7 +160,7 @@ def _dialogues(path: Path, folder: Path) -> Iterator[Question]:
     header, rows = read_csv(labels)
     names = known_names(header)
     picture = next((name for name in PICTURE_COLUMNS if name in names), names[0])
-    dialogues = _json(path)
+    dialogues = load_json(path)
     for row in rows:
         cells = dict(zip(names, map(str.strip, row.cells), strict=True))
         image = folder / cells[picture].removeprefix(f"{FRAMES}/")
@@ -171,7 +190,7 @@ def _filled(text: str, cells: dict[str, str], path: Path) -> str:
 
 def _published(path: Path, folder: Path, split: str | None) -> tuple[str, Iterator[Question]]:
     """The task and the questions of a JSON file, told by what it holds."""
-    content = _json(path)
+    content = load_json(path)
     first = content[0] if isinstance(content, list) and content else content
     keys = set(first) if isinstance(first, dict) else set()
     if isinstance(content, list) and "conversations" in keys:
@@ -232,7 +251,7 @@ def _captions(path: Path, rows: Sequence[dict[str, Any]], folder: Path) -> Itera
     given = None
     if right.is_file():
         given = {}
-        for row in _json(right)["annotations"]:
+        for row in load_json(right)["annotations"]:
             given.setdefault(str(row["image_id"]), []).append(row["caption"])
     for row in rows:
         name = _picture_id(row["image"])
@@ -270,8 +289,11 @@ def _conversations(path: Path, rows: Sequence[dict[str, Any]], folder: Path) -> 
 def _question(
     name: Any, image: Path, asked: str, right: Sequence[Any], line: int = 0, history: tuple = ()
 ) -> Question:
-    """A question without choices; empty texts are no references."""
-    texts = tuple(filter(None, map(str.strip, map(str, right))))
+    """A question without choices; empty texts are no references, nor are null and NaN."""
+    texts = [str(text).strip() for text in right if text is not None and text == text]
+    if wrong := [text for text in right if isinstance(text, (dict, list))]:
+        raise TypeError(f"{str(wrong[0])[:60]} is no text")
+    texts = tuple(filter(None, texts))
     return Question(str(name), image, asked, (), line=line, references=texts, history=history)
 
 
@@ -318,13 +340,3 @@ def _say_left_out(path: Path, left_out: Counter) -> None:
     if left_out.total():
         counted = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
         warnings.warn(f"{path}: left out {counted}", stacklevel=4)
-
-
-def _json(path: Path) -> Any:
-    """The content of a JSON file; of JSON lines, a list."""
-    try:
-        return load_json(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} can't be read ({error}): get a whole copy, or give {EXPECTED}"
-        ) from error

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from bridgeblip import InputError
+from bridgeblip.data.names import looks
 from bridgeblip.data.questions import Question, letter, letters
 from bridgeblip.data.tables import read_table
 from bridgeblip.files import write_text
@@ -25,7 +26,7 @@ FLAGS = tuple(FLAG_NOTES)
 
 @dataclass(frozen=True)
 class Answers:
-    """What a bundle makes of questions, row by row in their order."""
+    """What a model makes of questions, row by row in their order."""
 
     # (rows, choices), fp32; a missing choice has 0.
     probabilities: np.ndarray
@@ -171,25 +172,6 @@ def with_answers(questions: Sequence[Question], path: str | Path) -> list[Questi
     return answered
 
 
-def read_weights(path: str | Path, column: str, questions: Sequence[Question]) -> np.ndarray:
-    """Return a column of a CSV as the weights (questions,) of the questions.
-
-    Raises:
-        InputError: if the column or a question is missing, a weight is no number or negative, or
-            all are 0.
-    """
-    written = _by_id(Path(path), [column.upper()], questions)[column.upper()]
-    weights = pd.to_numeric(written, errors="coerce").to_numpy(float)
-    wrong = ~(np.isfinite(weights) & (weights >= 0))
-    if wrong.any() or not weights.any():
-        first = wrong.argmax()
-        raise InputError(
-            f"{path}: column {column} holds no weights (ID {written.index[first]} has "
-            f"{written.iloc[first]!r}); expected numbers from 0, not all 0"
-        )
-    return weights
-
-
 def _by_id(path: Path, wanted: Sequence[str], questions: Sequence[Question] | None) -> pd.DataFrame:
     """Read the rows of the questions, or all, from a CSV; column names are in capitals."""
     table = read_table(path)
@@ -214,12 +196,15 @@ def require_ids(
     """
     if found.has_duplicates:
         twice = found[found.duplicated()][0]
-        raise InputError(f"{path} has the ID {twice!r} twice: make them unique")
+        column = f" in its column {found.name}" * (found.name is not None)
+        raise InputError(f"{path} has the ID {twice!r} twice{column}: make them unique")
     lacking = sorted(set(ids) - set(found))
     others = sorted(set(found) - set(ids))
     if lacking or (others and not further):
         some = "".join(f", one is {name!r}" for name in lacking[:1] + others[:1])
+        alike = not set(map(looks, lacking)).isdisjoint(map(looks, others))
+        seen = " (some differ only in spaces, or in what can't be seen)" * alike
         raise InputError(
-            f"{path} and {what} differ in {len(lacking) + len(others)} IDs{some}: take both files "
-            f"from the same download"
+            f"{path} and {what} differ in {len(lacking) + len(others)} IDs{some}{seen}: take both "
+            f"files from the same download"
         )

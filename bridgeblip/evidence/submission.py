@@ -58,6 +58,7 @@ def read_sample(ids: Sequence[str], sample: str | Path | None, name: str = "ID")
     if sample is None:
         return pd.DataFrame({name: list(ids), "answer": ""})
     table = read_table(sample)
+    table = table.loc[:, table.columns.str.strip() != ""]  # that a spreadsheet adds
     if len(table.columns) != 2:
         raise InputError(
             f"{sample} has columns {', '.join(table.columns)}; expected two: ID and answer"
@@ -172,7 +173,7 @@ def write_captions(
     ``problems.csv`` beside them; say what was written."""
     rows = []
     for question, text in zip(questions, texts, strict=True):
-        is_number = question.id.isdecimal() and str(int(question.id)) == question.id
+        is_number = re.fullmatch("0|[1-9][0-9]{0,17}", question.id)  # as written, in 64 bits
         name = int(question.id) if is_number else question.id
         rows.append({"image_id": name, "caption": text})
     write_text(out, json.dumps(rows, ensure_ascii=False, indent=0) + "\n")

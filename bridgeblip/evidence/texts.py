@@ -1,7 +1,6 @@
 """Texts against the ones that count as right: captions by COCO's measures, answers as VQA compares
 them; their files, and the page that judges them."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bridgeblip import InputError
+from bridgeblip.data.formats import holds_json, load_json
 from bridgeblip.data.questions import Question
 from bridgeblip.data.tables import read_table
 from bridgeblip.evidence import metrics
@@ -95,8 +95,10 @@ def read_texts(path: str | Path, questions: Sequence[Question]) -> list[str]:
         InputError: if the file is of another form, or has no text for a question or two.
     """
     path = Path(path)
-    if path.suffix.lower() == ".csv":
+    if not path.is_file() or not holds_json(path):
         table = read_table(path)
+        if len(table.columns) < 2:
+            raise InputError(f"{path} has one column, {table.columns[0]}: expected ID and answer")
         rows = list(zip(table[id_column(table)], table.iloc[:, -1], strict=True))
     else:
         try:
@@ -105,9 +107,9 @@ def read_texts(path: str | Path, questions: Sequence[Question]) -> list[str]:
                     str(row.get("image_id", row.get("question_id"))),
                     row.get("caption", row.get("answer")),
                 )
-                for row in json.loads(path.read_text(encoding="utf-8-sig"))
+                for row in load_json(path)
             ]
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+        except (AttributeError, TypeError) as error:
             raise InputError(
                 f"{path} can't be read ({error}); expected a list of image_id and caption"
             ) from error

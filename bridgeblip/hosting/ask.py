@@ -87,7 +87,9 @@ def is_bundle(model: Any) -> bool:
 def _question(picture, question, choices) -> Question:
     if picture:
         open_picture(picture)  # refused here, before the model is loaded
-    return Question("question", picture and Path(picture), question, choices)
+    # Bytes of a terminal that are no text come as halves of characters.
+    question, *choices = [t.encode(errors="replace").decode() for t in (question, *choices)]
+    return Question("question", picture and Path(picture), question, tuple(choices))
 
 
 def bars(question: Question, answers: Answers) -> str:

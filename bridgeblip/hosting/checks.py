@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from bridgeblip import HOME, InputError, __version__
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.data import questions
-from bridgeblip.data.pictures import open_picture, picture_keys
+from bridgeblip.data.pictures import fault_of, open_picture, picture_keys
 from bridgeblip.files import read_json
 from bridgeblip.hosting.runtime import OLD_TORCHAO, fits, installed, other_copies, requirements
 from bridgeblip.machine import number_format, slow_format
@@ -145,7 +145,7 @@ def check_questions(found: Findings, csv: Path, processor, need_answers: bool):
     rows = found.attempt(questions.read_rows, csv, need_answers) or []
     before = len(found)
     found.attempt(questions.check_ids, rows, csv)
-    refused = [questions.describe_problem(row, csv) for row in rows if row.problem]
+    refused = [f"{row.place}: {row.problem}" for row in rows if row.problem]
     for line in refused[:SHOWN]:
         found.add(level, line)
     if len(refused) > SHOWN:
@@ -158,7 +158,7 @@ def check_questions(found: Findings, csv: Path, processor, need_answers: bool):
     if same := questions.repeated_answers(rows, csv):
         found.add("warning", same)
     if processor:
-        found.attempt(processor.check_choices, rows, csv)
+        found.attempt(processor.check_choices, rows)
         check_prompts(found, rows, processor)
     if len(found) == before:
         first = f"such as {rows[0].id}: {rows[0].question[:120]!r}"
@@ -215,7 +215,7 @@ def _fault(path: Path) -> str:
     try:
         open_picture(path)
     except InputError as error:
-        return f"{path} ({error.__cause__})"
+        return f"{path} ({fault_of(path, error.__cause__)})"
     return ""
 
 

@@ -32,44 +32,56 @@ def check_tune(
     """
     from bridgeblip.vlm.batches import Batches
     from bridgeblip.vlm.families import empty_model, load_config, load_processor
-    from bridgeblip.vlm.slicing import describe_budget, slice_empty
+    from bridgeblip.vlm.slicing import describe_budget, slice_empty, warn_of_cut
 
     config = found.attempt(load_config, base, revision)
     model = whole = config and empty_model(config)
+    kept = []
     if model and tune.layers:
-        model, _ = found.attempt(slice_empty, whole, tune.layers) or (None, [])
+        model, kept = found.attempt(slice_empty, whole, tune.layers) or (None, [])
     processor = model and found.attempt(load_processor, base, revision, tune.pixels or None)
-    wording = tune.system, tune.prompt
-    batches = processor and found.attempt(Batches, processor, model.config, *wording)
-    reading = (csv, images, tune.task or None, split, settings is not None, settings is not None)
-    task, rows = found.attempt(read_task, *reading) or ("", [])
+    batches = processor and found.attempt(
+        Batches, processor, model.config, tune.system, tune.prompt
+    )
+    task, rows = found.attempt(
+        read_task, csv, images, tune.task or None, split, settings is not None, settings is not None
+    ) or ("", [])
     if rows:
         found.add("ok", f"{csv}: {len(rows)} questions, task {task}")
-        if settings:
-            check_pictures(found, rows, "problem", least=round(1 / settings.validation_fraction))
-        else:
-            check_pictures(found, rows, "warning")
+        least = round(1 / settings.validation_fraction) if settings else 1
+        check_pictures(found, rows, "problem" if settings else "warning", least)
     if batches:
-        taken = f"a picture takes at most {batches.most} of them"
-        found.add("ok", f"{base}: reads {batches.context:,} tokens, {taken}")
+        found.add(
+            "ok",
+            f"{base}: reads {batches.context:,} tokens, a picture takes at most {batches.most} of "
+            f"them",
+        )
     if batches and rows:
-        found.attempt(batches.check, rows, csv, settings is not None)
+        found.attempt(batches.check, rows, settings is not None)
         if settings and settings.workers and rows[0].image:
             found.attempt(_check_loaders, settings, batches, rows[:1])
         unread = [row.id for row in rows if batches.unread(row)]
         if unread:
-            what = f"{len(unread)} of {len(rows)} questions, such as {unread[0]}'s"
-            found.add("warning", f"the vocabulary can't read all of {what}: take another base")
+            found.add(
+                "warning",
+                f"the vocabulary can't read all of {len(unread)} of {len(rows)} questions, such as "
+                f"{unread[0]}'s: take another base",
+            )
     if tune.method == "qlora" and not installed("bitsandbytes"):
         found.add("problem", "4 bits need bitsandbytes: pip install bitsandbytes")
     if model:
         fits, line = describe_budget(whole, model, limit or BUDGET_LIMIT)
         found.add("ok" if fits else "warning", line)
-        learning, held = held_memory(model, tune, settings is not None)
-        if settings:
-            what = f"{learning:,} numbers learn; {held / 1e9:.1f} GB are held while tuning"
-            found.add("ok", what)
-        check_memory(found, held)
+        if warning := warn_of_cut(whole, kept):
+            found.add("warning", warning)
+        memory = found.attempt(held_memory, model, tune, settings is not None)
+        if memory and settings:
+            learning, held = memory
+            found.add(
+                "ok", f"{learning:,} numbers learn; {held / 1e9:.1f} GB are held while tuning"
+            )
+        if memory:
+            check_memory(found, memory[1])
 
 
 def _check_loaders(settings: TrainSettings, batches, rows: list) -> None:

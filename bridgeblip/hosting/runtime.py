@@ -6,7 +6,6 @@ which every Jupyter kernel brings.
 """
 
 import errno
-import fnmatch
 import hashlib
 import importlib
 import os
@@ -31,6 +30,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from bridgeblip import HOME, IN_REPOSITORY, InputError, __version__
+from bridgeblip.data.names import by_look, pick
 from bridgeblip.files import cache_folder, copy_verified
 from bridgeblip.messages import LANGUAGE_VARIABLE, LANGUAGES, say
 
@@ -195,7 +195,7 @@ def local_copy(csv: str | Path) -> Path:
         csv = HOME / csv
     if csv.is_file():
         return _copied(csv) if csv.resolve().is_relative_to(DRIVE.resolve()) else csv
-    for archive in sorted(csv.parent.glob("*.zip")):
+    for archive in sorted(csv.parent.glob("*.[zZ][iI][pP]")):
         if found := _unpacked(archive, csv.name):
             return found
     return csv
@@ -240,23 +240,28 @@ def _unpacked(archive: Path, csv_name: str) -> Path | None:
     try:
         with _explained(archive, target), _open_zip(archive) as opened:
             members = {_plain(member.filename): member for member in opened.infolist()}
+            alike = by_look(members)
             found = [name for name in members if posixpath.basename(name) == csv_name]
             if not found:
                 return None
             csv = min(found, key=lambda name: name.count("/"))
 
+            def member_of(name: str) -> zipfile.ZipInfo | None:
+                return members.get(pick(_plain(name), alike))
+
             def missing(name: str) -> int | None:
-                member, here = members.get(_plain(name)), _stat(target / name)
+                member, here = member_of(name), _stat(target / name)
                 there = member is None or (here and here[0] == member.file_size)
                 return None if there else member.file_size
 
             def unpack(name: str) -> None:
-                member = copy(members[_plain(name)])  # of two spellings each gets its own
+                member = copy(member_of(name))  # of two spellings each gets its own
                 member.filename = name
                 with one_at_a_time:  # zipfile minds a folder that another thread has just made
                     opened.extract(member, target)  # never outside the folder
 
-            tables = fnmatch.filter(members, posixpath.join(posixpath.dirname(csv), "*.csv"))
+            beside = {name for name in members if os.path.split(name)[0] == os.path.split(csv)[0]}
+            tables = [name for name in beside if name.lower().endswith(".csv")]
             _fetch(tables, missing, unpack, archive, target)
             _fetch(_pictures(target / csv, target) or [], missing, unpack, archive, target)
     # RuntimeError: a password, a strange method.

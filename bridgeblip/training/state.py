@@ -190,7 +190,8 @@ class Stopper:
     """Hears the stop button, Ctrl-C, SIGTERM and a terminal's end, so that training can end after
     the step at hand, its state saved."""
 
-    listeners = 0  # in this process now
+    # How many listen in this process now.
+    listeners = 0
 
     def __init__(self):
         self.asked = False

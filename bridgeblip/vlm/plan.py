@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image
 from torch import nn
 from transformers import enable_full_determinism, set_seed
 
@@ -36,8 +35,9 @@ from bridgeblip.vlm.families import (
     load_model,
     load_processor,
 )
+from bridgeblip.vlm.processing import BLANK
 from bridgeblip.vlm.settings import FOLDERS, METRICS, TuneSettings, read_run
-from bridgeblip.vlm.slicing import describe_budget, slice_empty, slice_model
+from bridgeblip.vlm.slicing import describe_budget, slice_empty, slice_model, warn_of_cut
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -94,6 +94,8 @@ def plan_tuning(
     whole = empty_model(load_config(base, revision))
     model, layers = slice_empty(whole, settings.layers) if settings.layers else (whole, [])
     process.print(describe_budget(whole, model)[1])
+    if warning := warn_of_cut(whole, layers):
+        process.print(f"warning: {warning}")
     decoder_linears(model, settings.targets)  # refuses what is not there
     config = model.config
     start = _start(continue_from, base, layers, settings)
@@ -105,7 +107,7 @@ def plan_tuning(
     letters = max(len(question.choices) for question in questions)
     if not letters:
         training = _one_a_text(training)
-    batches.check([*training, *validation], data, learns=True)
+    batches.check([*training, *validation], learns=True)
     unread = sum(map(batches.unread, questions))
     if unread:
         process.print(f"warning: the model's vocabulary can't read {unread} questions whole")
@@ -145,9 +147,10 @@ def _identity(
     facts: dict[str, Any], questions: Sequence[Question], keys: dict[Path, str]
 ) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    rows = []
-    for q in questions:
-        rows.append([q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history])
+    rows = [
+        [q.id, keys[q.image], q.question, q.choices, q.answer, q.references, q.history]
+        for q in questions
+    ]
     ours = {key: value for key, value in facts["train"].items() if key not in NOT_THE_RESULT}
     return json.loads(json.dumps(facts | {"train": ours, "pictures": digest_of(rows)}))
 
@@ -180,8 +183,7 @@ def _one_a_text(questions: Sequence[Question]) -> list[Question]:
     """A row for each of a picture's captions, or of a question's answers."""
     rows = []
     for question in questions:
-        for text in dict.fromkeys(question.references):
-            rows.append(replace(question, references=(text,)))
+        rows += [replace(question, references=(t,)) for t in dict.fromkeys(question.references)]
     return rows
 
 
@@ -286,19 +288,13 @@ class Teacher(nn.Module):
 
 
 class Collator:
-    """Makes a ``Teacher``'s batch of questions.
+    """Makes a ``Teacher``'s batch of questions; a grey picture stands where one has none."""
 
-    Args:
-        blank: whether a grey picture stands for each.
-    """
-
-    def __init__(self, plan: Plan, blank: bool = False):
-        self.batches, self.letters, self.blank = plan.batches, plan.letters, blank
+    def __init__(self, plan: Plan):
+        self.batches, self.letters = plan.batches, plan.letters
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        pictures = [open_picture(question.image) for question in questions]
-        if self.blank:
-            pictures = [Image.new("RGB", picture.size, "#7f7f7f") for picture in pictures]
+        pictures = [open_picture(q.image) if q.image else BLANK for q in questions]
         if not self.letters:
             texts = [question.references[0] for question in questions]
             return self.batches.teach(questions, texts, pictures)

@@ -23,13 +23,15 @@ from transformers import PreTrainedModel
 
 from bridgeblip import InputError
 from bridgeblip.files import cache_folder, digest_of, read_json, replacing, write_text
-from bridgeblip.training.settings import BUDGET_LIMIT, check_decoder_layers, decoder_layers
+from bridgeblip.training.settings import BUDGET_LIMIT, block, check_decoder_layers, decoder_layers
 from bridgeblip.training.tensors import INDEX_FILE, SMALL_FILES, TensorReader, download
 from bridgeblip.vlm.families import decoder_name, empty_model, in_short, load_config, place_of
 
 SLICE_FILE = "slice.json"
 SHARD_SIZE = "1GB"
 NUMBERS = ("layer_idx", "layer_num")  # what a layer calls its own place
+# Of tiny-chat's 24 layers, so many must stay for a bridge to hold within two points (results/cut).
+HELD_IN_BLOCK, HELD_ELSE = 16, 20
 
 
 def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -298,3 +300,19 @@ def describe_budget(
     except InputError:  # it can't be sliced, or not there
         pass
     return False, f"{above}: no cut of its decoder is known that brings it below"
+
+
+def warn_of_cut(whole: PreTrainedModel, kept: Sequence[int]) -> str:
+    """What is to be said where fewer layers stay than a bridge has been seen to hold with; else,
+    and where nothing was cut, nothing."""
+    if not kept:
+        return ""
+    depth = len(layers_of(whole)[1])
+    least = HELD_IN_BLOCK if list(kept) == block(depth, len(kept)) else HELD_ELSE
+    if 24 * len(kept) >= least * depth:
+        return ""
+    return (
+        f"{len(kept)} of {depth} decoder layers stay: of tiny-chat's 24 a bridge made good for "
+        f"cuts down to {HELD_ELSE} spread evenly, or {HELD_IN_BLOCK} with one block before the "
+        f"last out; hold the run against the whole model with evaluate"
+    )

@@ -9,27 +9,44 @@ two sets is the same.
 
 import json
 import pkgutil
+import re
 from pathlib import Path
 from typing import Any
+
+from bridgeblip import InputError
+from bridgeblip.data.names import what_is
 
 SOURCES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
+SPACE = re.compile(r"\s*")
+HIGH, LOW = r"\\u[dD][89abAB]\w\w", r"\\u[dD][c-fC-F]\w\w"  # halves of one character
+HALF = re.compile(rf"(?<!\\)((?:\\\\)*)(?:{HIGH}(?!{LOW})|(?<!{HIGH}){LOW})")
+
+
+def holds_json(path: Path) -> bool:
+    """Whether a file begins as a list or an object of JSON does, whatever its name."""
+    return what_is(path.read_bytes()) == "JSON"
+
+
 def load_json(path: Path) -> Any:
-    """Return the content of a JSON file, with or without byte order mark; of JSON lines, a list.
+    """Return the content of a JSON file, with or without byte order mark; of JSON lines, or of any
+    values one behind the other, a list. Half a character, which no text can hold, becomes U+FFFD.
 
     Raises:
-        ValueError: naming the line at fault.
+        InputError: if it can't be read, naming the line at fault.
     """
-    text = path.read_text(encoding="utf-8-sig")
-    lines = path.suffix.lower() == ".jsonl"
-    rows = []
-    for number, part in enumerate(text.split("\n") if lines else [text]):
-        try:
-            if part.strip() or not lines:
-                rows.append(json.loads(part))
-        except RecursionError as error:
-            raise ValueError("its lists are nested too deeply") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number + error.lineno} is no JSON: {error.msg}") from error
-    return rows if lines else rows[0]
+    decoder, rows = json.JSONDecoder(), []
+    try:
+        text = HALF.sub(r"\1\\ufffd", path.read_text(encoding="utf-8-sig"))
+        place = SPACE.match(text).end()
+        while place < len(text) or not rows:
+            row, place = decoder.raw_decode(text, place)
+            rows.append(row)
+            place = SPACE.match(text, place).end()
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"line {error.lineno} is no JSON: {error.msg}"
+        raise InputError(f"{path} can't be read ({reason}): get a whole copy") from error
+    return rows if len(rows) > 1 or path.suffix.lower() in (".jsonl", ".ndjson") else rows[0]

@@ -23,7 +23,7 @@ def entries(path: Path, images: Path, seed: int) -> Iterator[Question]:
     for number, problem in load_json(path).items():
         split, image = problem["split"], problem["image"]
         picture = images / split / number / image if image else None
-        question = f"{problem['hint']} {problem['question']}"
+        question = f"{problem['hint'] or ''} {problem['question']}"
         answer, choices = problem["answer"], problem["choices"]
         name = f"scienceqa-{number}"
         yield Question(name, picture, question, choices, answer, split=split)

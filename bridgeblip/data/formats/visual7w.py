@@ -23,7 +23,7 @@ def entries(path: Path, images: Path, seed: int) -> Iterator[Question]:
     for image in load_json(path)["images"]:
         picture = images / image["filename"]
         for pair in image["qa_pairs"]:
-            choices = list(pair.get("multiple_choices", []))
+            choices = pair.get("multiple_choices", []).copy()
             # Keyed on the question alone: its place stays, whatever else is in the file.
             place = random.Random(f"{seed} {pair['qa_id']}").randrange(len(choices) + 1)
             choices.insert(place, pair["answer"])
