@@ -50,10 +50,18 @@ def remedy_for(error: BaseException) -> str:
     for remedy, (numbers, words) in LACKING.items():
         if getattr(error, "errno", None) in numbers or any(word in str(error) for word in words):
             return remedy
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return NO_MEMORY
     system = isinstance(error, OSError) or "(os error" in str(error)  # as Rust says it
     return "see that it can be reached" if system else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says, in the words of any library, that memory did not suffice.
+
+    TorchScript turns ``torch.OutOfMemoryError`` into a plain ``RuntimeError``: only words are left.
+    """
+    return remedy_for(error) == NO_MEMORY
 
 
 @contextmanager

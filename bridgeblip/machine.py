@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from bridgeblip import InputError
-from bridgeblip.files import NO_MEMORY, remedy_for
 
 # cuDNN, which torch prefers on a Hopper GPU, plans its attention anew for every batch size and
 # length, and here they change from batch to batch.
@@ -145,14 +144,6 @@ def process_rank() -> tuple[int, int]:
             f"process: unset them, or start with accelerate launch"
         )
     return int(rank), int(world)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says, in the words of any library below, that memory did not suffice.
-
-    TorchScript turns ``torch.OutOfMemoryError`` into a plain ``RuntimeError``: only words are left.
-    """
-    return isinstance(error, torch.OutOfMemoryError) or remedy_for(error) == NO_MEMORY
 
 
 def peak_memory() -> str:

@@ -21,8 +21,8 @@ from bridgeblip.bundle import format as bundle_format
 from bridgeblip.bundle.export import save_traced
 from bridgeblip.bundle.format import as_traced, load_bundle, read_header
 from bridgeblip.bundle.trace import constants_of, graphs, trace
-from bridgeblip.files import file_digest
-from bridgeblip.machine import is_out_of_memory, process_rank
+from bridgeblip.files import file_digest, is_out_of_memory
+from bridgeblip.machine import process_rank
 from bridgeblip.training.weights import load_weights, save_best, save_weights, stale_bundle
 
 

@@ -58,9 +58,9 @@ from bridgeblip.bundle.trace import constants_of, graphs
 from bridgeblip.data.pictures import LOADERS, picture_key
 from bridgeblip.data.questions import Question, read_questions
 from bridgeblip.data.tables import read_table
-from bridgeblip.files import write_text
+from bridgeblip.files import is_out_of_memory, write_text
 from bridgeblip.hosting import checks
-from bridgeblip.machine import best_device, choose_precision, is_out_of_memory
+from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.training import trainer
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import TrainingStopped

@@ -16,8 +16,8 @@ import torch
 
 from bridgeblip import InputError
 from bridgeblip.bundle.processing import Processor
-from bridgeblip.files import cache_folder, digest_of, write_text
-from bridgeblip.machine import FORMATS, is_out_of_memory
+from bridgeblip.files import cache_folder, digest_of, is_out_of_memory, write_text
+from bridgeblip.machine import FORMATS
 
 # In a process of their own: loading TorchScript keeps Python's lock from all threads.
 SHA256 = (

@@ -24,8 +24,8 @@ from bridgeblip.bundle.format import Bundle, as_traced
 from bridgeblip.data.pictures import fault_of, load_ahead
 from bridgeblip.data.questions import Question, ask_in_orders, content_keys
 from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
-from bridgeblip.files import read_json, write_text
-from bridgeblip.machine import is_out_of_memory, process_rank
+from bridgeblip.files import is_out_of_memory, read_json, write_text
+from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
 
 # Encoded pictures held at a time: bounds the memory whatever the number of rows.
