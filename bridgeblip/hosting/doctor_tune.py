@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.texts import read_task
 from bridgeblip.hosting.checks import Findings, check_memory, check_pictures
 from bridgeblip.hosting.runtime import installed
@@ -9,8 +10,8 @@ from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
 from bridgeblip.vlm.settings import TuneSettings, find_source
 
+# Bytes of a number that learns: itself, its gradient, both moments and its average, in float32.
 LEARNING = 20
-"""Bytes of a number that learns: itself, its gradient, both moments and its average, in float32."""
 
 
 def check_tune(
@@ -57,6 +58,8 @@ def check_tune(
         )
     if batches and rows:
         found.attempt(batches.check, rows, settings is not None)
+        if settings and settings.workers and rows[0].image:
+            found.attempt(_check_loaders, settings, batches, rows[:1])
         unread = [row.id for row in rows if batches.unread(row)]
         if unread:
             found.add(
@@ -79,6 +82,12 @@ def check_tune(
             )
         if memory:
             check_memory(found, memory[1])
+
+
+def _check_loaders(settings: TrainSettings, batches, rows: list) -> None:
+    from bridgeblip.training.trainer import require_shared_memory
+
+    require_shared_memory(settings, batches.ask(rows, [open_picture(rows[0].image)]))
 
 
 def held_memory(model, tune: TuneSettings, learns: bool = True) -> tuple[int, int]:
