@@ -197,8 +197,7 @@ class SlicedLoader:
 
     def load(self, arm: Arm) -> BridgeBlipForMultipleChoice:
         letters, layers = self.processor.letter_ids, decoder_layers(arm.layers)
-        head = arm.bridge.head_init
-        return load_sliced(self.folder, letters, layers, head, self.dtype, self.device)
+        return load_sliced(self.folder, letters, layers, self.dtype, self.device)
 
     def made_by(self) -> dict[str, str]:
         """Machine and versions."""

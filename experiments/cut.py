@@ -84,7 +84,11 @@ SETTINGS = TrainSettings(
     shuffle_choices=False,  # so that the encoder's states of a question are computed once
 )
 COLOURS = {"even": "#0969da", "block": "#bf3989", "own": "#1a7f37"}
-SAID = {"even": "spread evenly", "block": "a block before the last cut", "own": "the claim's own"}
+SAID = {
+    "even": "spread evenly",
+    "block": "all but a block before the last",
+    "own": "the claim's own",
+}
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,8 @@ def judge(summary: pd.DataFrame, bases: Sequence[str]) -> str:
     sentences = []
     for base in bases:
         found = summary[(summary["base"] == base) & (summary["rank"] == REFERENCE_RANK)]
-        ran = set(found[found["questions"] == 0]["layers"]) & set(CURVE)
+        found = found[(found["questions"] == 0) & found["layers"].isin(CURVE)]
+        ran = set(found["layers"])
         if len(ran) < len(CURVE):
             sentences.append(
                 f"{base}: {len(ran)} of {len(CURVE)} bridged cuts have run, no verdict."
@@ -286,13 +291,12 @@ def judge(summary: pd.DataFrame, bases: Sequence[str]) -> str:
             continue
         by_kind = {kind: deepest(summary, base, kind) for kind in ("even", "block")}
         least = min(by_kind.values())
-        seeds = summary[(summary["base"] == base) & (summary["rank"] > 0)]["seeds"].min()
-        said = " and ".join(f"{n} of {DEPTH} layers {SAID[kind]}" for kind, n in by_kind.items())
+        seeds = found["seeds"].min()
+        said = " and ".join(f"{n} of {DEPTH} layers ({SAID[kind]})" for kind, n in by_kind.items())
         none = " (24: no cut that was tried)" if DEPTH in by_kind.values() else ""
         sentences.append(
-            f"{base} (runs of each bridge: {seeds}): within {100 * WITHIN:.0f} points of LoRA on "
-            f"all {DEPTH} layers the bridge holds down to {said}{none}; so at most {DEPTH - least} "
-            f"can go."
+            f"{base} ({seeds} seeds): within {100 * WITHIN:.0f} points of LoRA on all {DEPTH} "
+            f"layers the bridge holds down to {said}{none}; so at most {DEPTH - least} can go."
         )
     return " ".join(sentences)
 
@@ -303,8 +307,8 @@ def cut_figure(summary: pd.DataFrame, bases: Sequence[str]) -> Figure:
     panels = figure.subplots(1, len(bases), sharey=True, squeeze=False)[0]
     whole = summary[summary["questions"] == 0]
     for axes, base in zip(panels, bases, strict=True):
-        for rank, style, word in ((0, "--", "unbridged"), (REFERENCE_RANK, "-", "bridged")):
-            for kind, colour in COLOURS.items():
+        for kind, colour in COLOURS.items():
+            for rank, style, word in ((0, "--", "unbridged"), (REFERENCE_RANK, "-", "bridged")):
                 found = whole[(whole["base"] == base) & (whole["rank"] == rank)]
                 found = found[(found["kind"] == kind) | (found["layers"] == WHOLE)]
                 found = found.sort_values("kept")
@@ -321,8 +325,9 @@ def cut_figure(summary: pd.DataFrame, bases: Sequence[str]) -> Figure:
         axes.set(title=base, xlabel="decoder layers kept", ylim=(0, 1.02), xticks=[*KEPT, DEPTH])
         axes.invert_xaxis()
     panels[0].set_ylabel("accuracy on the test questions")
-    lines, names = panels[0].get_legend_handles_labels()
-    figure.legend(lines, names, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+    lines, _ = panels[0].get_legend_handles_labels()
+    lines.append(lines.pop(0))  # guessing, behind the pairs
+    figure.legend(handles=lines, frameon=False, fontsize=9, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -330,7 +335,8 @@ def page(summary: pd.DataFrame, verdict: str, missing: Sequence[Run], facts: dic
     """The experiment in words, a table and a figure; what has not run is named."""
     rows = []
     for _, row in summary.iterrows():
-        against = "" if row["against"] is None else interval(row["against"], points)
+        itself = row["layers"] == WHOLE and row["rank"]
+        against = "" if row["against"] is None or itself else interval(row["against"], points)
         shown = {
             "base": row["base"],
             "layers": row["layers"],
@@ -354,7 +360,8 @@ def page(summary: pd.DataFrame, verdict: str, missing: Sequence[Run], facts: dic
         lines.append(f"- not run yet, {len(missing)} runs of the whole: {'; '.join(named)}")
     parts = ["# How far can one cut?", verdict, "![Accuracy by layers kept](cut.png)"]
     about = (
-        "Means over the seeds; intervals are 95%, resampled by picture. *Points from all 24*: "
+        "Means over the seeds; intervals are 95%, for which a picture is one draw. A cut holds if "
+        "its mean does. *Points from all 24*: "
         "against LoRA on all layers with the same seeds, rank and questions; unbridged cuts "
         "against the reference rank. *even-N*, *block-N*: N layers stay, spread evenly, or all but "
         "a block before the last. Ranks are those of a 2048-wide decoder."
@@ -375,15 +382,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     require_writable(args.out)
     wanted = list(runs_of(args.bases, args.parts, args.seeds))
-    began, cores = time.perf_counter(), ProcessPoolExecutor(args.jobs, initializer=by_itself)
-    with cores:
+    with ProcessPoolExecutor(args.jobs, initializer=by_itself) as cores:
         try:
             made = [cores.submit(kept, run, args.out / "runs", args.seeds) for run in wanted]
             done = [one.result() for one in tqdm(made, "cuts", unit="run")]
         except BaseException:
             cores.shutdown(wait=False, cancel_futures=True)
             raise
-    minutes = (time.perf_counter() - began) / 60
     here = bench(args.seeds)
     summary = summarise(pd.DataFrame(done), here.groups)
     verdict = judge(summary, args.bases)
@@ -398,8 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{SETTINGS.batch_size}, rate {SETTINGS.learning_rate:g}",
         "measured on": f"{len(here.tests[0])} test questions, for each seed others, about "
         f"{here.groups.max() + 1} pictures",
-        "this call took": f"{minutes:.0f} minutes, {args.jobs} runs at a time; what was there "
-        f"already was not run again",
+        "training took": f"{sum(run['seconds'] for run in done) / 60:.0f} minutes of a core in all",
     }
     cut_figure(summary, args.bases).savefig(args.out / "cut.png", dpi=150)
     write_text(args.out / "cut.md", page(summary, verdict, missing, facts))

@@ -9,7 +9,6 @@ from bridgeblip.data.questions import Question
 from bridgeblip.evidence.answers import (
     FLAG_NOTES,
     read_probabilities,
-    read_weights,
     with_answers,
     write_probabilities,
 )
@@ -105,17 +104,3 @@ def test_answers_are_letters_of_choices(file):
     for header in ("ID,label", "ID,answers"):
         with pytest.raises(InputError, match="must have one column ANSWER"):
             with_answers(QUESTIONS, file("000,A", header=header))
-
-
-def test_weights_are_numbers(file):
-    path = file("003,3,x", "002,2.5,", "001,0,", "000,1e2,", header="ID,Worth,note")
-    assert read_weights(path, "worth", QUESTIONS).tolist() == [100, 0, 2.5, 3]
-    for column, fault in (("note", "ID 000 has ''"), ("price", "must have one column PRICE")):
-        with pytest.raises(InputError, match=fault):
-            read_weights(path, column, QUESTIONS)
-    for worth in ("-1", "nan", "inf", "ten"):
-        path = file(f"000,{worth}", "001,1", "002,1", "003,1", header="ID,worth")
-        with pytest.raises(InputError, match=f"holds no weights .ID 000 has '{worth}'"):
-            read_weights(path, "worth", QUESTIONS)
-    with pytest.raises(InputError, match="not all 0"):
-        read_weights(file("000,0", "001,0", "002,0", "003,0", header="ID,w"), "w", QUESTIONS)

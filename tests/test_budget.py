@@ -7,15 +7,14 @@ from transformers import InstructBlipConfig
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import BridgeBlipConfig, slice_config
-from bridgeblip.bridge.budget import certify_budget, count_parts, count_trained, held_memory
+from bridgeblip.bridge.budget import certify_budget, count_parts, held_memory
 from bridgeblip.bridge.export import TraceableModel
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
-from bridgeblip.bridge.model import empty_model, load_sliced
+from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
 from bridgeblip.training.callbacks import Averages
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.trainer import optimizer
-from bridgeblip.training.weights import trained_tensors
 from tools.make_full_size_base import FULL_SIZE_CONFIG
 
 
@@ -41,22 +40,16 @@ def test_the_real_model_stays_under_three_billion(real):
 
 
 def test_the_bridge_of_the_real_model(real):
-    model = empty_model(real)
+    trained = held_memory(real, torch.bfloat16, BridgeSettings())["adapters and head"] // 4
     head = 4 * 2048 + 4
     idle = 8 * 96 * (2048 + 2048)  # an adapter on self-attention's q, as published, or on its k
-    assert count_trained(model, BridgeSettings()) - head == 41_680_896 - 2 * idle
-    assert count_trained(model, BridgeSettings(targets="q,v")) - head == 12_582_912 - idle
+    assert trained - head == 41_680_896 - 2 * idle
 
 
 def test_counts_are_those_of_the_loaded_model(base, processor):
     model = load_sliced(base, processor.letter_ids, LAYERS)
     assert sum(count_parts(model).values()) == sum(p.numel() for p in model.parameters())
     assert certify_budget(model.config)["total"] == sum(p.numel() for p in model.parameters())
-    settings = BridgeSettings(rank=192)
-    expected = count_trained(model, settings)
-    assert (
-        sum(t.numel() for t in trained_tensors(attach_bridge(model, settings)).values()) == expected
-    )
 
 
 def test_the_shipped_config_is_what_slicing_the_real_one_gives(real):

@@ -15,7 +15,7 @@ from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import load_sliced
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
-from bridgeblip.training.callbacks import Averages, Patience, SelfCheck, TrainingError
+from bridgeblip.training.callbacks import AfterValidation, Averages, SelfCheck, TrainingError
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import in_one_line
 from bridgeblip.training.trainer import TrainingQuestions
@@ -89,13 +89,19 @@ def test_self_check_of_a_model_with_packed_frozen_weights():
 
 
 def test_patience_asks_the_log_alone():
+    written = []
+
     def stops(*accuracies):
         control = SimpleNamespace(should_training_stop=False)
         log = [{"before_accuracy": 0.9}] + [{"eval_accuracy": accuracy} for accuracy in accuracies]
-        Patience(2).on_evaluate(None, SimpleNamespace(log_history=log), control)
+        state = SimpleNamespace(log_history=log, is_world_process_zero=True)
+        validated = AfterValidation(lambda *facts: written.append(facts), "accuracy", patience=2)
+        validated.on_evaluate(None, state, control, {**log[-1], "epoch": 1.0})
         return control.should_training_stop
 
-    assert not stops() and not stops(0.5) and not stops(0.5, 0.4) and not stops(0.5, 0.4, 0.6)
+    assert not stops() and not written  # the model before any training
+    assert not stops(0.5) and written[0][0] == [0.5] and written[0][2] == {"accuracy": 0.5}
+    assert not stops(0.5, 0.4) and not stops(0.5, 0.4, 0.6)
     assert stops(0.5, 0.4, 0.5) and stops(0.5, 0.6, 0.6, 0.6)
 
 

@@ -1,5 +1,8 @@
 import json
+import os
+import random
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -33,10 +36,36 @@ def captioned(tmp_path):
 
 
 def test_scores_equal_the_reference_implementation():
-    # of pycocoevalcap 1.2 on the same tokens; tools/verify.py compares many more
+    # of pycocoevalcap 1.2 on the same tokens
     scores = score_captions(RIGHT, SAID)
     assert list(scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
     assert list(scores.values()) == pytest.approx(EXPECTED, abs=1e-9)
+
+
+MANY = int(os.environ.get("BRIDGEBLIP_EXAMPLES", "0"))
+
+
+@pytest.mark.skipif(not (MANY or find_spec("pycocoevalcap")), reason="needs pycocoevalcap")
+def test_many_scores_equal_the_reference_implementation():
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    chance = random.Random(0)
+    words = [f"word{number}" for number in range(60)]
+    right, given = [], []
+    for _ in range(MANY or 40):
+        row = [chance.choices(words, k=chance.randint(1, 14)) for _ in range(chance.randint(1, 5))]
+        near = [*chance.choice(row), *chance.choices(words, k=chance.randint(0, 3))]
+        right.append(row)
+        given.append(chance.choice([near, [], row[0], chance.choices(words, k=6)]))
+    truth = {i: [" ".join(text) for text in row] for i, row in enumerate(right)}
+    said = {i: [" ".join(text)] for i, text in enumerate(given)}
+    theirs = Bleu(4).compute_score(truth, said, verbose=0)[0]
+    theirs += [score().compute_score(truth, said)[0] for score in (Rouge, Cider)]
+    ours = captions.bleu(right, given)
+    ours += [np.mean(score(right, given)) for score in (captions.rouge, captions.cider)]
+    assert ours == pytest.approx(theirs, abs=1e-9)
 
 
 def test_texts_equal_to_their_references_score_as_high_as_can_be():

@@ -9,7 +9,7 @@ from bridgeblip.training.state import copy_state, newest_state, publish_state
 from bridgeblip.training.weights import (
     choose_weights,
     load_weights,
-    permutation_margin,
+    recorded_margin,
     save_best,
     save_weights,
     weights_path,
@@ -86,8 +86,8 @@ def test_the_best_weights_must_be_there(tmp_path):
         InputError, match=r"best\.json names weights-0\.pt, which is not there: copy it back"
     ):
         choose_weights(tmp_path)
-    assert permutation_margin(tmp_path / "weights-0.pt") == 0.25
-    assert permutation_margin(tmp_path / "weights-1.pt") is None  # it was measured with others
+    assert recorded_margin(tmp_path / "weights-0.pt") == 0.25
+    assert recorded_margin(tmp_path / "weights-1.pt") is None  # it was measured with others
     (tmp_path / "best.json").write_text("")
     with pytest.raises(InputError, match=r"best\.json can't be read"):
         choose_weights(tmp_path)

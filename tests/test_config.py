@@ -48,8 +48,13 @@ def test_decoder_only_bases_are_refused():
 
 def test_rank_is_a_share_of_the_width():
     assert (rank_for(96, 2048), rank_for(96, 64), rank_for(0, 2048)) == (96, 3, 0)
-    with pytest.raises(InputError):
-        BridgeSettings(head_init="zeros")
+
+
+def test_settings_of_earlier_versions_are_read_where_nothing_depends_on_them():
+    before = {"rank": 8, "head_init": "random", "targets": "all"}
+    assert BridgeSettings.recorded(before) == BridgeSettings(rank=8)
+    with pytest.raises(InputError, match=r"written with the settings targets, which this version"):
+        BridgeSettings.recorded(before | {"targets": "q,v"})
 
 
 def test_selections_by_name_or_list():

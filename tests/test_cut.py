@@ -65,7 +65,8 @@ def test_a_cut_behind_one_that_does_not_hold_does_not_count(summary, monkeypatch
     assert cut.deepest(summary, "tiny", "even") == 22  # 18 holds, 20 does not
     assert cut.deepest(summary, "tiny", "block") == 20
     verdict = cut.judge(summary, ["tiny"])
-    assert "22 of 24 layers spread evenly and 20 of 24 layers a block" in verdict
+    assert "(2 seeds): within 2 points" in verdict
+    assert "22 of 24 layers (spread evenly) and 20 of 24 layers (all but a block" in verdict
 
 
 def test_the_page_names_what_has_not_run(summary, tmp_path):

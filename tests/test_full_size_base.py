@@ -154,7 +154,7 @@ def test_processor_has_the_real_ids(folder):
     )
     ours = QuestionProcessor.from_base(folder)
     assert ours.letter_ids == [71, 272, 205, 309]
-    assert (ours.image_size, ours.image_token_id, ours.prompt_limit) == ((224, 224), 32100, 512)
+    assert (ours.image_size, ours.image_token_id, ours.prompt_limit) == ([224, 224], 32100, 512)
     prompts = [
         'Which colour is the naïve BUS at 7:45? A. dark-red B. "blue" C. 3/4 D. {x}~z',
         "jazz",

@@ -85,12 +85,10 @@ def test_intervals_of_many_pictures_cover(pictures, skill, likeness, sizes):
     assert 0.93 <= covered / runs <= 0.985
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_interval_is_near_the_bootstrap_of_whole_pictures(run, weighted):
+def test_interval_is_near_the_bootstrap_of_whole_pictures(run):
     answers, probabilities, groups = run
     right = probabilities.argmax(1) == answers
-    weights = np.random.default_rng(0).random(len(right)) if weighted else np.ones(len(right))
-    sums, sizes = np.bincount(groups, right * weights), np.bincount(groups, weights)
+    sums, sizes = np.bincount(groups, right), np.bincount(groups)
     expected = bootstrap(
         (sums, sizes),
         lambda s, n, axis: s.sum(axis) / n.sum(axis),
@@ -99,7 +97,7 @@ def test_interval_is_near_the_bootstrap_of_whole_pictures(run, weighted):
         method="percentile",
         random_state=np.random.default_rng(1),
     ).confidence_interval
-    found = clustered_mean(right, groups, weights if weighted else None)
+    found = clustered_mean(right, groups)
     assert found.value == pytest.approx(sums.sum() / sizes.sum())
     assert found.low == pytest.approx(expected.low, abs=0.02)
     assert found.high == pytest.approx(expected.high, abs=0.02)
@@ -110,8 +108,6 @@ def test_fewer_than_ten_pictures_have_no_interval():
     assert (few.value, few.low, few.high) == (0.5, None, None) and "too few" in str(few)
     assert clustered_mean([1, 0] * 20, np.repeat(np.arange(10), 4)).low is not None
     assert clustered_difference([1, 0] * 18, np.repeat(np.arange(9), 4)) == few
-    unweighted = np.repeat(np.arange(10) > 0, 4)  # one of ten pictures does not count
-    assert clustered_mean([1, 0] * 20, np.repeat(np.arange(10), 4), unweighted).low is None
 
 
 def test_no_interval_is_surer_than_its_pictures():
@@ -123,18 +119,6 @@ def test_no_interval_is_surer_than_its_pictures():
     assert (wrong.low, wrong.high) == (0, pytest.approx(1 - right.low))
     nothing = clustered_difference(np.zeros(40), groups)
     assert nothing.low == -nothing.high and nothing.high == pytest.approx(wrong.high)
-
-
-def test_weights_count_as_that_many_rows():
-    generator = np.random.default_rng(2)
-    right, groups = generator.random(60) < 0.7, np.repeat(np.arange(15), 4)
-    weights = generator.integers(1, 4, 60)
-    repeated = clustered_mean(np.repeat(right, weights), np.repeat(groups, weights))
-    found = clustered_mean(right, groups, weights)
-    assert found.value == pytest.approx(repeated.value)
-    assert found.low <= repeated.low + 1e-9 and found.high >= repeated.high - 1e-9
-    counted = groups < 12
-    assert clustered_mean(right, groups, counted) == clustered_mean(right[counted], groups[counted])
 
 
 def test_a_gain_without_a_loss_is_sure():
@@ -156,12 +140,7 @@ def test_measures_equal_scikit_learn(run):
         == accuracy_score(answers, given)
         == found["right"] / found["questions"]
     )
-    assert (found["questions"], found["pictures"], found["weighted"], found["collapse"]) == (
-        300,
-        75,
-        None,
-        None,
-    )
+    assert (found["questions"], found["pictures"], found["collapse"]) == (300, 75, None)
     assert found["confusion"] == confusion_matrix(answers, given).tolist()
     assert [part["accuracy"].value for part in found["recall"]] == pytest.approx(
         recall_score(answers, given, average=None)
@@ -173,9 +152,6 @@ def test_measures_equal_scikit_learn(run):
     rows = np.array([b["rows"] for b in found["reliability"]])
     assert found["calibration_error"] == pytest.approx((rows * np.abs(share - sure)).sum() / 300)
     assert rows.sum() == 300 and found["confidence"] == pytest.approx(probabilities.max(1).mean())
-    weights = np.arange(300.0)
-    weighted = measure(answers, probabilities, groups, weights)["weighted"]
-    assert weighted.value == pytest.approx(accuracy_score(answers, given, sample_weight=weights))
     json.dumps(found, default=vars)  # plain numbers only
 
 
@@ -255,7 +231,3 @@ def test_comparison_is_paired(run):
     )
     same = compare(answers, first, first, groups)
     assert (same["changed"], same["difference"].value) == (0, 0) and same["difference"].high > 0
-    weights = np.where(np.isin(np.arange(300), wrong), 2.0, 1.0)
-    assert compare(answers, first, second, groups, weights)["difference"].value == pytest.approx(
-        26 / 314
-    )

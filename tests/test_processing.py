@@ -264,15 +264,18 @@ def test_more_choices_than_letters_are_refused(processor, questions):
         processor.check_choices([questions[0], fifth], "test.csv")
     empty = replace(fifth, choices=("a", "b", "c", "d", ""))
     processor.check_choices([empty, replace(fifth, choices=("a", "b"))], "test.csv")
-    assert processor.choice_mask(empty) == [True] * 4
-    assert processor.choice_mask(replace(fifth, choices=("a", "b"))) == [True, True, False, False]
+    assert empty.mask(4) == [True] * 4
+    assert replace(fifth, choices=("a", "b")).mask(4) == [True, True, False, False]
+    assert replace(fifth, choices=()).mask(2) == [True, True]
 
 
 @pytest.mark.parametrize(
     "file, content, message",
     [("config.json", "{", "no JSON"), ("processor_config.json", "version https://git-lfs", "no JSON"),
-     ("tokenizer.json", "{}", "a tokenizer in"), ("config.json", "{}", "lack 'image_token_index'"),
-     ("processor_config.json", '{"image_processor": {"size": 3}}', "lack")],
+     ("tokenizer.json", "{}", "a tokenizer in"), ("config.json", "{}", "an InstructBLIP's .*image_token_index"),
+     ("processor_config.json", '{"image_processor": {"size": 3}}', "InstructBLIP's"),
+     ("processor_config.json", '{"image_processor": {"resample": 9, "size": {"height": 8, "width": 8}}}',
+      "9 is not a valid Resampling")],
 )  # fmt: skip
 def test_a_base_with_a_broken_file_is_one_line(base, tmp_path, file, content, message):
     for path in base.iterdir():

@@ -442,6 +442,34 @@ def test_layer_selections_are_reported_as_they_were_measured():
         assert (first, mean, after) == (line[2], line[4], line[6]), name
 
 
+@pytest.mark.parametrize("page, even", [("README.md", "spread evenly"), ("README.ko.md", "고르게")])
+def test_cuts_are_reported_as_they_were_measured(page, even):
+    measured = {}
+    for base, layers, _, rank, questions, _, accuracy, *_ in table_with(
+        "results/cut/cut.md", "tiny"
+    ):
+        if questions == "all":
+            measured[base, layers, rank] = accuracy.split()[0]
+    (table,) = [table for table in tables(page) if table[0][2:] == ["20", "16", "12", "8", "4"]]
+    for name, *cells in table[1:]:
+        base, kind = name.split(", ")
+        for kept, cell in zip(("24", "20", "16", "12", "8", "4"), cells, strict=True):
+            layers = f"{'even' if kind == even or kept == '24' else 'block'}-{kept}"
+            bridged, not_bridged = (
+                measured[base.strip("`"), layers, r] for r in ("96", "unbridged")
+            )
+            assert cell == f"{bridged} ({not_bridged})", (name, kept)
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", "docs/results.ko.md"])
+def test_what_is_said_of_cuts_was_measured(page):
+    (section,) = [part for part in text_of(page).split("\n## ") if "cut.py" in part]
+    points = set(re.findall(r"\d+\.\d", section))
+    assert len(points) > 7 and points <= set(
+        re.findall(r"-(\d+\.\d) \(", text_of("results/cut/cut.md"))
+    )
+
+
 def test_speed_is_reported_as_it_was_measured():
     measured = {row[0]: row for row in table_with("results/bench.md", "bundle")}
     names = {

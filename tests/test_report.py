@@ -128,9 +128,7 @@ def judged(tmp_path_factory):
     ]
     answers = Answers(probabilities.astype(np.float32), flags, [""] * len(asked))
     write_submission(asked, answers, None, folder / "submission.csv")
-    table = pd.read_csv(folder / "test.csv").assign(
-        answer=[letter(i) for i in truth], worth=np.arange(len(asked))
-    )
+    table = pd.read_csv(folder / "test.csv").assign(answer=[letter(i) for i in truth])
     table.to_csv(folder / "answered.csv", index=False)
     return folder, asked
 
@@ -197,7 +195,7 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
     blank = np.roll(values, 1, axis=0)
     write_report(
         tmp_path / "report.html", asked, probabilities, flags=flags, blank_probabilities=blank,
-        references={"head only": 0.5}, weights=table["worth"], cost={"seconds": 3.25, "rows": 1160}, manifest={"a": 1},
+        references={"head only": 0.5}, cost={"seconds": 3.25, "rows": 1160}, manifest={"a": 1},
         problems=pd.DataFrame({"ID": ["TEST_0007"], "reason": ["too dark"]}),
     )  # fmt: skip
     facts = json.loads((tmp_path / "report.json").read_text())
@@ -225,12 +223,9 @@ def test_every_number_is_found_again_in_the_probabilities_file(judged, tmp_path)
     assert facts["blank"]["difference"]["value"] == pytest.approx(
         (table["right"] * 1 - right_blank * 1).mean()
     )
-    assert found["weighted"]["value"] == pytest.approx(
-        np.average(table["right"], weights=table["worth"])
-    )
     against = page.bars("Against simpler ways to answer")
     assert [cells[1] for cells in against] == [
-        shown(found["accuracy"]), shown(found["weighted"]), "25.0%",
+        shown(found["accuracy"]), "25.0%",
         f"{table['answer'].value_counts(normalize=True).max():.1%}", "50.0%", shown(facts["blank"]["first"]),
     ]  # fmt: skip
     points = {name: f"{100 * value:+.1f}" for name, value in facts["blank"]["difference"].items()}
@@ -465,10 +460,6 @@ def test_nothing_is_concluded_from_few_pictures(judged, tmp_path):
     assert "(the model has learned from 1 of the 9 pictures)." in facts["verdict"]["sentence"]
     facts = write_comparison(tmp_path / "r.html", few, right, right[::-1])
     assert facts["verdict"]["sentence"].startswith("Nothing can be concluded: 9 of")
-    counted = np.arange(160) < 4
-    both = [np.eye(4)[[q.answer for q in asked]]] * 2
-    facts = write_comparison(tmp_path / "r.html", asked, *both, weights=counted)
-    assert facts["verdict"]["sentence"].startswith("Nothing can be concluded: 1 of")
 
 
 def test_comparison_says_whether_a_gain_is_noise(judged, tmp_path):
@@ -512,12 +503,6 @@ def test_comparison_says_whether_a_gain_is_noise(judged, tmp_path):
     noise[spoiled] = mended[spoiled]
     assert "may be noise" in verdict(probabilities, noise)["sentence"]
     assert "0 answers mended, 1 spoiled" in verdict(probabilities, noise)["sentence"]
-    weights = np.where(np.isin(np.arange(160), spoiled), 1.0, 0.0)
-    weighted = write_comparison(out, asked, probabilities, noise, weights=weights)
-    assert (
-        weighted["comparison"]["difference"].value == -1
-        and "weighted" in Page(out.read_text()).sections[""]
-    )
 
 
 def test_evaluate_a_bundle_then_its_results(judged, checkpoint, tmp_path, capsys):
@@ -538,16 +523,9 @@ def test_evaluate_a_bundle_then_its_results(judged, checkpoint, tmp_path, capsys
     assert facts["problems"] == [] and facts["measures"]["questions"] == 40
 
     answered = ["--csv", str(folder / "answered.csv")]
-    assert (
-        main(["evaluate", str(folder), *answered, "--weights-column", "worth", "--out", str(out)])
-        == 0
-    )
+    assert main(["evaluate", str(folder), *answered, "--out", str(out)]) == 0
     facts = json.loads((tmp_path / "report.json").read_text())
-    assert (
-        facts["measures"]["questions"] == 160
-        and facts["measures"]["weighted"]
-        and facts["blank"] is None
-    )
+    assert facts["measures"]["questions"] == 160 and facts["blank"] is None
     both = [str(folder), str(folder / "probabilities.csv")]
     assert main(["evaluate", *both, *answered, "--out", str(tmp_path / "both.html")]) == 0
     assert (

@@ -4,9 +4,9 @@ random weights.
     python tools/make_full_size_base.py --out FOLDER
 
 The folder reads like a copy of the hub's repository of 4.02 billion parameters, LM head of its own
-included. It takes 8 GB in bfloat16 and 16 GB in float32; no more than one shard is in memory at a
-time. Its processor has the real ids and sizes, but letter groups for words. The index of the shards
-is written last: a folder that has one is complete.
+included. It takes 8 GB, in bfloat16; no more than one shard is in memory at a time. Its processor
+has the real ids and sizes, but letter groups for words. The index of the shards is written last: a
+folder that has one is complete.
 """
 
 import argparse
@@ -283,13 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
     args = parser.parse_args(arguments)
     try:
-        write_base(FULL_SIZE_CONFIG, args.out, getattr(torch, args.dtype), args.seed)
+        write_base(FULL_SIZE_CONFIG, args.out)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

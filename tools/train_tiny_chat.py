@@ -52,7 +52,6 @@ from bridgeblip.embedded.digits import (
     split_questions,
 )
 from bridgeblip.vlm.batches import LETTER_PROMPT, Batches
-from tools.train_tiny_base import augment
 
 IMAGE_SIDE, PATCH = 32, 8
 IMAGE_TOKENS = (IMAGE_SIDE // PATCH) ** 2
@@ -239,6 +238,20 @@ def pixels_of(processor: LlavaProcessor, split: str) -> tuple[torch.Tensor, list
     return images["pixel_values"], [digit for _, digit in pictures]
 
 
+def augment(pixels: torch.Tensor) -> torch.Tensor:
+    """Turn, scale and shift each picture a little; ``pixels`` is (B, 3, S, S), normalised."""
+    n, device = len(pixels), pixels.device
+    angle = (torch.rand(n, device=device) - 0.5) * 0.5  # about +-14 degrees
+    scale = 1 + (torch.rand(n, device=device) - 0.5) * 0.3
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    shift = (torch.rand(n, 2, device=device) - 0.5) * 0.3
+    theta = torch.stack(
+        [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
+    )
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
 def features_of(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
     """What the decoder is shown of each picture, (B, ``IMAGE_TOKENS``, ``WIDTH``)."""
     tower = model.model.vision_tower(pixels, output_hidden_states=True)
@@ -397,12 +410,13 @@ def train(out: Path, seed: int, stages: dict[str, tuple[int, float, int]]) -> No
     (out / STATE_FILE).unlink()
     model.to(torch.bfloat16).to(torch.float32)  # as stored
     test = Scorer(lessons.rows, processor, "test")
-    card = model_card(model, scorer, test, (time.time() - began) / 60)
+    command = f"python tools/train_tiny_chat.py --out {out}" + f" --seed {seed}" * (seed > 0)
+    card = model_card(model, scorer, test, command, (time.time() - began) / 60)
     (out / "README.md").write_text(card, encoding="utf-8")
     print(card, flush=True)
 
 
-def model_card(model, scorer: Scorer, test: Scorer, minutes: float) -> str:
+def model_card(model, scorer: Scorer, test: Scorer, command: str, minutes: float) -> str:
     """The card: how the model was made, and what each decoder layer is worth."""
     hits, kinds, slices, costs = scorer.hits(model), "", "", ""
     for kind in KINDS:
@@ -417,7 +431,7 @@ def model_card(model, scorer: Scorer, test: Scorer, minutes: float) -> str:
         rest = scorer.hits(model, [i for i in every if i != left], FEWER)
         costs += f"| {left} | {hits[::FEWER].mean() - rest.mean():+.3f} |\n"
     return CARD.format(
-        minutes=minutes, command=" ".join(["python tools/train_tiny_chat.py", *sys.argv[1:]]),
+        minutes=minutes, command=command,
         parameters=sum(p.numel() for p in model.parameters()), kinds=kinds, slices=slices,
         costs=costs, count=len(hits), loss=scorer.slicing_loss(model, FEWER),
         tested=len(test.answers), test=test.hits(model).mean(), test_loss=test.slicing_loss(model),
@@ -437,16 +451,18 @@ def fused_norm(self, hidden: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(hidden, hidden.shape[-1:], self.weight, self.variance_epsilon)
 
 
-def main():
+def main(arguments: list[str] | None = None) -> int:
+    """Make the model; what is there of it is gone on from."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     LlamaRMSNorm.forward = fused_norm
     train(args.out, args.seed, STAGES)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -210,9 +210,9 @@ def check_chat(run: Run) -> Iterator[Row]:
     settings = TuneSettings(layers=layers, pixels=448 if base in CHAT else 0)
     tuned = tune.tune(base, data, run.work / "chat", settings, TrainSettings(batch_size=4))
     yield Row("tuned", "finite losses", str(tuned.history["loss"].dropna().round(3).tolist()), True)
-    merged = merge.merge(run.work / "chat")
-    yield Row("merged", f"at most {merge.TOLERANCE:.0e} apart", f"{merged.distance:.1e}", True)
-    answers = answer.predict(answer.load_tuned(merged.folder, run.device), tuned.validation)
+    folder, distance, _ = merge.merge(run.work / "chat")
+    yield Row("merged", f"at most {merge.TOLERANCE:.0e} apart", f"{distance:.1e}", True)
+    answers = answer.predict(answer.load_tuned(folder, run.device), tuned.validation)
     apart = float(abs(answers.probabilities - tuned.probabilities).max())
     yield Row("its answers, from the run's", "at most 0.05 apart", f"{apart:.1e}", apart <= 0.05)
 

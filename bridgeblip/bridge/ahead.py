@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from bridgeblip.bridge.features import CachedPictures
+from bridgeblip.bridge.processing import TEXTS
 from bridgeblip.training.trainer import AveragingTrainer
 
 STEPS_AHEAD = 8  # optimizer steps in a block
 ROWS_AT_ONCE = 64  # most that the encoder is given, or a whole batch; at most four batches
-TEXTS = ("qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
 
 
 class AheadTrainer(AveragingTrainer):

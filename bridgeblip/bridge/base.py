@@ -18,8 +18,8 @@ from bridgeblip.data.questions import NUM_CHOICES
 from bridgeblip.training.settings import check_decoder_layers
 from bridgeblip.training.tensors import SMALL_FILES, TensorReader, download
 
+# The embedded base model; the name "tiny" stands for it.
 TINY_BASE = Path(__file__).parent.parent / "embedded" / "tiny"
-"""The embedded base model; the name "tiny" stands for it."""
 
 REAL_REVISION = "bf9bd58cb3bb06e88c03b80f9cc346b90094bc6d"
 
@@ -105,12 +105,12 @@ class BridgeBlipConfig(InstructBlipConfig):
 
     model_type = "bridgeblip"
 
+    # Indices, in the base's decoder, of the layers that stay; in order.
     kept_decoder_layers: list[int] | None = None
-    """Indices, in the base's decoder, of the layers that stay; in order."""
+    # How many decoder layers the base has.
     base_decoder_layers: int | None = None
-    """How many decoder layers the base has."""
+    # Width of the classification head.
     num_choices: int = NUM_CHOICES
-    """Width of the classification head."""
 
 
 def slice_config(base: InstructBlipConfig, layers: Sequence[int]) -> BridgeBlipConfig:

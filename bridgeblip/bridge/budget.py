@@ -1,5 +1,5 @@
 """The parameter budget: what inference loads, counted by part, against a competition's limit; and
-it in bytes."""
+the bytes that it, or its training, holds."""
 
 import re
 
@@ -8,10 +8,11 @@ from torch import nn
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import BridgeBlipConfig, stored_dtype
-from bridgeblip.bridge.lora import BRIDGED_LINEARS
+from bridgeblip.bridge.lora import attach_bridge
 from bridgeblip.bridge.model import empty_model, own_parameters
 from bridgeblip.bridge.settings import BridgeSettings
-from bridgeblip.training.settings import BUDGET_LIMIT, rank_for
+from bridgeblip.training.settings import BUDGET_LIMIT
+from bridgeblip.training.weights import trainable
 
 PARTS = {
     "vision_model": "vision tower",
@@ -23,8 +24,8 @@ PARTS = {
     "language_model.decoder": "T5 decoder",
     "head": "head",
 }
+# What an export leaves out: over the decoder's single token it does nothing.
 LEFT_OUT = r"language_model\.decoder\..*\.SelfAttention\.(q|k|relative_attention_bias)\.weight"
-"""What an export leaves out: over the decoder's single token it does nothing."""
 
 
 def count_parts(model: nn.Module) -> dict[str, int]:
@@ -37,16 +38,6 @@ def count_parts(model: nn.Module) -> dict[str, int]:
         prefix = next(filter(name.startswith, PARTS))
         counts[PARTS[prefix]] += parameter.numel()
     return counts
-
-
-def count_trained(model: nn.Module, bridge: BridgeSettings) -> int:
-    """Return how many numbers training changes, adapters and head, without making adapters."""
-    rank = rank_for(bridge.rank, model.config.text_config.d_model)
-    count = model.head.weight.numel() + model.head.bias.numel()
-    for name, module in model.named_modules():
-        if re.fullmatch(BRIDGED_LINEARS[bridge.targets], name):
-            count += rank * (module.in_features + module.out_features)
-    return count
 
 
 def certify_budget(config: BridgeBlipConfig, limit: int = BUDGET_LIMIT) -> dict[str, int]:
@@ -83,7 +74,8 @@ def held_memory(
         frozen += 0 if name.startswith("head.") else size
     if bridge is None:
         return {"weights": exported, "total": exported}
-    trained = count_trained(model, bridge) * torch.float32.itemsize
+    learning = trainable(attach_bridge(model, bridge)).values()
+    trained = sum(parameter.nbytes for parameter in learning)
     parts = {
         "frozen weights": frozen,
         "adapters and head": trained,

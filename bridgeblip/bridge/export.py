@@ -13,33 +13,27 @@ from bridgeblip import InputError
 from bridgeblip.bridge.base import BridgeBlipConfig, resolve_base
 from bridgeblip.bridge.lora import attach_bridge, merge_bridge
 from bridgeblip.bridge.model import BridgeBlipForMultipleChoice, load_sliced
-from bridgeblip.bridge.processing import QuestionProcessor
+from bridgeblip.bridge.processing import TEXTS, QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bundle.export import MERGING_SHARE, ParityGate, export_device, write_bundle
 from bridgeblip.files import file_digest, require_place, without
 from bridgeblip.machine import number_format
-from bridgeblip.training.weights import load_trained, load_weights, permutation_margin
+from bridgeblip.training.weights import load_trained, load_weights, recorded_margin
 
-INPUTS = (
-    "pixel_values",
-    "qformer_input_ids",
-    "qformer_attention_mask",
-    "input_ids",
-    "attention_mask",
-)
-"""What the exported model takes, in this order."""
+# What the exported model takes, in this order.
+INPUTS = ("pixel_values", *TEXTS)
 
 
 @dataclass(frozen=True)
 class Restored:
     """A trained model, rebuilt from its weights file and base."""
 
+    # With the adapters still apart, if there are any.
     model: nn.Module
-    """With the adapters still apart, if there are any."""
     processor: QuestionProcessor
     manifest: dict
+    # Of the frozen weights.
     dtype: torch.dtype
-    """Of the frozen weights."""
 
 
 def restore(
@@ -167,9 +161,8 @@ def export_bundle(
     about = {
         "kind": "instructblip",
         "config": merged.config.to_dict(),
-        "trained": trained | made_from | {"permute_below": permutation_margin(weights)},
+        "trained": trained | made_from | {"permute_below": recorded_margin(weights)},
     }
     processor, models = restored.processor, [TraceableModel(merged)]
     del restored, merged
-    write_bundle(out, models, gate, processor, about)
-    return out, gate.table
+    return write_bundle(out, models, gate, processor, about)

@@ -59,12 +59,12 @@ class FeatureCache:
         checksum = {"crc32": str(_crc32(features))}
         with atomically(self.path(key), tag=f".{os.getpid()}") as partial:
             save_file({"features": features}, partial, checksum)
-            if _read(partial) is None:
+            if not _is_whole(partial):
                 raise OSError(f"{partial} was not stored as written: is the disk full?")
 
     def has(self, key: str) -> bool:
         """Whether whole features of this picture are there; torn ones count as none."""
-        return _read(self.path(key)) is not None
+        return _is_whole(self.path(key))
 
     def read(self, key: str) -> torch.Tensor:
         """Return a picture's features, mapped from the disk."""
@@ -72,13 +72,12 @@ class FeatureCache:
             return file.get_tensor("features")
 
 
-def _read(path: Path) -> torch.Tensor | None:
+def _is_whole(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
-            features = file.get_tensor("features")
-            return features if file.metadata()["crc32"] == str(_crc32(features)) else None
+            return file.metadata()["crc32"] == str(_crc32(file.get_tensor("features")))
     except (FileNotFoundError, SafetensorError):
-        return None
+        return False
 
 
 def _crc32(tensor: torch.Tensor) -> int:
@@ -106,41 +105,39 @@ def fill(
         limit: most bytes of all features together; those used longest ago make room.
         share: (rank, processes): each process encodes its part of the batches.
     """
-    keys = list(pictures)
-    quiet = share[0] > 0
+    keys, (rank, processes) = list(pictures), share
     with ThreadPoolExecutor(LOADERS) as pool:
         checked = tqdm(
             pool.map(cache.has, keys),
             "checking cached pictures",
             len(keys),
-            disable=quiet,
+            disable=rank > 0,
             leave=False,
         )
         missing = {key for key, is_there in zip(keys, checked, strict=True) if not is_there}
-    starts = range(0, len(keys), batch_size)[share[0] :: share[1]]
-    chunks = [keys[i : i + batch_size] for i in starts]
-    chunks = [chunk for chunk in chunks if missing.intersection(chunk)]
-    weight, count = next(model.parameters()), sum(map(len, chunks))
-    positions = model.vision_model.embeddings.num_positions
-    size = positions * model.config.vision_config.hidden_size * weight.itemsize
-    if chunks and not _make_room(cache, keys, size, len(missing), limit):
-        return False
-    with (
-        ThreadPoolExecutor(LOADERS) as pool,
-        tqdm(
-            total=count, desc="encoding pictures", unit="picture", disable=quiet or not count
-        ) as bar,
-    ):
-        writing = ()
+        starts = range(0, len(keys), batch_size)[rank::processes]
+        chunks = [keys[i : i + batch_size] for i in starts]
+        chunks = [chunk for chunk in chunks if missing.intersection(chunk)]
+        weight, count = next(model.parameters()), sum(map(len, chunks))
+        positions = model.vision_model.embeddings.num_positions
+        size = positions * model.config.vision_config.hidden_size * weight.itemsize
+        if chunks and not _make_room(cache, keys, size, len(missing), limit):
+            return False
         loaded = load_ahead(lambda key: processor.load_pixels(pictures[key]), chunks)
-        for chunk, pixels in zip(chunks, loaded, strict=True):
-            features = model.encode_image(torch.stack(pixels).to(weight.device)).cpu()
-            list(writing)  # of the pictures before, while these were encoded; raises what it did
-            fresh = [(key, f) for key, f in zip(chunk, features, strict=True) if key in missing]
-            writing = pool.map(lambda one: cache.write(*one), fresh)
-            bar.update(len(chunk))
-        list(writing)
-    for key in keys[share[0] :: share[1]]:
+        writing = ()
+        with tqdm(
+            total=count, desc="encoding pictures", unit="picture", disable=rank > 0 or not count
+        ) as bar:
+            for chunk, pixels in zip(chunks, loaded, strict=True):
+                features = model.encode_image(torch.stack(pixels).to(weight.device)).cpu()
+                list(
+                    writing
+                )  # of the pictures before, while these were encoded; raises what it did
+                fresh = [(key, f) for key, f in zip(chunk, features, strict=True) if key in missing]
+                writing = pool.map(lambda one: cache.write(*one), fresh)
+                bar.update(len(chunk))
+            list(writing)
+    for key in keys[rank::processes]:
         if key not in missing:
             os.utime(cache.path(key))  # used now: the last to make room
     return True
@@ -188,11 +185,9 @@ class CachedPictures:
 
     def table(self, device: str | torch.device) -> torch.Tensor:
         """Return all features (pictures, patches + 1, vision width) on ``device``."""
-        first, *others = self.row_of
-        features = self.cache.read(first)
-        table = torch.empty(len(self.row_of), *features.shape, dtype=features.dtype, device=device)
-        table[0] = features
-        for row, key in enumerate(others, 1):
+        one = self.cache.read(next(iter(self.row_of)))
+        table = torch.empty(len(self.row_of), *one.shape, dtype=one.dtype, device=device)
+        for key, row in self.row_of.items():
             table[row] = self.cache.read(key)
         return table
 

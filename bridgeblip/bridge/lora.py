@@ -12,18 +12,13 @@ from bridgeblip.bridge.model import BridgeBlipForMultipleChoice
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.training.settings import rank_for
 
-# With a single decoder token, self-attention is o(v(x)): its q and k get no gradient and do no
-# work.
-_LAYERS = r"language_model\.decoder\.block\.\d+\.layer\."
-_WORKING = (
+# Which linears get adapters: all that do work. With a single decoder token, self-attention is
+# o(v(x)): its q and k get no gradient and do none.
+BRIDGED_LINEARS = (
+    r"language_model\.decoder\.block\.\d+\.layer\."
     r"(0\.SelfAttention\.(v|o)|1\.EncDecAttention\.(q|k|v|o)"
     r"|2\.DenseReluDense\.(wi|wi_0|wi_1|wo))"
 )
-# Which linears get adapters, by the name that ``BridgeSettings.targets`` has for them.
-BRIDGED_LINEARS = {
-    "all": _LAYERS + _WORKING,
-    "q,v": _LAYERS + r"(0\.SelfAttention\.v|1\.EncDecAttention\.(q|v))",
-}
 
 
 def attach_bridge(
@@ -44,7 +39,7 @@ def attach_bridge(
         r=rank,
         lora_alpha=settings.alpha / settings.rank * rank,
         lora_dropout=settings.dropout,
-        target_modules=BRIDGED_LINEARS[settings.targets],
+        target_modules=BRIDGED_LINEARS,
         modules_to_save=["head"],
     )
     with warnings.catch_warnings():  # peft asks transformers a question by its old name

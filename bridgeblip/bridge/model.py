@@ -32,6 +32,7 @@ from bridgeblip.bridge.base import (
     stored_dtype,
 )
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS
+from bridgeblip.files import without
 from bridgeblip.machine import NonFiniteError, first_non_finite_module
 from bridgeblip.training.losses import choice_loss
 
@@ -297,7 +298,6 @@ def load_sliced(
     base: str | Path,
     letter_ids: Sequence[int],
     layers: Sequence[int] = DEFAULT_DECODER_LAYERS,
-    head_init: str = "lm_head",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     revision: str | None = None,
@@ -305,7 +305,7 @@ def load_sliced(
     """Return the sliced model, reading only the kept tensors; nothing is trained yet.
 
     The cut decoder layers never exist in memory, nor does the LM head but for the rows of
-    ``letter_ids``, one row a choice, which start the head ("random" starts it from noise).
+    ``letter_ids``, one row a choice, which start the head.
     In half precision the head stays in fp32, in fp16 T5's overflowing products too.
 
     Raises:
@@ -315,20 +315,17 @@ def load_sliced(
     reader = open_base(base, revision, device)
     config = slice_config(InstructBlipConfig.from_pretrained(reader.folder), layers)
     model = empty_model(config)
-    shapes, source_of = {}, {}
-    for name, parameter in own_parameters(model).items():
-        if not name.startswith("head."):
-            shapes[name] = parameter.shape
-            source_of[name] = source_name(name, config.kept_decoder_layers)
+    own = without(own_parameters(model), "head.weight", "head.bias")
+    source_of = {name: source_name(name, config.kept_decoder_layers) for name in own}
     read = reader.read(list(source_of.values()), lambda name: stored_dtype(name, dtype))
     state = {name: read.pop(source) for name, source in source_of.items()}
-    for name, shape in shapes.items():
-        if state[name].shape != shape:
+    for name, parameter in own.items():
+        if state[name].shape != parameter.shape:
             raise InputError(
                 f"tensor {source_of[name]!r} of the base has shape {tuple(state[name].shape)}; "
-                f"its config.json asks for {tuple(shape)}"
+                f"its config.json asks for {tuple(parameter.shape)}"
             )
-    state |= _start_head(reader, config, letter_ids, head_init, dtype)
+    state |= _start_head(reader, config, letter_ids, dtype)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if unexpected or any("embed_tokens" not in name for name in missing):
         raise RuntimeError(f"slicing left tensors over: missing {missing}, unexpected {unexpected}")
@@ -337,20 +334,15 @@ def load_sliced(
     return model.to(device).eval()  # moves the few buffers; all weights are there
 
 
-def _start_head(reader, config, letter_ids, head_init, dtype) -> dict[str, torch.Tensor]:
-    width = config.text_config.d_model
+def _start_head(reader, config, letter_ids, dtype) -> dict[str, torch.Tensor]:
     if len(letter_ids) != config.num_choices:
         raise InputError(
             f"{len(letter_ids)} letter ids for {config.num_choices} choices: expected one each"
         )
-    if head_init == "random":
-        weight = torch.randn(config.num_choices, width, device=reader.device) * width**-0.5
-    else:
-        tied = LM_HEAD not in reader.shard_of and config.text_config.tie_word_embeddings
-        weight = reader.read_rows(EMBEDDINGS if tied else LM_HEAD, letter_ids)
-        # T5 1.0, with a tied LM head, scales its last state.
-        if config.text_config.scale_decoder_outputs:
-            weight = weight * width**-0.5
+    tied = LM_HEAD not in reader.shard_of and config.text_config.tie_word_embeddings
+    weight = reader.read_rows(EMBEDDINGS if tied else LM_HEAD, letter_ids)
+    if config.text_config.scale_decoder_outputs:  # T5 1.0, with a tied LM head
+        weight = weight * config.text_config.d_model**-0.5
     kept = stored_dtype("head.weight", dtype)
     return {
         "head.weight": weight.to(kept),

@@ -4,8 +4,7 @@ that has come to, in a few lines of text."""
 import gc
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from operator import ne
@@ -28,7 +27,7 @@ from bridgeblip.bridge.processing import PROMPT_TEMPLATE, QuestionProcessor
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.pictures import SHORT_KEY, picture_keys
 from bridgeblip.data.questions import Question, read_questions, split_by_picture
-from bridgeblip.files import digest_of, require_writable, without
+from bridgeblip.files import digest_of, without
 from bridgeblip.machine import choose_precision, process_rank
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import BUDGET_LIMIT, NOT_THE_RESULT, TrainSettings, decoder_layers
@@ -67,15 +66,12 @@ def plan_training(
     checkpoint_dir: str | Path,
     settings: TrainSettings = TrainSettings(),
     bridge: BridgeSettings = BridgeSettings(),
-    revision: str | None = None,
-    budget_limit: int = BUDGET_LIMIT,
     copy_to: str | Path | None = None,
 ) -> Plan:
     """Read and split the questions, look at base, machine and folders; nothing long is done.
 
     Args:
-        base: "tiny", a folder, or a hub id, of which ``revision`` is taken.
-        budget_limit: most parameters that the merged model may have.
+        base: "tiny", a folder, or a hub id.
         copy_to: a second checkpoint folder, such as one on Drive, that gets a verified copy of
             every file.
 
@@ -86,8 +82,8 @@ def plan_training(
     require_service(settings.report_to)
     process = PartialState(cpu=not torch.cuda.is_available())
     places = [Path(place) for place in (checkpoint_dir, copy_to) if place]
-    with held(places, process):
-        folder = resolve_base(base, revision)
+    with holding(places, process.is_main_process):
+        folder = resolve_base(base)
         processor = QuestionProcessor.from_base(folder)
         questions = _read_fitting(train_csv, processor, process)
         training, validation = split_by_picture(
@@ -95,22 +91,22 @@ def plan_training(
         )
         layers = decoder_layers(bridge.layers)
         config = slice_config(InstructBlipConfig.from_pretrained(folder), layers)
-        budget = certify_budget(config, budget_limit)
+        budget = certify_budget(config)
         # accelerate may say cpu:0
         device = process.device if process.device.type == "cuda" else torch.device("cpu")
         precision = choose_precision(device, budget["total"])
         process.print(
-            f"{budget['total']:,} parameters of at most {budget_limit:,}; computing in {precision}"
+            f"{budget['total']:,} parameters of at most {BUDGET_LIMIT:,}; computing in {precision}"
         )
         keys = picture_keys(q.image for q in questions)
         manifest = {
             "base": str(base),
-            "revision": revision,
+            "revision": None,  # the one that is pinned, or the newest
             "layers": layers,
             "bridge": without(asdict(bridge), "layers"),
             "train": asdict(settings),
             "dtype": str(precision.dtype).removeprefix("torch."),
-            "budget": budget | {"limit": budget_limit},
+            "budget": budget | {"limit": BUDGET_LIMIT},
             "config": config.to_json_string(),
             "pictures": sorted({keys[q.image][:SHORT_KEY] for q in training}),
             # What whoever uses the weights must agree on, and the versions that made them.
@@ -127,20 +123,6 @@ def plan_training(
             settings, bridge, places, training, validation, keys, processor,
             process, device, precision.dtype, manifest, identity,
         )  # fmt: skip
-
-
-@contextmanager
-def held(places: Sequence[Path], process: PartialState) -> Iterator[None]:
-    """Hold folders that can be written for the time of a block; the main process does it for all.
-
-    Raises:
-        InputError: if one can't be written, or a live run holds it.
-    """
-    places = places if process.is_main_process else []
-    for place in places:
-        require_writable(place)
-    with holding(places):
-        yield
 
 
 def _read_fitting(
@@ -171,7 +153,6 @@ def load_slice(plan: Plan) -> BridgeBlipForMultipleChoice:
         plan.manifest["base"],
         plan.processor.letter_ids,
         plan.manifest["layers"],
-        plan.bridge.head_init,
         plan.dtype,
         plan.device,
         plan.manifest["revision"],
@@ -235,19 +216,15 @@ def describe_bridge(model: nn.Module) -> str:
     adapters = Counter()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            adapters[module.r["default"], ".".join(name.split(".")[-2:])] += 1
-    lines = []
-    for (rank, place), count in adapters.items():
-        lines.append(f"{count} adapters of rank {rank} on {place}")
-    bridge = "\n".join(lines) or "no adapters"
+            place = ".".join(name.split(".")[-2:])
+            adapters[f"adapters of rank {module.r['default']} on {place}"] += 1
+    bridge = "\n".join(f"{n} {sort}" for sort, n in adapters.items()) or "no adapters"
     return f"{bridge}\n{trained:,} weights learn, head included: {share:.1%} of all"
 
 
 def describe_head(plan: Plan) -> str:
     """From which rows of the base's LM head the head starts."""
     processor = plan.processor
-    if plan.bridge.head_init == "random":
-        return f"the head starts from noise, a row for each of {', '.join(processor.letters)}"
     lines = []
     for letter, row in zip(processor.letters, processor.letter_ids, strict=True):
         token = processor.tokenizer.id_to_token(row)

@@ -20,9 +20,11 @@ from bridgeblip.data.questions import NUM_CHOICES, Question, letters
 from bridgeblip.files import read_json, read_text
 
 PROMPT_TEMPLATE = "Question: {question} Options: {options} Short answer:"
+# Typographic characters that a vocabulary may lack, by what a typewriter has for them.
 PLAIN = {"'": "‘’‚‛′", '"': "“”„‟″«»", "-": "‐‑‒–—―−", "...": "…", "x": "×"}
-"""Typographic characters that a vocabulary may lack, by what a typewriter has for them."""
 IMAGE_TOKEN = "<image>"
+# The text inputs of ``score``, in its order.
+TEXTS = ("qformer_input_ids", "qformer_attention_mask", "input_ids", "attention_mask")
 
 
 class QuestionProcessor(Processor):
@@ -34,15 +36,9 @@ class QuestionProcessor(Processor):
 
     def __init__(self, files: dict[str, str]):
         super().__init__(files)
-        settings = json.loads(files["processor.json"])
-        self.image_size = tuple(settings["image_size"])  # height, width
-        self.num_query_tokens = settings["num_query_tokens"]
-        self.image_token_id = settings["image_token_id"]
-        self.prompt_limit = settings["prompt_limit"]
-        self.resample = Image.Resampling(settings["resample"])
-        self.tokenizer = read_tokenizer(files["tokenizer.json"], settings["pad_token"])
+        self.tokenizer = read_tokenizer(files["tokenizer.json"], self.pad_token)
         self.qformer_tokenizer = read_tokenizer(
-            files["qformer_tokenizer.json"], settings["qformer_pad_token"]
+            files["qformer_tokenizer.json"], self.qformer_pad_token
         )
         self.unknown = self.tokenizer.token_to_id("<unk>")
         # Typographic characters that the vocabulary lacks, as ``str.translate`` takes them.
@@ -53,9 +49,9 @@ class QuestionProcessor(Processor):
         tokenizers = (self.tokenizer, self.qformer_tokenizer)
         added = chain(*(reader.get_added_tokens_decoder().values() for reader in tokenizers))
         self.special = [token.content for token in added]
-        levels = (np.arange(256, dtype=np.float64) * settings["rescale_factor"]).astype(np.float32)
-        mean = np.array(settings["image_mean"], dtype=np.float32)[:, None]
-        self.levels = (levels - mean) / np.array(settings["image_std"], dtype=np.float32)[:, None]
+        levels = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean = np.array(self.image_mean, dtype=np.float32)[:, None]
+        self.levels = (levels - mean) / np.array(self.image_std, dtype=np.float32)[:, None]
 
     @classmethod
     def from_base(cls, folder: str | Path) -> "QuestionProcessor":
@@ -79,7 +75,7 @@ class QuestionProcessor(Processor):
         try:
             processor_settings = {
                 "image_size": [image["size"]["height"], image["size"]["width"]],
-                "resample": image.get("resample", Image.Resampling.BICUBIC),
+                "resample": Image.Resampling(image.get("resample", Image.Resampling.BICUBIC)),
                 "rescale_factor": image.get("rescale_factor", 1 / 255),
                 "image_mean": image["image_mean"],
                 "image_std": image["image_std"],
@@ -89,9 +85,10 @@ class QuestionProcessor(Processor):
                 "pad_token": "<pad>",
                 "qformer_pad_token": "[PAD]",
             }
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"the settings in {folder} lack {error}: copy the whole folder of the base model"
+                f"the settings in {folder} are not an InstructBLIP's ({type(error).__name__}: "
+                f"{error}): copy the whole folder of the base model"
             ) from error
         files = {
             "tokenizer.json": read_text(folder / "tokenizer.json"),
@@ -148,7 +145,7 @@ class QuestionProcessor(Processor):
         return max(len(reader.encode(prompt)) for reader in readers)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the four text inputs of ``score``; see ``Processor``.
+        """Return ``TEXTS``; see ``Processor``.
 
         Raises:
             InputError: if a prompt is longer than the Q-Former can read: nothing is ever cut off.
@@ -189,7 +186,7 @@ class QuestionProcessor(Processor):
             batch |= pictures(questions)
         else:
             batch["pixel_values"] = torch.stack([self.load_pixels(q.image) for q in questions])
-        batch["choice_mask"] = torch.tensor(list(map(self.choice_mask, questions)))
+        batch["choice_mask"] = torch.tensor([q.mask(len(self.letters)) for q in questions])
         answers = [question.answer for question in questions]
         return batch if None in answers else batch | {"labels": torch.tensor(answers)}
 

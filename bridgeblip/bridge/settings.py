@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from bridgeblip import InputError
 from bridgeblip.training.settings import REFERENCE_RANK, Settings, decoder_layers, setting
 
 REAL_BASE = "Salesforce/instructblip-flan-t5-xl"
@@ -13,6 +13,7 @@ REAL_BASE = "Salesforce/instructblip-flan-t5-xl"
 class BridgeSettings(Settings):
     """What stays of the decoder, and what the LoRA bridge over the gaps is made of."""
 
+    FORMER: ClassVar = {"head_init": ("lm_head", "random"), "targets": ("all",)}
     rank: int = setting(
         REFERENCE_RANK,
         "width of the low-rank update on a 2048-wide decoder, narrower ones get their share; 0 "
@@ -27,14 +28,6 @@ class BridgeSettings(Settings):
     dropout: float = setting(
         0.05, "dropout on the input of every adapter while training", least=0, below=1
     )
-    head_init: str = setting(
-        "lm_head", "start the head from the LM head's rows of the letters (lm_head), or random"
-    )
-    targets: str = setting(
-        "all",
-        'linears that get adapters: all that do work, or "q,v", queries and values alone, as LoRA '
-        "was first used",
-    )
     layers: str | Sequence[int] = setting(
         "every-third", "decoder layers that stay: a name, or indices like 0,3,6"
     )
@@ -42,12 +35,7 @@ class BridgeSettings(Settings):
     def __post_init__(self):
         super().__post_init__()
         decoder_layers(self.layers)
-        if self.head_init not in ("lm_head", "random") or self.targets not in ("all", "q,v"):
-            raise InputError(
-                f"head_init is {self.head_init!r} and targets {self.targets!r}: expected 'lm_head' "
-                f"or 'random', and 'all' or 'q,v'"
-            )
 
 
+# The layers that stay by default, as indices.
 DEFAULT_DECODER_LAYERS = tuple(decoder_layers(BridgeSettings().layers))
-"""The layers that stay by default, as indices."""

@@ -7,9 +7,7 @@ from pathlib import Path, PureWindowsPath
 
 import torch
 from huggingface_hub import HfApi
-from peft import get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
 
 from bridgeblip import InputError
 from bridgeblip.bridge.base import BridgeBlipConfig, pinned_revision
@@ -115,15 +113,10 @@ def write_adapter(weights: str | Path, out: str | Path) -> Path:
     lora = model.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = base, revision
     card = _card(loaded.manifest, loaded.tensors, config, lora, out.name)
-    with replacing(out) as folder:  # peft and transformers write; the tensors are read back
+    with replacing(out) as folder:
         model.save_pretrained(folder, state_dict=loaded.tensors, save_embedding_layers=False)
         config.save_pretrained(folder)
         write_text(folder / CARD_FILE, card)
-        stored = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-        wanted = get_peft_model_state_dict(model, loaded.tensors, save_embedding_layers=False)
-        whole = stored.keys() == wanted.keys() and len(wanted) == len(loaded.tensors)
-        if not whole or not all(torch.equal(stored[name], wanted[name]) for name in wanted):
-            raise OSError(f"{folder} was not stored as written: is the disk full?")
     return out
 
 
@@ -165,9 +158,8 @@ def _public_name(base: str) -> str:
     """The base as a stranger may know it: a hub id or "tiny" as it is; of a folder's path only the
     last part."""
     is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base) and not Path(base).is_dir()
-    return (
-        base if is_hub_id else PureWindowsPath(Path(base).resolve()).name
-    )  # knows the slashes of all systems
+    folder = PureWindowsPath(Path(base).resolve())  # knows the slashes of all systems
+    return base if is_hub_id else folder.name
 
 
 def _card(

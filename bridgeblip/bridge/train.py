@@ -22,18 +22,15 @@ from bridgeblip.bridge.features import (
     encoder_key,
     fill,
 )
-from bridgeblip.bridge.plan import Plan, build_bridge, held, load_slice, plan_training
+from bridgeblip.bridge.plan import Plan, build_bridge, load_slice, plan_training
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.report import write_report
 from bridgeblip.files import cache_folder, copy_missing, require_writable
 from bridgeblip.messages import say
-from bridgeblip.training.callbacks import (
-    WeightsKeeper,
-    history_table,
-    validations,
-)
-from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
+from bridgeblip.training.callbacks import history_table, validations
+from bridgeblip.training.hold import holding
+from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, in_one_line, mirror, newest_state
 from bridgeblip.training.trainer import (
     TrainingQuestions,
@@ -41,7 +38,15 @@ from bridgeblip.training.trainer import (
     read_before,
     training_arguments,
 )
-from bridgeblip.training.weights import BEST_FILE, best_epoch, load_weights, save_best, weights_path
+from bridgeblip.training.weights import (
+    BEST_FILE,
+    best_epoch,
+    load_weights,
+    save_best,
+    save_weights,
+    trained_tensors,
+    weights_path,
+)
 
 PROBE_SIZE = 3  # questions whose logits travel with the weights
 REPORT_FILE = "report.html"
@@ -71,8 +76,6 @@ def train(
     checkpoint_dir: str | Path,
     settings: TrainSettings = TrainSettings(),
     bridge: BridgeSettings = BridgeSettings(),
-    revision: str | None = None,
-    budget_limit: int = BUDGET_LIMIT,
     features: str | Path | None = "default",
     copy_to: str | Path | None = None,
 ) -> TrainResult:
@@ -90,10 +93,8 @@ def train(
         TrainingStopped: after the stop button, Ctrl-C or SIGTERM.
     """
     with in_one_line(Path(checkpoint_dir)):
-        plan = plan_training(
-            train_csv, base, checkpoint_dir, settings, bridge, revision, budget_limit, copy_to
-        )
-        with held(plan.places, plan.process):
+        plan = plan_training(train_csv, base, checkpoint_dir, settings, bridge, copy_to)
+        with holding(plan.places, plan.process.is_main_process):
             return train_model(plan, build_bridge(plan, load_slice(plan)), features)
 
 
@@ -106,7 +107,8 @@ def train_model(
         features: folder of the cache of image features; None encodes the pictures anew in every
             epoch.
     """
-    with in_one_line(plan.places[0]), held(plan.places, plan.process):
+    main = plan.process.is_main_process
+    with in_one_line(plan.places[0]), holding(plan.places, main):
         resumed = newest_state(plan.places, plan.identity)
         if resumed is None and getattr(model, "has_begun", False):
             raise InputError(
@@ -129,9 +131,9 @@ def train_model(
             average=settings.average,
         )
         probe = plan.processor.collate(plan.validation[:PROBE_SIZE])
-        trainer.add_callback(WeightsKeeper(plan.places, plan.manifest, probe))
         model.has_begun = True
-        trainer.go(settings, plan.places, plan.identity, resumed)
+        write = partial(_write_weights, trainer, plan, probe)
+        trainer.go(settings, plan.places, plan.identity, resumed, write)
         return _conclude(trainer, plan, blank)
 
 
@@ -145,6 +147,28 @@ def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor])
             f"{settings.workers} workers need {need / 1e6:.0f} MB of shared memory, "
             f"{SHARED_MEMORY} has less: set workers to 0, or give the container more (--shm-size)"
         )
+
+
+def _write_weights(
+    trainer: AheadTrainer,
+    plan: Plan,
+    probe: dict[str, torch.Tensor],
+    accuracies: list[float],
+    losses: list[float],
+    measured: dict[str, float],
+) -> None:
+    """Write ``weights-N.pt`` of the epoch just validated, and ``best.json``.
+
+    Args:
+        probe: a batch whose logits by these weights travel with them.
+    """
+    path = weights_path(plan.places[0], len(accuracies) - 1)
+    with torch.no_grad():
+        logits = trainer.model(**trainer._prepare_inputs(probe)).logits.cpu()
+    kept = {"validation": measured, "probe": {"inputs": probe, "logits": logits}}
+    save_weights(path, trained_tensors(trainer.model), plan.manifest | kept)
+    save_best(plan.places[0], accuracies, losses)
+    mirror(plan.places, [path.name, BEST_FILE])
 
 
 def _conclude(trainer: AheadTrainer, plan: Plan, blank: Callable) -> TrainResult:

@@ -86,8 +86,14 @@ class ParityGate:
             best = expected.topk(2).values
             clear = best[:, 0] - best[:, 1] > 2 * bound
             changed = int(((logits.argmax(-1) != expected.argmax(-1)) & clear).sum())
-            row = {"form": form, "case": case, "difference": difference, "bound": bound}
-            row |= {"letters changed": changed, "ok": difference <= bound and not changed}
+            row = {
+                "form": form,
+                "case": case,
+                "difference": difference,
+                "bound": bound,
+                "letters changed": changed,
+                "ok": difference <= bound and not changed,
+            }
             self.rows.append(row)
 
     def compare_trained(self, logits: torch.Tensor, dtype: str) -> None:
@@ -172,8 +178,9 @@ def export_device(dtype: torch.dtype) -> str:
 
 def write_bundle(
     out: Path, models: list[nn.Module], gate: ParityGate, processor: Processor, about: dict
-) -> None:
-    """Write ``out`` and its SHA-256 beside it, once the file is proven to answer as ``gate`` asks.
+) -> tuple[Path, pd.DataFrame]:
+    """Write ``out`` and its SHA-256 beside it, once the file is proven to answer as ``gate`` asks;
+    return it and the gate's table.
 
     An earlier pair of the two stays whole until the new one is.
 
@@ -210,6 +217,7 @@ def write_bundle(
             write_text(beside, "".join(f"{d}  {out.name}\n" for d in [*before, digest]))
     write_text(beside, f"{digest}  {out.name}\n")
     remember(out, digest)
+    return out, gate.table
 
 
 def save_traced(traced: torch.jit.ScriptModule, path: Path, files: dict[str, str]) -> None:

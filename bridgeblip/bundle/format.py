@@ -1,7 +1,6 @@
 """``torchscript.pt``: what is in it, loading it, and whether it is as it was written: found out
 beside loading, and remembered."""
 
-import hashlib
 import json
 import pkgutil
 import re
@@ -17,7 +16,7 @@ import torch
 
 from bridgeblip import InputError
 from bridgeblip.bundle.processing import Processor
-from bridgeblip.files import cache_folder, write_text
+from bridgeblip.files import cache_folder, digest_of, write_text
 from bridgeblip.machine import FORMATS, is_out_of_memory
 
 # In a process of their own: loading TorchScript keeps Python's lock from all threads.
@@ -39,6 +38,7 @@ def _is(kind: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, kind)
 
 
+# What a manifest holds, and which values can be right.
 MANIFEST = {
     "format": _is(int),
     "kind": _is(str),
@@ -50,7 +50,6 @@ MANIFEST = {
     "config": _is(dict),
     "trained": lambda it: isinstance(it, dict) and _is(float | int)(it.get("permute_below") or 0),
 }
-"""What a manifest holds, and which values can be right."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,7 @@ def read_header(path: str | Path) -> Bundle:
     manifest = _read_manifest(path, files.pop(MANIFEST_FILE))
     processor = _make_processor(path, manifest, files)
     checksums = [(part.filename, part.file_size, part.CRC) for part in parts]
-    fingerprint = hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
-    return Bundle(None, processor, manifest, None, fingerprint)
+    return Bundle(None, processor, manifest, None, digest_of(checksums))
 
 
 def _read_manifest(path: Path, text: str) -> dict:
@@ -266,31 +264,18 @@ def read_digests(path: Path) -> list[str]:
 
 def recall(path: Path) -> str | None:
     """Return the SHA-256 that a file had when it was last read; None if it has changed since."""
-    match _memory().get(str(path.resolve())):
-        case [state, str(digest)] if state == _state(path):
-            return digest
-    return None
+    with suppress(OSError, ValueError, InputError):  # not there, damaged, or no home
+        return _memory_of(path).read_text(encoding="utf-8")
 
 
 def remember(path: Path, digest: str) -> None:
     """Keep the SHA-256 of a file as it is now."""
-    kept = _memory() | {str(path.resolve()): (_state(path), digest)}
-    with suppress(OSError):  # a read-only home: next time the file is read again
-        write_text(_memory_path(), json.dumps(kept))
+    with suppress(OSError, InputError):  # a read-only home: next time the file is read again
+        write_text(_memory_of(path), digest)
 
 
-def _memory() -> dict[str, list]:
-    try:
-        return dict(json.loads(_memory_path().read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or damaged
-        return {}
-
-
-def _memory_path() -> Path:
-    return cache_folder() / "digests.json"
-
-
-def _state(path: Path) -> list[int]:
-    """What changes when a file does."""
+def _memory_of(path: Path) -> Path:
+    """Where the SHA-256 of a file is kept, by all that changes when it does."""
     stat = path.stat()
-    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    state = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return cache_folder() / "digests" / digest_of([str(path.resolve()), state])

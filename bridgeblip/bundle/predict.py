@@ -3,6 +3,7 @@
 Needs torch, tokenizers, Pillow and pandas; neither transformers nor peft is ever imported here.
 """
 
+import functools
 import hashlib
 import json
 import warnings
@@ -87,7 +88,7 @@ def in_windows(
     questions: Sequence[Question],
     load: Callable[[Path], Any],
     blank: Any,
-    answer: Callable[[list[list[Question]], list[Any], tqdm], list],
+    answer: Callable[..., list],
     settings: list,
     blank_images: bool,
     out: str | Path | None,
@@ -97,8 +98,9 @@ def in_windows(
 
     Args:
         load: gives what the model takes of a picture's file; of none, it takes ``blank``.
-        answer: answers questions grouped by picture, beside the pictures; what it makes of each,
-            in order, must be fit for JSON. It moves the bar on.
+        answer: answers a window's questions; takes them, the place of each one's picture among the
+            pictures, these, what is wrong with each question's, and the bar, which it moves on.
+            What it makes of each question, in order, must be fit for JSON.
         settings: what tells this run from another that would answer otherwise.
         blank_images, out: as for ``predict``.
     """
@@ -124,8 +126,10 @@ def in_windows(
     rows_to_do = sum(len(rows) for index in to_do for rows in windows[index])
     with tqdm(total=rows_to_do, desc=say("answering"), unit="row", disable=rank > 0) as bar:
         for index, group in zip(to_do, loaded, strict=True):
-            asked = [[questions[row] for row in rows] for rows in windows[index]]
-            done[index] = answer(asked, group, bar)
+            asked = [questions[row] for row in chain(*windows[index])]
+            places = [place for place, rows in enumerate(windows[index]) for _ in rows]
+            shown, faults = zip(*group, strict=True)
+            done[index] = answer(asked, places, shown, [faults[place] for place in places], bar)
             if out:
                 content = {"fingerprint": fingerprint, "answers": done[index]}
                 write_text(kept_folder(out) / f"{index}.json", json.dumps(content))
@@ -192,7 +196,7 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
                 strangers += 1
     if strangers:
         print(
-            f"passing over {strangers} windows in {folder}: torn, or of another bundle, question "
+            f"passing over {strangers} windows in {folder}: torn, or of another model, question "
             f"file or setting"
         )
     if kept:
@@ -214,15 +218,14 @@ def _answer_window(
     bundle: Bundle,
     batch_size: int,
     permute_below: float,
-    groups: list[list[Question]],
-    pictures: list[tuple[torch.Tensor, str]],
+    asked: Sequence[Question],
+    places: Sequence[int],
+    pixels: Sequence[torch.Tensor],
+    faults: Sequence[str],
     bar: tqdm,
 ) -> list[tuple[list[float], list[str], str]]:
-    """Answer questions grouped by picture: probabilities, flags and problem of each, in order."""
-    processor, (pixels, faults) = bundle.processor, zip(*pictures, strict=True)
-    asked = list(chain(*groups))
-    places = [place for place, group in enumerate(groups) for _ in group]  # among the pictures
-    fitted = list(map(processor.fit, asked))
+    """Answer the questions of a window: probabilities, flags and problem of each, in order."""
+    processor, fit = bundle.processor, functools.cache(bundle.processor.fit)
 
     def encode(rows: Sequence[int]) -> torch.Tensor:
         stacked = torch.stack([pixels[row] for row in rows])
@@ -232,22 +235,17 @@ def _answer_window(
     embeds = [in_halves(encode, rows[start : start + batch_size]) for start in rows[::batch_size]]
     embeds = torch.cat(embeds)  # (pictures, patches + 1, vision width)
 
-    def score(rows: Sequence[int], shown: Sequence[Question], bar: tqdm | None = None):
-        shown = list(map(processor.fit, shown))
-        prompts = list(map(processor.prompt, shown))
+    def length(question: Question) -> int:
+        return processor.count_tokens([processor.prompt(fit(question))])[0]
 
-        def run(batch: Sequence[int]) -> torch.Tensor:
-            texts = processor.encode_prompts([prompts[n] for n in batch])
-            texts = {name: tensor.to(bundle.device) for name, tensor in texts.items()}
-            seen = embeds[[places[rows[n]] for n in batch]]
-            return bundle.model.score(seen, **texts).float().cpu()
+    def score(rows: Sequence[int], shown: Sequence[Question]) -> torch.Tensor:
+        texts = processor.encode_prompts([processor.prompt(fit(question)) for question in shown])
+        texts = {name: tensor.to(bundle.device) for name, tensor in texts.items()}
+        seen = embeds[[places[row] for row in rows]]
+        return bundle.model.score(seen, **texts).float().cpu()
 
-        masks, lengths = map(processor.choice_mask, shown), processor.count_tokens(prompts)
-        return probabilities_of(shown, lengths, list(masks), run, batch_size, bar)
-
-    def note(row: int) -> tuple[set[str], str]:
-        question, shown = asked[row], fitted[row]
-        words, problem = set(), ""
+    def note(question: Question) -> tuple[set[str], str]:
+        shown, words, problem = fit(question), set(), ""
         if len(set(shown.choices)) < len(set(question.choices)):
             problem = (
                 f"its choices differ only in what goes beyond the {processor.prompt_limit} tokens "
@@ -259,31 +257,61 @@ def _answer_window(
             words.add("shortened")
         return words, problem
 
-    return weigh(asked, [faults[place] for place in places], score, permute_below, note, bar)
+    width = len(processor.letters)
+    return weigh(asked, faults, width, length, score, note, batch_size, permute_below, bar)
 
 
 def weigh(
     asked: Sequence[Question],
     faults: Sequence[str],
-    score: Callable[..., np.ndarray],
+    width: int,
+    length: Callable[[Question], int],
+    score: Callable[[Sequence[int], Sequence[Question]], torch.Tensor],
+    note: Callable[[Question], tuple[set[str], str]],
+    batch_size: int,
     permute_below: float,
-    note: Callable[[int], tuple[set[str], str]],
     bar: tqdm,
 ) -> list[tuple[list[float], list[str], str]]:
-    """Return probabilities, flags and problem of each question, the unsure ones averaged over the
-    orders of their choices.
+    """Return probabilities (width,), flags and problem of each question, the unsure ones averaged
+    over the orders of their choices.
 
     Args:
         faults: what is wrong with each question's picture; empty if nothing is.
-        score: gives the probabilities (rows, choices) of rows, shown as questions beside them.
-        note: flags of a row, and its problem, that only the model's family knows.
+        length: tokens of a question's prompt.
+        score: gives the logits (rows, width), on the CPU, of rows, shown as questions beside them.
+        note: flags of a question, and its problem, that only the model's family knows.
+
+    Raises:
+        InputError: if a logit is no finite number.
     """
-    single = score(range(len(asked)), asked, bar)
+
+    def probabilities(
+        rows: Sequence[int], shown: Sequence[Question], bar: tqdm | None = None
+    ) -> np.ndarray:
+        masks = torch.tensor([question.mask(width) for question in shown])
+        logits = torch.empty(len(shown), width)
+
+        def run(batch: Sequence[int]) -> torch.Tensor:
+            return score([rows[n] for n in batch], [shown[n] for n in batch])
+
+        for batch in batches_of(list(map(length, shown)), batch_size):
+            logits[batch] = in_halves(run, batch)
+            if bar is not None:
+                bar.update(len(batch))
+        wrong = (~logits.isfinite()).any(-1).nonzero().flatten().tolist()
+        if wrong:
+            raise InputError(
+                f"the model gives {shown[wrong[0]].id} no finite number: export it as bfloat16 or "
+                f"float32"
+            )
+        return logits.masked_fill(~masks, float("-inf")).softmax(-1).numpy()
+
+    single = probabilities(range(len(asked)), asked, bar)
     unsure = np.flatnonzero(margins(single) < permute_below)
-    views = ask_in_orders(asked, single, unsure, score)
+    views = ask_in_orders(asked, single, unsure, probabilities)
     answers = []
-    for row, (question, fault, seen) in enumerate(zip(asked, faults, views, strict=True)):
-        words, problem = note(row)
+    for question, fault, seen in zip(asked, faults, views, strict=True):
+        words, problem = note(question)
         lost = f"picture {question.image} can't be read ({fault})" if fault else ""
         if fault or not question.image:
             words.add("blank")
@@ -295,39 +323,6 @@ def weigh(
         flags = [flag for flag in FLAGS if flag in words]
         answers.append((np.mean(seen, axis=0).tolist(), flags, problem))
     return answers
-
-
-def probabilities_of(
-    shown: Sequence[Question],
-    lengths: Sequence[int],
-    masks: Sequence[Sequence[bool]],
-    score: Callable[[Sequence[int]], torch.Tensor],
-    batch_size: int,
-    bar: tqdm | None = None,
-) -> np.ndarray:
-    """Return the probabilities (rows, letters) of questions, scored in batches that fit.
-
-    Args:
-        lengths: tokens of each.
-        masks: which letters can be the answer to each.
-        score: gives the logits (rows, letters) of rows, on the CPU.
-
-    Raises:
-        InputError: if a logit is no finite number.
-    """
-    masks = torch.tensor(masks, dtype=torch.bool).reshape(len(shown), -1)
-    logits = torch.empty(masks.shape)
-    for rows in batches_of(lengths, batch_size):
-        logits[rows] = in_halves(score, rows)
-        if bar is not None:
-            bar.update(len(rows))
-    wrong = (~logits.isfinite()).any(-1).nonzero().flatten().tolist()
-    if wrong:
-        raise InputError(
-            f"the model gives {shown[wrong[0]].id} no finite number: export it as bfloat16 or "
-            f"float32"
-        )
-    return logits.masked_fill(~masks, float("-inf")).softmax(-1).numpy()
 
 
 def batches_of(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 
 import functools
 import hashlib
+import json
 import os
 import re
 from bisect import bisect_right
@@ -26,13 +27,13 @@ class Processor:
 
     A subclass has ``NAMES``, of its files in the fingerprint's order; the ``letters`` that its
     model answers with, their tokens ``letter_ids``, and ``template``, the prompt before it is
-    filled in; and sets
+    filled in. What ``processor.json`` holds becomes its attributes, among them ``image_size``,
+    height and width, and ``prompt_limit``, most tokens of a prompt. It sets
 
         tokenizer, unknown: the language model's, and the token for what its vocabulary lacks.
         special: the tokens that only we may write.
-        image_size, levels: height and width; (3, 256) fp32: a pixel has 256 values a channel, so
-            that rescaling and normalising is a table look-up.
-        prompt_limit: most tokens of a prompt.
+        levels: (3, 256) fp32: a pixel has 256 values a channel, so that rescaling and normalising
+            is a table look-up.
 
     It defines ``prompt(question) -> str``; ``encode_prompts(prompts)``, the text inputs of
     ``score``, (B, L) int64, padded on the right to the longest; and ``shrink(image)``, a picture in
@@ -44,6 +45,7 @@ class Processor:
 
     def __init__(self, files: dict[str, str]):
         self.files = files
+        vars(self).update(json.loads(files["processor.json"]))
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """How long each prompt is for the language model, placeholders of the image included."""
@@ -75,13 +77,6 @@ class Processor:
                     f"choices, but the model answers only with {', '.join(self.letters)}: leave "
                     f"such questions out, or the choices that are surely wrong"
                 )
-
-    def choice_mask(self, question: Question) -> list[bool]:
-        """Which of the model's letters can be the answer; all where no choice is filled in."""
-        count = len(self.letters)
-        padded = (*question.choices, *[""] * count)
-        filled = [bool(choice) for choice in padded[:count]]
-        return filled if any(filled) else [True] * count
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """Return a picture, upright and in RGB as ``as_seen`` makes it, as (3, height, width),

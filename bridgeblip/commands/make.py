@@ -149,7 +149,7 @@ def merge(args):
     """Merge a run's adapter into its base; writes an ordinary model folder."""
     from bridgeblip.vlm.merge import merge
 
-    print(merge(args.run, args.out))
+    merge(args.run, args.out)
 
 
 @verb(

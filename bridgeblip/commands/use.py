@@ -144,8 +144,6 @@ def blend(args):
     IMAGES, SPLIT,
     option("--answers", type=Path,
            help="the right answers, if the CSV has none: columns ID and answer"),
-    option("--weights-column", metavar="NAME",
-           help="column of the CSV: what a question counts in the score"),
     option("--out", type=Path,
            help="the page; by default report.html, or comparison.html for two results"),
     extras=("notebooks",),
@@ -173,24 +171,21 @@ def evaluate(args):
 
 def _judge_choices(model, args, questions, out):
     """Judge the answers of a result or of a model, or compare two results."""
-    from bridgeblip.evidence.answers import read_probabilities, read_weights, with_answers
+    from bridgeblip.evidence.answers import read_probabilities, with_answers
     from bridgeblip.evidence.report import write_comparison, write_report
 
-    weights = None
     if args.answers:
         questions = with_answers(questions, args.answers)
-    if args.weights_column:
-        weights = read_weights(args.csv, args.weights_column, questions)
     runs = [read_probabilities(path, questions) for path in args.results]
     if len(runs) == 2:
         (one, _), (other, _) = runs
         names = tuple(map(str, args.results))
-        return write_comparison(out, questions, one, other, names=names, weights=weights)
+        return write_comparison(out, questions, one, other, names=names)
     if runs:
         found = {"probabilities": runs[0][0], "flags": runs[0][1]}
     else:
         found = _answer(model, questions)
-    return found and write_report(out, questions, **found, weights=weights, data=args.csv)
+    return found and write_report(out, questions, **found, data=args.csv)
 
 
 def _judge_texts(model, args, task, questions, out):
@@ -198,8 +193,8 @@ def _judge_texts(model, args, task, questions, out):
     from bridgeblip.evidence.texts import read_texts, write_text_report
     from bridgeblip.machine import process_rank
 
-    if args.answers or args.weights_column:
-        raise InputError("--answers and --weights-column are for choices: leave them out")
+    if args.answers:
+        raise InputError("--answers is for choices: leave it out")
     found, manifest = [read_texts(path, questions) for path in args.results], None
     if model:
         tuned, answering = _load(model)

@@ -60,6 +60,10 @@ class Question:
         filled = list(map(bool, self.choices))
         return filled if any(filled) else [True] * len(filled)
 
+    def mask(self, width: int) -> list[bool]:
+        """Which of so many letters can be the answer; all of them where there are no choices."""
+        return ((self.choice_mask or [True] * width) + [False] * width)[:width]
+
     def reordered(self, source: dict[int, int]) -> "Question":
         """Return the question with the choice of ``source[i]`` at place ``i``; the answer follows
         its choice."""

@@ -25,7 +25,7 @@ FLAGS = tuple(FLAG_NOTES)
 
 @dataclass(frozen=True)
 class Answers:
-    """What a bundle makes of questions, row by row in their order."""
+    """What a model makes of questions, row by row in their order."""
 
     # (rows, choices), fp32; a missing choice has 0.
     probabilities: np.ndarray
@@ -169,25 +169,6 @@ def with_answers(questions: Sequence[Question], path: str | Path) -> list[Questi
             )
         answered.append(replace(question, answer=known.index(answer)))
     return answered
-
-
-def read_weights(path: str | Path, column: str, questions: Sequence[Question]) -> np.ndarray:
-    """Return a column of a CSV as the weights (questions,) of the questions.
-
-    Raises:
-        InputError: if the column or a question is missing, a weight is no number or negative, or
-            all are 0.
-    """
-    written = _by_id(Path(path), [column.upper()], questions)[column.upper()]
-    weights = pd.to_numeric(written, errors="coerce").to_numpy(float)
-    wrong = ~(np.isfinite(weights) & (weights >= 0))
-    if wrong.any() or not weights.any():
-        first = wrong.argmax()
-        raise InputError(
-            f"{path}: column {column} holds no weights (ID {written.index[first]} has "
-            f"{written.iloc[first]!r}); expected numbers from 0, not all 0"
-        )
-    return weights
 
 
 def _by_id(path: Path, wanted: Sequence[str], questions: Sequence[Question] | None) -> pd.DataFrame:

@@ -41,9 +41,7 @@ class Estimate:
         return f"{self.value:.1%} (95% interval {self.low:.1%} to {self.high:.1%})"
 
 
-def clustered_mean(
-    values: Sequence[float], groups: Sequence[Hashable], weights: Sequence[float] | None = None
-) -> Estimate:
+def clustered_mean(values: Sequence[float], groups: Sequence[Hashable]) -> Estimate:
     """Return the mean of ``values`` and its interval, for which a group is one draw.
 
     The interval is Clopper and Pearson's for as many independent values as the sample is worth,
@@ -57,15 +55,12 @@ def clustered_mean(
     Args:
         values: (N,) from 0 to 1.
         groups: (N,), equal where rows belong together.
-        weights: (N,), not negative and not all 0.
     """
-    value, _, draws = _sample(values, groups, weights)
+    value, _, draws = _sample(values, groups)
     return _interval(value, draws)
 
 
-def clustered_difference(
-    values: Sequence[float], groups: Sequence[Hashable], weights: Sequence[float] | None = None
-) -> Estimate:
+def clustered_difference(values: Sequence[float], groups: Sequence[Hashable]) -> Estimate:
     """Return the mean of paired differences, from -1 to 1, and its interval.
 
     What was gained and what was lost are shares with the interval of ``clustered_mean`` each, put
@@ -73,9 +68,9 @@ def clustered_difference(
     general approach". The rest as in ``clustered_mean``.
     """
     values = np.asarray(values, dtype=float)
-    gained, up, gained_draws = _sample(values.clip(min=0), groups, weights)
-    lost, down, lost_draws = _sample((-values).clip(min=0), groups, weights)
-    _, _, draws = _sample(np.abs(values), groups, weights)
+    gained, up, gained_draws = _sample(values.clip(min=0), groups)
+    lost, down, lost_draws = _sample((-values).clip(min=0), groups)
+    _, _, draws = _sample(np.abs(values), groups)
     if draws is None:
         return Estimate(gained - lost)
     # What never happened tells nothing of how it clusters: take it from all that changed.
@@ -91,27 +86,22 @@ def clustered_difference(
 
 
 def _sample(
-    values: Sequence[float], groups: Sequence[Hashable], weights: Sequence[float] | None
+    values: Sequence[float], groups: Sequence[Hashable]
 ) -> tuple[float, np.ndarray, float | None]:
     """Return the mean; what each group adds to its deviation; and as how many independent values
     the sample counts, None with too few groups."""
     values = np.asarray(values, dtype=float)
-    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
-    counted = weights > 0
-    values, weights = values[counted], weights[counted]
-    _, place = np.unique(np.asarray(groups)[counted], return_inverse=True)
-    value = float((weights * values).sum() / weights.sum())
-    sizes = np.bincount(place, weights)
-    residuals = np.bincount(place, weights * (values - value)) / weights.sum()
+    _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    value = float(values.mean())
+    residuals = np.bincount(place, values - value) / len(values)
     count = len(sizes)
     if count < FEWEST_GROUPS:
         return value, residuals, None
     variance = count / (count - 1) * (residuals**2).sum()
     variance *= (stdtrit(count - 1, TAIL) / ndtri(TAIL)) ** 2
-    # Kish's effective numbers of groups and of values: unequal weights count for less.
-    fewest = sizes.sum() ** 2 / (sizes**2).sum()
-    most = weights.sum() ** 2 / (weights**2).sum()
-    return value, residuals, float(np.clip(value * (1 - value) / max(variance, TINY), fewest, most))
+    fewest = len(values) ** 2 / (sizes**2).sum()  # Kish's effective number of groups
+    draws = np.clip(value * (1 - value) / max(variance, TINY), fewest, len(values))
+    return value, residuals, float(draws)
 
 
 def _interval(value: float, draws: float | None) -> Estimate:
@@ -132,10 +122,7 @@ def picture_groups(questions: Sequence[Question]) -> np.ndarray:
 
 
 def measure(
-    answers: Sequence[int],
-    probabilities: np.ndarray,
-    groups: Sequence[Hashable],
-    weights: Sequence[float] | None = None,
+    answers: Sequence[int], probabilities: np.ndarray, groups: Sequence[Hashable]
 ) -> dict[str, Any]:
     """Measure answers against the right ones.
 
@@ -143,12 +130,11 @@ def measure(
         answers: (N,) indices of the right choices.
         probabilities: (N, choices), rows that sum to 1.
         groups: (N,), as ``picture_groups`` gives them.
-        weights: (N,) of the questions.
 
     Returns:
-        "questions", "pictures" and how many are "right"; the "accuracy", and "weighted" if there
-        are weights; the "confusion", a row a right letter, a column a letter given; how often each
-        letter is "given"; the "recall" of each that is right somewhere, as ``accuracy_by`` has it;
+        "questions", "pictures" and how many are "right"; the "accuracy"; the "confusion", a row a
+        right letter, a column a letter given; how often each letter is "given"; the "recall" of
+        each that is right somewhere, as ``accuracy_by`` has it;
         the letter of a "collapse", which nearly all answers are, though the right ones are not; the
         mean probability of the answers given, "confidence"; how far it and the share right lie
         apart, a mean over the answers, the expected "calibration_error", by the bins of their
@@ -167,7 +153,6 @@ def measure(
         "pictures": len(np.unique(groups)),
         "right": int(right.sum()),
         "accuracy": clustered_mean(right, groups),
-        "weighted": None if weights is None else clustered_mean(right, groups, weights),
         "confusion": matrix.tolist(),
         "given": dict(zip(letters(len(matrix)), matrix.sum(0).tolist(), strict=True)),
         "recall": accuracy_by(list(map(letter, answers)), right, groups),
@@ -234,28 +219,26 @@ def compare(
     first: np.ndarray,
     second: np.ndarray,
     groups: Sequence[Hashable],
-    weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Compare two sets of probabilities (N, choices) for the same questions.
 
     Args:
-        answers, groups, weights: as in ``measure``.
+        answers, groups: as in ``measure``.
 
     Returns:
-        "questions", and "pictures" that count; the accuracies of "first" and "second", and their
+        "questions", and "pictures"; the accuracies of "first" and "second", and their
         "difference", second less first, question by question; how many answers have "changed",
         were "gained", wrong in the first and right in the second, or "lost".
     """
     answers = np.asarray(answers)
-    counted = np.ones(len(answers)) if weights is None else np.asarray(weights)
     given = first.argmax(-1), second.argmax(-1)
     before, after = given[0] == answers, given[1] == answers
     return {
         "questions": len(answers),
-        "pictures": len(np.unique(np.asarray(groups)[counted > 0])),
-        "first": clustered_mean(before, groups, weights),
-        "second": clustered_mean(after, groups, weights),
-        "difference": clustered_difference(after.astype(float) - before, groups, weights),
+        "pictures": len(np.unique(groups)),
+        "first": clustered_mean(before, groups),
+        "second": clustered_mean(after, groups),
+        "difference": clustered_difference(after.astype(float) - before, groups),
         "changed": int((given[0] != given[1]).sum()),
         "gained": int((after & ~before).sum()),
         "lost": int((before & ~after).sum()),

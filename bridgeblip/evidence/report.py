@@ -39,7 +39,6 @@ def write_report(
     blank_probabilities: np.ndarray | None = None,
     before: np.ndarray | None = None,
     references: dict[str, float] | None = None,
-    weights: Sequence[float] | None = None,
     problems: pd.DataFrame | None = None,
     cost: dict[str, Any] | None = None,
     manifest: dict[str, Any] | None = None,
@@ -57,7 +56,6 @@ def write_report(
         blank_probabilities: (N, choices), answered without looking.
         before: (N, choices), answered before training; shown beside the answers that it changed.
         references: accuracies of simpler ways to answer the same questions, by name.
-        weights: (N,) of the questions in the score.
         problems: one row a problem of the data.
         cost: seconds, sizes and the like by name.
         manifest: of a bundle or of weights: where the model comes from; plain values.
@@ -73,7 +71,7 @@ def write_report(
     mistakes, unsure = surest[~right[surest]][:SHOWN], np.argsort(margin, kind="stable")[:SHOWN]
     facts = origin_of(manifest, questions, data)
     facts |= {
-        "measures": metrics.measure(answers, probabilities, groups, weights),
+        "measures": metrics.measure(answers, probabilities, groups),
         "chance": _chance(questions),
         "references": references or {},
         "blank": _gain(answers, blank_probabilities, probabilities, groups),
@@ -236,7 +234,6 @@ def write_comparison(
     second: np.ndarray,
     *,
     names: tuple[str, str] = ("first", "second"),
-    weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Write the page that says whether one run is better than another, and its numbers as JSON
     beside it.
@@ -247,7 +244,6 @@ def write_comparison(
         first: probabilities (N, choices) of one run.
         second: of the other.
         names: of the runs, for the page.
-        weights: (N,) of the questions in the score.
 
     Returns:
         What the JSON holds; ``["verdict"]["sentence"]`` is the judgement in one sentence.
@@ -258,8 +254,7 @@ def write_comparison(
     facts = {
         "date": f"{date.today():%Y-%m-%d}",
         "names": dict(zip(("first", "second"), names, strict=True)),
-        "weighted": weights is not None,
-        "comparison": metrics.compare(answers, *runs, groups, weights),
+        "comparison": metrics.compare(answers, *runs, groups),
         "changed": [row for _, _, row, _ in cards],
     }
     verdict = judge_difference(facts["comparison"])

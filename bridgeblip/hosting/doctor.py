@@ -70,7 +70,7 @@ def check(
         settings, bridge, revision, copy_to: as for ``train``; ``cache`` if it keeps features.
         dtype: name of the torch dtype of the weights; by default what the stage chooses.
         images, split, tune: as for ``tune``.
-        limit: most parameters that the sliced model may have; by default ``layers.BUDGET_LIMIT``.
+        limit: most parameters that the sliced model may have; by default ``BUDGET_LIMIT``.
     """
     if stage not in (*STAGES, "tune"):
         known = ", ".join([*STAGES, "tune"])

@@ -18,16 +18,8 @@ from transformers import ProgressCallback, TrainerCallback
 from bridgeblip.evidence.figures import training_figure
 from bridgeblip.machine import peak_memory
 from bridgeblip.messages import say
-from bridgeblip.training.state import Stopper, copy_state, copying_to, mirror, publish_state
-from bridgeblip.training.weights import (
-    BEST_FILE,
-    best_epoch,
-    save_best,
-    save_weights,
-    trainable,
-    trained_tensors,
-    weights_path,
-)
+from bridgeblip.training.state import Stopper, copy_state, copying_to, publish_state
+from bridgeblip.training.weights import best_epoch, trainable
 
 AVERAGES_FILE = "averages.safetensors"
 
@@ -92,10 +84,10 @@ class SelfCheck(TrainerCallback):
     STEPS = 4
 
     def __init__(self, model: nn.Module):
-        self.waiting = trainable(model)
-        self.frozen = {n: p for n, p in model.named_parameters() if n not in self.waiting}
-        self.sums = {name: _checksum(p) for name, p in self.frozen.items()}
-        self.steps = 0
+        self.waiting, self.sums, self.steps = trainable(model), {}, 0
+        for name, parameter in model.named_parameters():
+            if name not in self.waiting:
+                self.sums[name] = parameter, _checksum(parameter)
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         groups = optimizer.param_groups
@@ -116,12 +108,12 @@ class SelfCheck(TrainerCallback):
             )
         if self.waiting:
             return
-        moved = [n for n, p in self.frozen.items() if not torch.equal(_checksum(p), self.sums[n])]
+        moved = [n for n, (p, was) in self.sums.items() if not torch.equal(_checksum(p), was)]
         if moved:
             raise TrainingError(
                 f"{len(moved)} frozen tensors have changed, the first is {moved[0]!r}"
             )
-        self.frozen, self.sums = {}, {}
+        self.sums = {}
 
 
 def _checksum(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,56 +129,31 @@ def validations(log: list[dict], metric: str = "accuracy") -> tuple[list[float],
     return values, [entry.get("eval_loss", math.nan) for entry in entries]
 
 
-class WeightsKeeper(TrainerCallback):
-    """Writes ``weights-N.pt`` after the validation of epoch N, and ``best.json``; the main process
-    alone.
+class AfterValidation(TrainerCallback):
+    """Has what was validated written down, and stops training when the best is so many epochs ago.
+
+    It asks the log alone: transformers' ``EarlyStoppingCallback`` counts by itself, anew after an
+    interruption.
 
     Args:
-        folders: the checkpoint folder, and perhaps a second one for copies.
-        manifest: what the file says of the model.
-        probe: a batch whose logits by these weights travel with them.
-    """
-
-    def __init__(
-        self, folders: list[Path], manifest: dict[str, Any], probe: dict[str, torch.Tensor]
-    ):
-        self.folders, self.manifest, self.probe = folders, manifest, probe
-
-    def on_evaluate(self, args, state, control, metrics, model, **kwargs):
-        if "eval_accuracy" not in metrics or not state.is_world_process_zero:
-            return
-        accuracies, losses = validations(state.log_history)
-        path = weights_path(self.folders[0], len(accuracies) - 1)
-        measured = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        measured.pop("epoch", None)
-        device = next(model.parameters()).device
-        inputs = {name: t.to(device) for name, t in self.probe.items() if name != "labels"}
-        with torch.no_grad():
-            logits = model(**inputs).logits.cpu()
-        probe = {"inputs": self.probe, "logits": logits}
-        manifest = self.manifest | {"validation": measured, "probe": probe}
-        save_weights(path, trained_tensors(model), manifest)
-        save_best(self.folders[0], accuracies, losses)
-        mirror(self.folders, [path.name, BEST_FILE])
-
-
-class BestKeeper(TrainerCallback):
-    """Writes the model after each validation that is the best so far; the main process alone.
-
-    Args:
-        write: stores the model as it is then, with the averaged tensors.
+        write: called in the main process alone, with metric and loss of each epoch so far and what
+            was measured just now; the model has the averaged tensors then.
         metric: what is validated.
+        patience: epochs without a better validation; 0 never stops.
     """
 
-    def __init__(self, write: Callable[[], None], metric: str):
-        self.write, self.metric = write, metric
+    def __init__(self, write: Callable[[list, list, dict], None], metric: str, patience: int = 0):
+        self.write, self.metric, self.patience = write, metric, patience
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if f"eval_{self.metric}" not in metrics or not state.is_world_process_zero:
-            return
+        if f"eval_{self.metric}" not in metrics:
+            return  # the model before any training
         values, losses = validations(state.log_history, self.metric)
-        if best_epoch(values, losses) == len(values) - 1:
-            self.write()
+        if state.is_world_process_zero:
+            measured = {n.removeprefix("eval_"): v for n, v in metrics.items() if n != "epoch"}
+            self.write(values, losses, measured)
+        if self.patience and len(values) - 1 - best_epoch(values, losses) >= self.patience:
+            control.should_training_stop = True
 
 
 class StateKeeper(TrainerCallback):
@@ -249,22 +216,6 @@ class StateKeeper(TrainerCallback):
                 with copying_to(folder):
                     copy_state(published, folder)
         self.saved_at = time.monotonic()
-
-
-class Patience(TrainerCallback):
-    """Stops training when the best validation is so many epochs ago.
-
-    It asks the log alone: transformers' ``EarlyStoppingCallback`` counts by itself, anew after an
-    interruption.
-    """
-
-    def __init__(self, epochs: int, metric: str = "accuracy"):
-        self.epochs, self.metric = epochs, metric
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        values, losses = validations(state.log_history, self.metric)
-        if values and len(values) - 1 - best_epoch(values, losses) >= self.epochs:
-            control.should_training_stop = True
 
 
 def history_table(log: list[dict], metric: str = "accuracy") -> pd.DataFrame:

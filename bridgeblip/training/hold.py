@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from bridgeblip import InputError
-from bridgeblip.files import numbered, write_text
+from bridgeblip.files import numbered, require_writable, write_text
 
 HOLD_FILE = ".held-{}"
 BEAT_SECONDS = 20  # between two signs of life
@@ -21,17 +21,19 @@ OWN: set[Path] = set()  # folders that this process holds
 
 
 @contextmanager
-def holding(folders: Sequence[Path]) -> Iterator[None]:
-    """Hold folders for the time of a block; what a dead run has left there is no obstacle.
+def holding(folders: Sequence[Path], main: bool = True) -> Iterator[None]:
+    """Hold folders for the time of a block; what a dead run has left there is no obstacle. Of
+    several processes the ``main`` one does it for all.
 
     A run on this machine is alive if its process is. One on another machine, where the folder may
     be a mounted Drive, is alive if it gives a sign of life while this waits for one.
 
     Raises:
-        InputError: if a live run holds one of them; it is named.
+        InputError: if a live run holds one of them, it is named; or if one can't be written.
     """
     with ExitStack() as stack:
-        for folder in folders:
+        for folder in folders if main else ():
+            require_writable(folder)
             folder = Path(folder).resolve()
             if folder not in OWN:  # held already, around this block
                 stack.enter_context(_holding(folder))
@@ -66,7 +68,6 @@ def require_free(folder: Path) -> dict[int, Path]:
 
 def _take(folder: Path) -> Path:
     """Create this run's file; of several that try at once the file system lets one do it."""
-    folder.mkdir(parents=True, exist_ok=True)
     while True:
         others = require_free(folder)
         path = folder / HOLD_FILE.format(max(others, default=0) + 1)

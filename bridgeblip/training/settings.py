@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from bridgeblip import InputError
 from bridgeblip.messages import say
@@ -38,6 +38,9 @@ def setting(default: Any, text: str, **bounds: float) -> Any:
 class Settings:
     """Settings that refuse what makes no sense, for dataclasses whose fields are ``setting``s."""
 
+    # What earlier versions let one set, and the values with which it is now as it was.
+    FORMER: ClassVar[dict[str, tuple]] = {}
+
     def __post_init__(self):
         for item in fields(self):
             value = getattr(self, item.name)
@@ -56,12 +59,15 @@ class Settings:
         Raises:
             InputError: if it is of a version that has others.
         """
-        if others := sorted(values.keys() - {item.name for item in fields(cls)}):
+        known = values.keys() & {item.name for item in fields(cls)}
+        other = values.keys() - known
+        others = sorted(name for name in other if values[name] not in cls.FORMER.get(name, ()))
+        if others:
             raise InputError(
                 f"the file was written with the settings {', '.join(others)}, which this version "
                 f"lacks: take the version of bridgeblip that wrote it"
             )
-        return cls(**values)
+        return cls(**{name: values[name] for name in known})
 
     def describe(self) -> str:
         """A line for each setting: its name, its value and what it means."""
@@ -178,9 +184,9 @@ class TrainSettings(Settings):
         return cls.given(**profile | {k: v for k, v in changes.items() if v is not None})
 
 
+# The usual rule: all parameters of all models loaded for inference, summed, stay under three
+# billion.
 BUDGET_LIMIT = 3_000_000_000
-"""The usual rule: all parameters of all models loaded for inference, summed, stay under three
-billion."""
 
 
 def evenly(depth: int, count: int) -> list[int]:
@@ -193,6 +199,7 @@ def block(depth: int, count: int) -> list[int]:
     return [*range(count - 1), depth - 1]
 
 
+# Ways to cut a decoder, by name; the numbers in the names are those of 24 layers.
 LAYER_SELECTIONS: dict[str, Callable[[int], Sequence[int]]] = {
     "every-third": lambda depth: range(0, depth, 3),
     "every-second-8": lambda depth: range(0, depth // 3 * 2, 2),
@@ -201,10 +208,9 @@ LAYER_SELECTIONS: dict[str, Callable[[int], Sequence[int]]] = {
     "every-third-with-last": lambda depth: [*range(0, depth - 3, 3), depth - 1],
     "even-with-last": lambda depth: evenly(depth, depth // 3),
 }
-"""Ways to cut a decoder, by name; the numbers in the names are those of 24 layers."""
 
+# Ways that a count belongs to, such as block-18.
 COUNTED = {"even": evenly, "block": block}
-"""Ways that a count belongs to, such as block-18."""
 
 # The widths that the published settings belong to: rank 96 on the 2048-wide T5-XL.
 REFERENCE_RANK = 96

@@ -35,8 +35,8 @@ STATE_FILE = "state.json"
 
 GENERATIONS = 2  # resumable states that are kept: should the newest be torn, there is one before it
 
+# Words of torch.save and of safetensors, which give no number, on a full disk.
 WRITERS = ("PytorchStreamWriter", "inline_container", "iostream", os.strerror(errno.ENOSPC))
-"""Words of torch.save and of safetensors, which give no number, on a full disk."""
 
 
 def publish_state(
@@ -196,8 +196,8 @@ class Stopper:
     """Hears the stop button, Ctrl-C and SIGTERM, so that training can end after the step at hand,
     its state saved."""
 
+    # How many listen in this process now.
     listeners = 0
-    """How many listen in this process now."""
 
     def __init__(self):
         self.asked = False

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from bridgeblip.machine import NonFiniteError
 from bridgeblip.messages import say
 from bridgeblip.training.callbacks import (
     AVERAGES_FILE,
+    AfterValidation,
     Averages,
-    Patience,
     Progress,
     SelfCheck,
     StateKeeper,
@@ -180,13 +180,14 @@ class AveragingTrainer(Trainer):
         places: list[Path],
         run: dict[str, Any],
         resumed: Path | None,
+        write: Callable[[list, list, dict], None],
         metric: str = "accuracy",
     ) -> None:
         """Train, from a saved state if there is one; its states go to ``places`` and belong to
         ``run``. Letters are measured unless something else is.
 
         Args:
-            metric: what is validated.
+            write, metric: see ``AfterValidation``.
 
         Raises:
             TrainingStopped: if it ends because it was asked to; all is saved.
@@ -196,10 +197,9 @@ class AveragingTrainer(Trainer):
             self.compute_metrics = partial(measure_letters, self, places, groups)
         keeper = StateKeeper(places, run, self.averages, settings.save_minutes)
         live = in_notebook() and metric == "accuracy"
-        for callback in (SelfCheck(self.model), Progress(live), keeper):
+        validated = AfterValidation(write, metric, settings.patience)
+        for callback in (SelfCheck(self.model), Progress(live), keeper, validated):
             self.add_callback(callback)
-        if settings.patience:
-            self.add_callback(Patience(settings.patience, metric))
         if resumed:
             self.averages.take(load_file(resumed / AVERAGES_FILE))
         if self.args.should_save:  # in one process of several

@@ -1,9 +1,5 @@
-"""Files that can be trusted: written to a temporary name, flushed, verified, then renamed.
-
-``weights-N.pt`` holds what training changed (adapters and head) and all that is needed to rebuild
-the model around it; ``best.json`` names the best N; ``state/step-N/`` holds what a killed run goes
-on from.
-"""
+"""What a bridge's training leaves: ``weights-N.pt`` holds what it changed after epoch N (adapters
+and head) and all that is needed to rebuild the model around it; ``best.json`` names the best N."""
 
 import io
 import json
@@ -23,8 +19,8 @@ from bridgeblip.messages import say
 
 WEIGHTS_FORMAT = 1
 BEST_FILE = "best.json"
+# What a weights file needs to say.
 NAMED = {"base": str, "revision": str | None, "layers": list, "bridge": dict, "dtype": str}
-"""What a weights file needs to say."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ def read_best(checkpoint_dir: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def permutation_margin(weights: str | Path) -> float | None:
+def recorded_margin(weights: str | Path) -> float | None:
     """Return the margin that was measured with these weights; None where none was, or with
     others."""
     best = read_best(Path(weights).parent)
@@ -164,9 +160,8 @@ def choose_weights(checkpoint_dir: str | Path) -> tuple[Path, str]:
                 f"remove {BEST_FILE}"
             )
         accuracies = best["validation_accuracy"]
-        epoch = int(re.findall(r"\d+", path.name)[0])
-        why = say("best", count=len(accuracies), accuracy=accuracies[epoch])
-        own = [weights_path(folder, number) for number in range(len(accuracies))]
+        own = [weights_path(folder, epoch) for epoch in range(len(accuracies))]
+        why = say("best", count=len(own), accuracy=accuracies[own.index(path)])
         older = [other.name for other in found if other not in own]
         return path, why + (f"; {', '.join(older)} are an earlier run's" if older else "")
     if len(found) == 1:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -21,7 +20,6 @@ from bridgeblip.bundle.predict import (
     check_asking,
     in_halves,
     in_windows,
-    probabilities_of,
     weigh,
 )
 from bridgeblip.data.pictures import open_picture
@@ -157,8 +155,7 @@ def predict(
     made = _made(tuned, questions, answer, 1, settings, batch_size, blank_images, out)
     for row, question in enumerate(questions):
         if made[row][0] is None:
-            evenly = np.array(question.choice_mask) / sum(question.choice_mask)
-            made[row] = np.pad(evenly, (0, width - len(evenly))), *made[row][1:]
+            made[row] = np.divide(question.mask(width), sum(question.choice_mask)), *made[row][1:]
     return as_answers(questions, made, width)
 
 
@@ -181,40 +178,23 @@ def _made(
     return [(None, [], problem) if problem else next(made) for problem in problems]
 
 
-def _laid_out(groups, pictures) -> tuple[list[Question], list[Image.Image], list[str]]:
-    """Each question of a window with its picture, and what is wrong with that."""
-    asked, seen, faults = [], [], []
-    for group, (picture, fault) in zip(groups, pictures, strict=True):
-        asked += group
-        seen += [picture] * len(group)
-        faults += [fault] * len(group)
-    return asked, seen, faults
-
-
 @torch.inference_mode()
 def _answer_window(
-    tuned: Tuned, letter_ids, batch_size: int, permute_below: float, groups, pictures, bar: tqdm
-) -> list[tuple[list[float], list[str], str]]:
-    """Answer questions grouped by picture: probabilities, flags and problem of each, in order."""
+    tuned: Tuned, letter_ids, batch_size: int, permute_below: float, asked, places, pictures,
+    faults, bar: tqdm,
+) -> list[tuple[list[float], list[str], str]]:  # fmt: skip
+    """Answer the questions of a window: probabilities, flags and problem of each, in order."""
     batches = tuned.batches
-    asked, seen, faults = _laid_out(groups, pictures)
 
-    def score(
-        rows: Sequence[int], shown: Sequence[Question], bar: tqdm | None = None
-    ) -> np.ndarray:
-        def run(places: Sequence[int]) -> torch.Tensor:
-            asking = [shown[place] for place in places]
-            batch = batches.ask(asking, [seen[rows[place]] for place in places])
-            return letter_logits(tuned.model, to_model(tuned.model, batch), letter_ids).cpu()
+    def score(rows: Sequence[int], shown: Sequence[Question]) -> torch.Tensor:
+        batch = batches.ask(shown, [pictures[places[row]] for row in rows])
+        return letter_logits(tuned.model, to_model(tuned.model, batch), letter_ids).cpu()
 
-        masks = [q.choice_mask + [False] * (len(letter_ids) - len(q.choices)) for q in shown]
-        lengths = [batches.length_bound(question) for question in shown]
-        return probabilities_of(shown, lengths, masks, run, batch_size, bar)
+    def note(question: Question) -> tuple[set[str], str]:
+        return {"unread"} if batches.unread(question) else set(), ""
 
-    def note(row: int) -> tuple[set[str], str]:
-        return {"unread"} if batches.unread(asked[row]) else set(), ""
-
-    return weigh(asked, faults, score, permute_below, note, bar)
+    width, length = len(letter_ids), batches.length_bound
+    return weigh(asked, faults, width, length, score, note, batch_size, permute_below, bar)
 
 
 def answer_texts(
@@ -244,11 +224,10 @@ def answer_texts(
 
 @torch.inference_mode()
 def _write_window(
-    tuned: Tuned, batch_size: int, beams: int, most: int, groups, pictures, bar: tqdm
+    tuned: Tuned, batch_size: int, beams: int, most: int, asked, places, pictures, faults, bar: tqdm
 ) -> list[tuple[str, list[str], str]]:
-    """Write to questions grouped by picture: text, flags and problem of each, in order."""
-    batches = tuned.batches
-    asked, seen, faults = _laid_out(groups, pictures)
+    """Write to the questions of a window: text, flags and problem of each, in order."""
+    batches, seen = tuned.batches, [pictures[place] for place in places]
     made = [()] * len(asked)
 
     def write(rows: Sequence[int]) -> list[str]:
@@ -256,6 +235,8 @@ def _write_window(
         return batches.write(tuned.model, to_model(tuned.model, batch), beams, most)
 
     lengths = [batches.length_bound(question) for question in asked]
+    if batches.padding_side == "right" and len(set(lengths)) > 1:
+        batch_size = 1  # behind padding nothing can be written
     for rows in batches_of(lengths, batch_size):
         texts = in_halves(write, rows, lambda halves: [*halves[0], *halves[1]])
         for row, text in zip(rows, texts, strict=True):

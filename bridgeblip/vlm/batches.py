@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -149,13 +150,14 @@ class Batches:
     def ask(
         self, questions: Sequence[Question], pictures: Sequence[Image.Image]
     ) -> dict[str, torch.Tensor]:
-        """Return a batch that ends where the answers begin, padded on ``padding_side``.
+        """Return a batch that ends where the answers begin, padded on ``padding_side``; whether its
+        rows fit is asked of ``problem`` or ``check`` before.
 
         Raises:
-            InputError: if a row is longer than the model's context, or without its picture.
+            InputError: if a row is without its picture.
         """
         batch = _aligned(self._process(questions, pictures), self.padding_side)
-        self._check_rows(questions, batch, 1)
+        self._check_pictures(questions, batch)
         return batch
 
     def teach(
@@ -182,7 +184,7 @@ class Batches:
         for name in batch.keys() & behind.keys():
             batch[name] = torch.cat([batch[name], behind[name]], dim=1)
         batch = _aligned(batch, "right")
-        self._check_rows(questions, batch, 0)
+        self._check_pictures(questions, batch)
         return batch
 
     def _process(self, questions, pictures) -> dict[str, torch.Tensor]:
@@ -200,24 +202,15 @@ class Batches:
             batch["input_ids"][:, 0] = self.config.text_config.bos_token_id
         return {name: batch[name] for name in batch if name != "labels"}  # PaliGemma's own
 
-    def _check_rows(self, questions, batch: dict[str, torch.Tensor], room: int) -> None:
-        """Refuse rows without their picture, and those that leave no room in the context."""
-        rows = zip(questions, batch["input_ids"], batch["attention_mask"].sum(1), strict=True)
-        for question, ids, length in rows:
+    def _check_pictures(self, questions, batch: dict[str, torch.Tensor]) -> None:
+        """Refuse rows without their picture."""
+        for question, ids in zip(questions, batch["input_ids"], strict=True):
             seen = 1 if self.image_id is None else int((ids == self.image_id).sum())
             if not 0 < seen <= self.most + 1:  # its placeholder is counted with the text
                 raise InputError(
                     f"{question.id}: its picture takes {seen} tokens, expected 1 to "
                     f"{self.most + 1}: take another version of Transformers"
                 )
-            if length + room > self.context:
-                raise InputError(f"{question.id}: {self._too_long(int(length) + room)}")
-
-    def _too_long(self, length: int) -> str:
-        return (
-            f"{length} tokens with picture and answer, more than the {self.context} that this "
-            f"model reads: shorten it, or take fewer pixels"
-        )
 
     def _length(self, question: Question, picture: Image.Image) -> int:
         return int(self._process([question], [picture])["attention_mask"].sum())
@@ -233,7 +226,12 @@ class Batches:
         length = self.length_bound(question) + room
         if length > self.context and question.image:  # the bound is its picture's at most
             length = self._length(question, open_picture(question.image)) + room
-        return self._too_long(length) if length > self.context else ""
+        if length <= self.context:
+            return ""
+        return (
+            f"{length} tokens with picture and answer, more than the {self.context} that this "
+            f"model reads: shorten it, or take fewer pixels"
+        )
 
     def check(
         self, questions: Sequence[Question], csv: str | Path = "questions", learns: bool = False
@@ -265,29 +263,27 @@ class Batches:
 
     @torch.inference_mode()
     def write(
-        self, model: PreTrainedModel, batch: dict[str, torch.Tensor], beams: int, most: int
+        self,
+        model: PreTrainedModel,
+        batch: dict[str, torch.Tensor],
+        beams: int,
+        most: int,
+        **more: Any,
     ) -> list[str]:
         """Return what a model writes behind the prompts of ``ask``: by so many beams, without
-        chance, at most so many tokens."""
-        lengths = batch["attention_mask"].sum(1)
-        # Behind padding nothing can be written: rows of one length at a time.
-        if self.padding_side == "right" and len(lengths.unique()) > 1:
-            texts = [""] * len(lengths)
-            for length in lengths.unique():
-                rows = (lengths == length).nonzero().flatten()
-                part = _aligned({name: batch[name][rows] for name in batch}, "right")
-                for row, text in zip(rows, self.write(model, part, beams, most), strict=True):
-                    texts[row] = text
-            return texts
-        made = self._generate(model, batch, beams, most)
-        return list(map(str.strip, self.tokenizer.batch_decode(made, skip_special_tokens=True)))
+        chance, at most so many tokens.
 
-    def _generate(
-        self, model: PreTrainedModel, batch: dict, beams: int, most: int, **more
-    ) -> torch.Tensor:
+        Args:
+            more: for ``generate``.
+
+        Raises:
+            ValueError: if a prompt has padding behind it, where nothing can be written.
+        """
         begun = batch["input_ids"]
-        ends = [self.tokenizer.convert_tokens_to_ids(self.end)]
-        how = {"eos_token_id": ends, "pad_token_id": self.pad_id}
+        if not batch["attention_mask"][:, -1].all():
+            raise ValueError("only prompts of one length can be gone on from")
+        how = {"eos_token_id": [self.tokenizer.convert_tokens_to_ids(self.end)]}
+        how["pad_token_id"] = self.pad_id
         if self.kind == "blip":  # its generate takes a last column away, and has its own ends
             how = {}
             for name, value in (("input_ids", self.pad_id), ("attention_mask", 0)):
@@ -298,7 +294,7 @@ class Batches:
         width = begun.shape[1]  # some families repeat the prompt
         if made.shape[1] >= width and bool((made[:, :width] == begun).all()):
             made = made[:, width:]
-        return made
+        return list(map(str.strip, self.tokenizer.batch_decode(made, skip_special_tokens=True)))
 
 
 def letter_logits(

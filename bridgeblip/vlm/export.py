@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from bridgeblip import InputError
 from bridgeblip.bundle.export import (
@@ -28,20 +28,32 @@ from bridgeblip.files import require_place
 from bridgeblip.machine import number_format
 from bridgeblip.vlm.answer import find_tuned, load_batches, load_tuned
 from bridgeblip.vlm.batches import LETTER_PROMPT, MARK, Batches
-from bridgeblip.vlm.families import empty_model, image_kwargs
+from bridgeblip.vlm.families import image_kwargs
 from bridgeblip.vlm.merge import probe
 from bridgeblip.vlm.processing import ChatProcessor
 
 REMEDY = "merge makes an ordinary folder of any run"
 
 
+def layers_read(config: PretrainedConfig) -> list[int]:
+    """Behind how many layers of LLaVA's tower the outputs stand that its projector reads."""
+    read = config.vision_feature_layer
+    read = [read] if isinstance(read, int) else read
+    return [layer % (config.vision_config.num_hidden_layers + 1) for layer in read]
+
+
+def cut_tower(model: PreTrainedModel) -> None:
+    """Take off the layers of LLaVA's tower whose outputs nobody reads: the last ones."""
+    for stack in model.vision_tower.modules():
+        if isinstance(stack, nn.ModuleList):
+            del stack[max(layers_read(model.config)) :]
+
+
 def llava_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
     """As the family's own ``get_image_features``, which takes a batch apart."""
-    layers = model.config.vision_feature_layer
-    layers = [layers] if isinstance(layers, int) else layers
     first = int(model.config.vision_feature_select_strategy == "default")  # no class token
     states = model.vision_tower(pixels, output_hidden_states=True).hidden_states
-    chosen = [states[layer][:, first:] for layer in layers]
+    chosen = [states[place][:, first:] for place in layers_read(model.config)]
     return model.multi_modal_projector(torch.cat(chosen, dim=-1))
 
 
@@ -135,9 +147,9 @@ def export_chat(
     loaded = load_tuned(model, export_device(kind), torch.float32, bits=False).model
     gate = ParityGate(batch, AsTransformers(loaded, processor.letter_ids), torch.float32)
     merged = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
+    if batches.kind == "llava":
+        cut_tower(merged.model)
     wrapper = TraceableChat(merged, processor.letter_ids).eval()
-    empty = TraceableChat(empty_model(config), processor.letter_ids)
-    drop_dead_work(wrapper, empty, batch["pixel_values"])
     gate.step("merged", wrapper, MERGING_SHARE)
     if kind != torch.float32:
         for parameter in wrapper.parameters():  # buffers, such as angles, stay as they are
@@ -150,8 +162,7 @@ def export_chat(
     about = {"kind": "chat", "config": json.loads(config.to_json_string()), "trained": trained}
     models = [wrapper]
     del loaded, merged, wrapper
-    write_bundle(out, models, gate, processor, about)
-    return out, gate.table
+    return write_bundle(out, models, gate, processor, about)
 
 
 def make_processor(batches: Batches, run: dict, name: str | Path) -> ChatProcessor:
@@ -233,30 +244,3 @@ def _compared_batch(processor: ChatProcessor, batches: Batches, name: str | Path
             f"{name} can't become one file: its processor does more than can be carried; {REMEDY}"
         )
     return ours
-
-
-def drop_dead_work(wrapper: TraceableChat, empty: TraceableChat, pixels: torch.Tensor) -> None:
-    """Empty the modules that no picture's features depend on, such as a tower's last layers where
-    an earlier one's output is taken; the layers' number stays, by which outputs are chosen.
-
-    Autograd finds them.
-
-    Args:
-        empty: the same on ``meta``: no picture is computed, no weight is needed.
-    """
-    parameters = dict(empty.model.named_parameters())
-    for name, _ in empty.model.language_model.named_parameters(prefix="language_model"):
-        del parameters[name]
-    features = empty.encode_image(pixels.to("meta"))
-    found = torch.autograd.grad(features.sum(), [*parameters.values()], allow_unused=True)
-    live = {name for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
-    for name, module in wrapper.model.named_modules():
-        inside = [known for known in parameters if known.startswith(f"{name}.")]
-        if inside and not live.intersection(inside):
-            module.forward = _pass_on
-            module._modules.clear()
-            module._parameters.clear()
-
-
-def _pass_on(hidden, *rest, **named):
-    return hidden

@@ -2,7 +2,6 @@
 
 import importlib.util
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,30 +28,17 @@ PROBE = {
 TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What merging leaves behind; distances are the largest difference of a logit, as a share of
-    the logits' standard deviation."""
-
-    folder: Path
-    # Of the merged model from the adapter on its base, both in fp32.
-    distance: float
-    # Of the merged model from the run in 4 bits; None where it was none, or can't be loaded.
-    bits_distance: float | None
-
-    def __str__(self) -> str:
-        text = f"wrote {self.folder}: within {self.distance:.1e} of base and adapter"
-        if self.bits_distance is not None:
-            text += f", {self.bits_distance:.3f} from the run in 4 bits"
-        return text
-
-
-def merge(run: str | Path, out: str | Path | None = None) -> Merged:
+def merge(run: str | Path, out: str | Path | None = None) -> tuple[Path, float, float | None]:
     """Merge a run's adapter into its base in full precision and write an ordinary folder with its
-    processor and ``run.json``, in the number format that it was tuned in.
+    processor and ``run.json``, in the number format that it was tuned in; say how near it came.
 
     Args:
         out: by default ``merged`` in the run.
+
+    Returns:
+        The folder; the distance of the merged model from the adapter on its base, both in fp32;
+        and its distance from the run in 4 bits, None where it was none, or can't be loaded: as
+        ``parted`` measures.
 
     Raises:
         InputError: if the run or its base can't be loaded, nothing is to be merged, ``out`` is
@@ -79,17 +65,19 @@ def merge(run: str | Path, out: str | Path | None = None) -> Merged:
             f"spread, more than {TOLERANCE:.0e}: nothing is written; another version of peft may "
             f"merge it"
         )
-    bits = None
+    bits, said = None, f"within {distance:.1e} of base and adapter"
     if facts["method"] == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         print("the distance to the run in 4 bits is not measured: bitsandbytes is not installed")
     elif facts["method"] == "qlora":
         as_tuned = load_tuned(run, best_device(), number_format(facts["dtype"])).model
         bits = parted(logits_of(merged, batch), logits_of(as_tuned, batch))
+        said += f", {bits:.3f} from the run in 4 bits"
     with replacing(out) as folder:
         merged.to(number_format(facts["dtype"])).save_pretrained(folder)
         tuned.batches.processor.save_pretrained(folder)
         shutil.copy(run / RUN_FILE, folder / RUN_FILE)
-    return Merged(out, distance, bits)
+    print(f"wrote {out}: {said}")
+    return out, distance, bits
 
 
 def probe() -> tuple[list[Question], list[Image.Image]]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image
 from torch import nn
 from transformers import enable_full_determinism, set_seed
 
@@ -36,6 +35,7 @@ from bridgeblip.vlm.families import (
     load_model,
     load_processor,
 )
+from bridgeblip.vlm.processing import BLANK
 from bridgeblip.vlm.settings import FOLDERS, METRICS, TuneSettings, read_run
 from bridgeblip.vlm.slicing import describe_budget, slice_empty, slice_model, warn_of_cut
 
@@ -133,8 +133,9 @@ def plan_tuning(
         facts |= {"revision": sliced["revision"], "tensors": sliced["tensors"]}
         base, revision = str(folder), None
     begun = [file_digest(path) for path in sorted(start.glob("*.safetensors"))] if start else []
-    more = {"start": begun, "processes": process.num_processes}
-    identity = _identity(facts | more, questions, keys)
+    identity = _identity(
+        facts | {"start": begun, "processes": process.num_processes}, questions, keys
+    )
     facts["run"] = digest_of({key: identity[key] for key in identity if key != "versions"})
     refuse_other_run([out], identity)
     return Plan(
@@ -288,19 +289,13 @@ class Teacher(nn.Module):
 
 
 class Collator:
-    """Makes a ``Teacher``'s batch of questions.
+    """Makes a ``Teacher``'s batch of questions; a grey picture stands where one has none."""
 
-    Args:
-        blank: whether a grey picture stands for each.
-    """
-
-    def __init__(self, plan: Plan, blank: bool = False):
-        self.batches, self.letters, self.blank = plan.batches, plan.letters, blank
+    def __init__(self, plan: Plan):
+        self.batches, self.letters = plan.batches, plan.letters
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        pictures = [open_picture(question.image) for question in questions]
-        if self.blank:
-            pictures = [Image.new("RGB", picture.size, "#7f7f7f") for picture in pictures]
+        pictures = [open_picture(q.image) if q.image else BLANK for q in questions]
         if not self.letters:
             texts = [question.references[0] for question in questions]
             return self.batches.teach(questions, texts, pictures)

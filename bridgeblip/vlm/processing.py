@@ -1,6 +1,5 @@
 """A chat model's questions to tensors without Transformers: what its one file carries."""
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,7 +38,6 @@ class ChatProcessor(Processor):
 
     def __init__(self, files: dict[str, str]):
         super().__init__(files)
-        vars(self).update(json.loads(files["processor.json"]))
         self.levels = np.array(self.levels, dtype=np.float32)
         self.letters = letters(len(self.letter_ids))
         self.tokenizer = read_tokenizer(files["tokenizer.json"], self.pad_token)

@@ -3,7 +3,7 @@ there are choices, by the text where captions or answers are wanted."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
 from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
@@ -19,14 +18,10 @@ from bridgeblip import InputError
 from bridgeblip.data.questions import Question
 from bridgeblip.evidence.report import write_report
 from bridgeblip.evidence.texts import score_texts, write_text_report
-from bridgeblip.files import replacing, require_writable, write_text
+from bridgeblip.files import replacing, write_text
 from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
-from bridgeblip.training.callbacks import (
-    BestKeeper,
-    history_table,
-    validations,
-)
+from bridgeblip.training.callbacks import history_table, validations
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.state import STATE_FOLDER, in_one_line, newest_state
@@ -38,6 +33,7 @@ from bridgeblip.training.trainer import (
     read_before,
     training_arguments,
 )
+from bridgeblip.training.weights import best_epoch
 from bridgeblip.vlm.answer import Tuned, answer_texts
 from bridgeblip.vlm.batches import BEAMS, LONGEST_TEXT
 from bridgeblip.vlm.families import load_model
@@ -86,18 +82,17 @@ def tune(
             a live run or has the state of another one that has not ended; before anything long.
         TrainingStopped: after the stop button, Ctrl-C or SIGTERM.
     """
-    process_rank()  # refuses what another program has left in the environment
-    process, out = PartialState(cpu=not torch.cuda.is_available()), Path(out)
-    if process.is_main_process:
-        require_writable(out)
-    with in_one_line(out), holding([out] if process.is_main_process else []):
+    rank, _ = process_rank()  # refuses what another program has left in the environment
+    out = Path(out)
+    with in_one_line(out), holding([out], rank == 0):
         plan = plan_tuning(
             base, data, out, settings, train_settings, revision, images, split, continue_from
         )
         resumed = newest_state([out], plan.identity)
         teacher = Teacher(load_learner(plan), plan)
         trainer = _trainer(plan, teacher)
-        trainer.go(plan.train, [plan.out], plan.identity, resumed, plan.metric)
+        write = partial(_write_run, trainer, plan)
+        trainer.go(plan.train, [plan.out], plan.identity, resumed, write, plan.metric)
         return _conclude(trainer, plan)
 
 
@@ -123,7 +118,6 @@ def _trainer(plan: Plan, teacher: Teacher) -> AveragingTrainer:
     trainer.model_accepts_loss_kwargs = False
     if not plan.letters:
         trainer.compute_metrics = partial(_score_texts, trainer, plan)
-    trainer.add_callback(BestKeeper(partial(_write_run, trainer, plan), plan.metric))
     return trainer
 
 
@@ -134,16 +128,22 @@ def _score_texts(trainer: AveragingTrainer, plan: Plan, prediction: Any) -> dict
     return score_texts(plan.settings.task, plan.validation, texts)
 
 
-def _write_run(trainer: AveragingTrainer, plan: Plan) -> None:
-    """Store the model as it is, and say what it is."""
+def _write_run(
+    trainer: AveragingTrainer,
+    plan: Plan,
+    values: list[float],
+    losses: list[float],
+    measured: dict[str, float],
+) -> None:
+    """Store the model as it is, if it is the best so far, and say what it is."""
+    if best_epoch(values, losses) < len(values) - 1:
+        return
     method = plan.settings.method
     how = {} if method == "full" else {"save_embedding_layers": False}
     with replacing(plan.out / FOLDERS[method]) as folder:
         trainer.model.model.save_pretrained(folder, **how)
         if method == "full":
             plan.batches.processor.save_pretrained(folder)
-    latest = trainer.state.log_history[-1].items()
-    measured = {n.removeprefix("eval_"): v for n, v in latest if n.startswith("eval_")}
     _write_facts(plan.out, plan.facts | {"validation": measured})
 
 
@@ -188,7 +188,8 @@ def _conclude(trainer: AveragingTrainer, plan: Plan) -> TuneResult:
     if plan.letters:
         probabilities = trainer.answer(questions)
         margin = trainer.permutation_margin(questions, probabilities)
-        about["blank_probabilities"] = trainer.answer(questions, Collator(plan, blank=True))
+        unseen = [replace(question, image=None) for question in questions]
+        about["blank_probabilities"] = trainer.answer(unseen)
         about["references"] = {"before tuning": history["accuracy"].dropna().iloc[0]}
         write = partial(write_report, report, questions, probabilities)
         if plan.process.is_main_process:
