@@ -135,18 +135,27 @@ def test_a_page_and_its_numbers_are_written_both_or_none(tmp_path, monkeypatch):
 
 # Files of ours that hold something else.
 
-OTHER = ["[1]", "3", "[" * 99999, '{"x": 5}', "", b"\xff\xfe"]
 
-
-def test_a_file_in_place_of_the_digests_is_passed_over(tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", ["[1]", "", b"\xff\xfe"])
+def test_a_remembered_digest_that_is_none_is_passed_over(content, tmp_path, monkeypatch):
     monkeypatch.setenv("BRIDGEBLIP_CACHE", str(tmp_path))
-    (tmp_path / "bridgeblip").mkdir()
-    (tmp_path / "bridgeblip" / "digests").touch()
-    remember(tmp_path, "digest")
-    assert recall(tmp_path) is None
+    bundle = tmp_path / "torchscript.pt"
+    bundle.touch()
+    remember(bundle, "digest")
+    (kept,) = (path for path in (tmp_path / "bridgeblip").rglob("*") if path.is_file())
+    kept.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert recall(bundle) != "digest"
+    remember(bundle, "digest")
+    assert recall(bundle) == "digest"
+    kept.unlink()
+    kept.mkdir()
+    remember(bundle, "digest")
+    assert recall(bundle) is None
 
 
-@pytest.mark.parametrize("content", [*OTHER[:-1], '{"fingerprint": "f", "answers": 3}'])
+@pytest.mark.parametrize(
+    "content", ["[1]", "3", "[" * 99999, '{"x": 5}', "", '{"fingerprint": "f", "answers": 3}']
+)
 def test_a_kept_window_that_is_none_is_passed_over(content, tmp_path, capsys):
     (tmp_path / "0.json").write_text(content)
     assert _read_kept(tmp_path, "f", range(2)) == {}
