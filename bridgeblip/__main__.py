@@ -115,6 +115,8 @@ def _press(number, frame):
 
 def run() -> None:
     """The command: it exits with ``main``'s code, and a Ctrl-C then ends it without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a console may lack the characters
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background
         signal.signal(signal.SIGINT, _press)
     code = main()

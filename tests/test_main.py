@@ -1,6 +1,7 @@
 """The command line: its parser, its exit codes, and that nothing ends in a traceback."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -348,3 +349,14 @@ def test_an_error_stands_on_a_line_of_its_own_below_an_unfinished_bar(monkeypatc
     monkeypatch.setitem(VERBS, "blend", (stop, *VERBS["blend"][1:]))
     assert main(["blend", "one", "--out", "two"]) == 2
     assert capsys.readouterr().err.endswith("\nerror: no room\n")
+
+
+def test_a_console_that_lacks_characters_is_shown_their_numbers(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(entry, "main", lambda: print("é █ 가"))
+    with pytest.raises(SystemExit):
+        entry.run()
+    console.flush()
+    assert console.buffer.getvalue() == b"\xe9 \\u2588 \\uac00" + os.linesep.encode()
