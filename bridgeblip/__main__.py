@@ -15,17 +15,43 @@ if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "bridgeblip":
         signal.signal(signal.SIGINT, _leave)
 
 import argparse
+import errno
+import io
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import bridgeblip
 from bridgeblip import IN_REPOSITORY, InputError, __version__
 from bridgeblip.commands import VERBS, make, use  # noqa: F401 (their verbs fill the first)
-from bridgeblip.files import FULL
+from bridgeblip.files import remedy_for
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
 with problems; 130 interrupted, run the same again to go on"""
 PRESSED: list[int] = []  # each Ctrl-C: some libraries make another exception of it
+
+
+class Stream(io.TextIOWrapper):
+    """Standard output in any encoding, whose reader may go, as ``head`` does, and ``tee`` at a
+    Ctrl-C: the work goes on unheard."""
+
+    @contextmanager
+    def _unheard(self):
+        try:
+            yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe's and a terminal's
+                raise
+
+    def write(self, text: str) -> int:
+        with self._unheard():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unheard():
+            super().flush()
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +99,15 @@ def _require(verb: str, extras: tuple[str, ...]) -> None:
         raise InputError(f"{verb} needs {', '.join(missing)}, not installed here: {remedy}")
 
 
+def _require_surroundings() -> None:
+    if sys.getfilesystemencoding() == "ascii":
+        raise InputError("this Python reads names as ASCII: set PYTHONUTF8=1")
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:  # torch would end the process
+        raise InputError("the folder that this runs in is gone: cd to one that is there") from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb and return its exit code; whatever the user can mend is one line on stderr.
 
@@ -82,10 +117,13 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")  # the first process says it for all
     try:
+        _require_surroundings()
         args = build_parser().parse_args(arguments)
         run, _, _, extras = VERBS[args.verb]
         _require(args.verb, extras)
-        return run(args) or 0
+        code = run(args) or 0
+        sys.stdout.flush()  # or a full disk is met when Python ends
+        return code
     except (Exception, KeyboardInterrupt) as error:
         message, code = _last_words(error)
     from tqdm import tqdm
@@ -102,10 +140,10 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         return " ".join(str(error).split()), error.exit_code
     if PRESSED or isinstance(error, KeyboardInterrupt):
         return "interrupted: run the same again", 130
-    if not isinstance(error, OSError):
+    remedy = remedy_for(error)
+    if not remedy:
         raise error
-    full = error.errno in FULL
-    return f"{error}{': free some space, then run the same again' * full}", 2
+    return f"{' '.join(str(error).split())[:300]}: {remedy}, then run the same again", 2
 
 
 def _press(number, frame):
@@ -113,10 +151,25 @@ def _press(number, frame):
     raise KeyboardInterrupt
 
 
+def _open_streams() -> None:
+    """Have a stream that the caller has closed lead nowhere: a file that is opened later would get
+    its number, and what is said with it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number is free
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+        if number:
+            how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            file = open(number, "wb", -1 + stream.write_through, closefd=False)  # noqa: SIM115
+            stream = Stream(file, stream.encoding, "backslashreplace", **how)
+        setattr(sys, name, stream)
+
+
 def run() -> None:
     """The command: it exits with ``main``'s code, and a Ctrl-C then ends it without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a console may lack the characters
+    _open_streams()
+    os.environ.pop("MPLBACKEND", None)  # pages need none, and a notebook's is not there
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background
         signal.signal(signal.SIGINT, _press)
     code = main()

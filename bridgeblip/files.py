@@ -1,13 +1,14 @@
 """Files that can be trusted: written to a temporary name, flushed, verified, then renamed."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +16,90 @@ from bridgeblip import InputError
 
 # What a write fails with where no space is left.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = "free some space"
+NO_MEMORY = "close other programs, or take a larger machine"
+TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "iostream")  # it gives no number
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA's own, "CUDA error: out of memory" too
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    os.strerror(errno.ENOMEM),
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",  # what cuDNN says where no algorithm's workspace fits
+    "unable to find an engine to execute this computation",
+)
+# What helps where the machine lacks something: the numbers and words of errors that say so.
+LACKING = {
+    NO_SPACE: (FULL, (*TORCH_WRITES, "disk full", *map(os.strerror, FULL))),
+    NO_MEMORY: ((errno.ENOMEM,), OUT_OF_MEMORY),
+    "allow more open files (ulimit -n)": ((errno.EMFILE,), (os.strerror(errno.EMFILE),)),
+    "allow more processes (ulimit -u)": ((errno.EAGAIN,), ("can't start new thread",)),
+    "set workers to 0, or give the machine more memory": ((), ("DataLoader worker (pid",)),
+}
 
 CHUNK = 1 << 20  # bytes that are copied at a time
 
 
+def remedy_for(error: BaseException) -> str:
+    """What helps against an error of the machine, whichever library raises it; empty if it is of
+    another kind."""
+    for remedy, (numbers, words) in LACKING.items():
+        if getattr(error, "errno", None) in numbers or any(word in str(error) for word in words):
+            return remedy
+    if isinstance(error, MemoryError):
+        return NO_MEMORY
+    system = isinstance(error, OSError) or "(os error" in str(error)  # as Rust says it
+    return "see that it can be reached" if system else ""
+
+
 @contextmanager
-def atomically(path: str | Path, tag: str = "") -> Iterator[Path]:
+def _alone(partial: Path, make: Callable[[], None]) -> Iterator[None]:
+    """Have one process after another work on a temporary file or folder, which ``make`` makes if
+    it is not there; a dead one's is taken over."""
+    while True:
+        make()
+        with suppress(FileNotFoundError):  # renamed by the one before
+            held = os.open(partial, os.O_RDONLY)
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(held, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(held), partial.stat()):
+                break
+            os.close(held)
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+@contextmanager
+def atomically(path: str | Path) -> Iterator[Path]:
     """Give a temporary file's path beside ``path`` to a block that writes it and verifies it by
     reading; then flush it and rename it.
 
-    An interrupted or failed block leaves whatever was at ``path`` before.
+    An interrupted or failed block leaves whatever was at ``path`` before; a link stays one.
 
     Raises:
         InputError: if ``path`` is a folder or a device, which must not be replaced.
-
-    Args:
-        tag: sets the temporary files of several writers of one path apart.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     _refuse_no_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}{tag}.partial")
-    try:
-        yield partial
-        _flush(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno:
-            error.filename = error.filename or str(path)  # a full disk's write names none
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with _alone(partial, partial.touch):
+        try:
+            yield partial
+            flush(partial)
+            os.replace(partial, path)
+        except OSError as error:
+            if error.errno:
+                error.filename = error.filename or str(path)  # a full disk's write names none
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -56,29 +110,31 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     Raises:
         OSError: of a full disk, whatever the library that the block writes with calls it.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in filter(Path.is_file, partial.rglob("*")):
-            _flush(path)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:
-        if any(os.strerror(number) in str(error) for number in FULL):
-            raise OSError(errno.ENOSPC, f"{folder} can't be written ({error})") from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _alone(partial, lambda: partial.mkdir(parents=True, exist_ok=True)):
+        try:
+            for left in partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+            for path in filter(Path.is_file, partial.rglob("*")):
+                flush(path)
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(partial, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except Exception as error:
+            if remedy_for(error) == NO_SPACE:
+                raise OSError(errno.ENOSPC, f"{folder} can't be written ({error})") from error
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file on the disk before going on."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
@@ -110,7 +166,8 @@ def require_writable(
 ) -> None:
     """Raise an InputError now if files, such as one called ``name``, can't be written into
     ``folder``, rather than after hours of work."""
-    probe = Path(folder) / f".writable-{os.getpid()}{name}"  # processes may probe at once
+    # Processes may probe at once.
+    probe = Path(os.path.realpath(folder)) / f".writable-{os.getpid()}{name}"
     try:
         write_text(probe, "yes")
         probe.unlink()
@@ -119,8 +176,9 @@ def require_writable(
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a small UTF-8 text file atomically."""
-    write_bytes(path, text.encode())
+    """Write a small UTF-8 text file atomically; what is half a character, such as a byte of a name
+    that is no UTF-8, is written as its number."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: str | Path, content: bytes | memoryview) -> None:

@@ -10,18 +10,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from bridgeblip import InputError
-
-OUT_OF_MEMORY = (
-    "out of memory",  # CUDA's own, "CUDA error: out of memory" too
-    "can't allocate memory",
-    "not enough memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-    "CUDNN_STATUS_NOT_SUPPORTED",  # what cuDNN says where no algorithm's workspace fits
-    "unable to find an engine to execute this computation",
-)
+from bridgeblip.files import NO_MEMORY, remedy_for
 
 # cuDNN, which torch prefers on a Hopper GPU, plans its attention anew for every batch size and
 # length, and here they change from batch to batch.
@@ -130,8 +119,9 @@ def best_device() -> str:
     """
     if not torch.cuda.is_available():
         return "cpu"
+    process_rank()
     own, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
-    if not own.isdecimal() or int(own) >= count:
+    if int(own) >= count:
         raise InputError(
             f"LOCAL_RANK is {own} on a machine with {count} GPU{'s' * (count > 1)}: start as "
             f"many processes as there are GPUs"
@@ -146,12 +136,13 @@ def process_rank() -> tuple[int, int]:
     Raises:
         InputError: if the environment names no such process.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
-    rank = os.environ.get("RANK", "0" if world == "1" else "none")
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+    rank, world, own = map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if own is None and rank in (None, "0") and world in (None, "1"):
+        return 0, 1
+    if not all(map(str.isdecimal, map(str, (rank, world, own)))) or int(rank) >= int(world):
         raise InputError(
-            f"RANK={rank} of WORLD_SIZE={world} in the environment is no process: unset both, or "
-            f"start with accelerate launch"
+            f"RANK={rank} of WORLD_SIZE={world}, LOCAL_RANK={own}, in the environment are no "
+            f"process: unset them, or start with accelerate launch"
         )
     return int(rank), int(world)
 
@@ -161,9 +152,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
     TorchScript turns ``torch.OutOfMemoryError`` into a plain ``RuntimeError``: only words are left.
     """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or remedy_for(error) == NO_MEMORY
 
 
 def peak_memory() -> str:

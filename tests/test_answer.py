@@ -279,6 +279,9 @@ def test_doctor_looks_at_what_tune_needs(folder, competition, tmp_path, capsys):
     said = capsys.readouterr().out
     assert " tokens, a picture takes at most" in said and "counted once" in said
     assert "distinct pictures" in said and "memory: about" in said and "task choice" in said
+    assert main([*stage, str(folder), "--csv", str(csv), "--targets", "nothing"]) == 1
+    said = capsys.readouterr().out
+    assert "problem  the decoder has no linear layers called nothing" in said
     blip = families.save("blip", tmp_path / "blip")
     Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
     korean = tmp_path / "train.csv"

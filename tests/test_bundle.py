@@ -303,14 +303,16 @@ def test_what_the_weights_remember_travels_with_the_file(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rank, world", [("x", "2"), ("2", "2"), ("1", None), ("-1", "3"), ("0", "0")]
-)
-def test_a_process_that_can_not_be_is_refused(monkeypatch, rank, world):
-    for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
+    "rank, world, own",
+    [("x", "2", "0"), ("2", "2", "0"), ("1", None, None), ("-1", "3", "0"), ("0", "0", "0"),
+     ("0", "1", "x"), (None, None, "0"), ("0", "2", None)],
+)  # fmt: skip
+def test_a_process_that_can_not_be_is_refused(monkeypatch, rank, world, own):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", own)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="unset both"):
+    with pytest.raises(InputError, match="unset them"):
         process_rank()
 
 
@@ -324,7 +326,7 @@ from bridgeblip.bundle import predict
 predict.PATIENCE = timedelta(seconds=2)
 """
     answer = ["predict", "--model", made, "--csv", competition / "test.csv"]
-    env = {"RANK": "0", "WORLD_SIZE": "2"} | place
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"} | place
     process = Script(script + VERB, *answer, "--out", tmp_path / "submission.csv", env=env)
     code, printed = process.end(100)
     assert code == 2 and "unset WORLD_SIZE and RANK" in printed, printed

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,7 +18,7 @@ from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.bridge.train import train
 from bridgeblip.training.callbacks import AfterValidation, Averages, SelfCheck, TrainingError
 from bridgeblip.training.settings import TrainSettings
-from bridgeblip.training.state import in_one_line
+from bridgeblip.training.state import Stopper, in_one_line
 from bridgeblip.training.trainer import TrainingQuestions
 from bridgeblip.training.weights import load_weights
 
@@ -283,9 +284,18 @@ def test_a_writer_that_gives_no_number_may_find_the_disk_full_too(tmp_path):
         raise SafetensorError("Error while serializing: No space left on device (os error 28)")
     for words in ("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0",
                   "basic_ios::clear: iostream error"):  # fmt: skip
-        said = re.escape(f"No space left on device ({words}): free some space")
+        said = re.escape(f"{words}: free some space")
         with pytest.raises(InputError, match=said), in_one_line(tmp_path):
             raise RuntimeError(words)
+
+
+@pytest.mark.parametrize("usual, heard", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_terminals_end_is_heard_but_with_nohup(usual, heard):
+    before, stopper = signal.signal(signal.SIGHUP, usual), Stopper()
+    with stopper.listening():
+        os.kill(os.getpid(), signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+    assert stopper.asked == heard
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(base, competition, tmp_path):
@@ -322,7 +332,7 @@ def test_a_vanished_cache_is_named_and_filled_again(base, competition, tmp_path)
     features = tmp_path / "features"
     plan = f"features = {str(features)!r}\n" + CACHE_GONE
     _, output = run(competition, base, tmp_path, plan, 1, repr(str(features))).end()
-    assert "the file can be reached again, and run the same again" in output, output
+    assert "see that it can be reached, and run the same again" in output, output
     assert "No such file" in output and "Traceback" not in output, output
     run_on(competition, base, tmp_path, features=repr(str(features)))
     assert (tmp_path / "weights-1.pt").exists()

@@ -18,11 +18,11 @@ from test_merge import run_of
 from bridgeblip import InputError
 from bridgeblip.__main__ import main
 from bridgeblip.bridge import processing
-from bridgeblip.bridge import train as training
 from bridgeblip.bridge.export import export_bundle
 from bridgeblip.bridge.settings import BridgeSettings
 from bridgeblip.hosting import checks, doctor, runtime
 from bridgeblip.hosting.doctor import Finding, check, print_findings
+from bridgeblip.training import trainer
 from bridgeblip.training.hold import holding
 from bridgeblip.training.settings import TrainSettings
 from bridgeblip.training.weights import save_best
@@ -495,10 +495,10 @@ def test_a_held_folder_is_named(home):
 
 
 def test_loaders_without_shared_memory_are_named(home, monkeypatch):
-    monkeypatch.setattr(training, "SHARED_MEMORY", home)
+    monkeypatch.setattr(trainer, "SHARED_MEMORY", home)
     settings = TrainSettings(workers=2)
     assert not [f for f in examine(home, TRAIN, settings=settings) if f.level == "problem"]
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=65536))
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: SimpleNamespace(free=65536))
     found = [str(f) for f in examine(home, TRAIN, settings=settings) if f.level == "problem"]
     assert any("2 workers need" in line and "--shm-size" in line for line in found)
 

@@ -1,7 +1,6 @@
 """The command line: its parser, its exit codes, and that nothing ends in a traceback."""
 
 import dataclasses
-import io
 import json
 import os
 import re
@@ -241,6 +240,17 @@ BROKEN = {  # name -> verb, what breaks it, exit codes that may be
     "a workbook": ("predict", put("competition/test.csv", b"PK\3\4\0\0"), {2}),
     "a web page": ("train", put("competition/train.csv", b"<html>\n<p>"), {2}),
     "answers into no folder": ("predict", given("--out", "{home}/base/config.json/s.csv"), {2}),
+    "a bundle into no folder": (
+        "export",
+        given("--weights", "{home}/checkpoint/weights-0.pt", "--out", "/proc/none/torchscript.pt"),
+        {2},
+    ),
+    "an adapter into no folder": (
+        "share",
+        given("--weights", "{home}/checkpoint/weights-0.pt", "--out", "/proc/none/adapter"),
+        {2},
+    ),
+    "a report into no folder": ("evaluate", given("--out", "/proc/none/report.html"), {2}),
     "answers over the questions": ("predict", given("--out", "{home}/competition/test.csv"), {2}),
     "no cache": ("train", given(BRIDGEBLIP_CACHE="/dev/null"), {2}),
     "torn questions, doctor": ("doctor", put("competition/train.csv", b'ID,a\n1,"'), {1}),
@@ -275,6 +285,8 @@ def test_no_broken_input_ends_in_a_traceback(home, monkeypatch, capfd, name):
     if code == 2:
         assert printed.err.splitlines()[-1].startswith("error: ")
         assert sum(line.startswith("error: ") for line in printed.err.splitlines()) == 1
+    if "into no folder" in name:
+        assert "can't be written" in printed.err
     if "cache" in name:
         assert "BRIDGEBLIP_CACHE" in printed.out + printed.err
 
@@ -318,6 +330,81 @@ def test_ctrl_c_in_mid_work_is_one_line_and_130(home, which, begun):
     assert process.returncode == 130 and lines[-1].startswith("error: "), lines
 
 
+STREAMS = """
+import bridgeblip.__main__ as entry, os, sys
+entry._open_streams()
+for _ in range(9):
+    print("한글", "x" * 9999)
+    print("said", file=sys.stderr)
+same = all(os.fstat(number).st_ino for number in range(3))
+os.write(int(sys.argv[1]), b"done" if same and sys.stdin.read() == "" else b"lost")
+"""
+
+
+@pytest.mark.parametrize(
+    "how, encoding",
+    [("| head -c 1", ""), ("2>&1 | true", ""), ("<&- >&- 2>&-", ""), ("2>&-", "ascii"),
+     (">/dev/null 2>&1", "euc_kr")],
+)  # fmt: skip
+def test_nobody_has_to_hear_what_is_said(how, encoding):
+    reader, writer = os.pipe()
+    code = subprocess.run(
+        ["bash", "-c", f'"$@" {how}', "bash", sys.executable, "-c", STREAMS, str(writer)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[writer],
+    ).returncode
+    os.close(writer)
+    with open(reader, "rb") as file:
+        assert file.read() == b"done" and code == 0
+
+
+SPEAKING = """
+import bridgeblip.__main__ as entry, sys
+entry.VERBS["blend"] = (lambda args: print("done"), *entry.VERBS["blend"][1:])
+sys.argv[1:] = ["blend", "one", "--out", "two"]
+entry.run()
+"""
+
+
+def test_a_full_disk_below_what_is_said_is_one_line():
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-c", SPEAKING]
+        said = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert said.returncode == 2, said
+    assert said.stderr.count("\n") == 1 and "free some space" in said.stderr
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    gone = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'
+    command = ["bash", "-c", gone, "bash", sys.executable, "-m", "bridgeblip", "inspect", "x"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    assert said.returncode == 2 and said.stderr.startswith("error: the folder that this runs in is")
+
+
+EARLY = """
+import os, runpy, signal, sys
+class Press:
+    def find_spec(self, name, *rest):
+        if name == "bridgeblip.commands":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Press())
+sys.argv[1:] = ["--version"]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("bridgeblip", run_name="__main__")
+"""
+
+
+def test_a_ctrl_c_among_the_first_imports_is_one_line():
+    command = [sys.executable, "-c", EARLY]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (130, "")
+    assert said.stderr == "error: interrupted: run the same again\n"
+
+
 def test_a_full_disk_says_so(monkeypatch, capsys):
     def full(args):
         raise OSError(28, "No space left on device", "somewhere/file")
@@ -349,14 +436,3 @@ def test_an_error_stands_on_a_line_of_its_own_below_an_unfinished_bar(monkeypatc
     monkeypatch.setitem(VERBS, "blend", (stop, *VERBS["blend"][1:]))
     assert main(["blend", "one", "--out", "two"]) == 2
     assert capsys.readouterr().err.endswith("\nerror: no room\n")
-
-
-def test_a_console_that_lacks_characters_is_shown_their_numbers(monkeypatch):
-    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    monkeypatch.setattr(sys, "stdout", console)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(entry, "main", lambda: print("é █ 가"))
-    with pytest.raises(SystemExit):
-        entry.run()
-    console.flush()
-    assert console.buffer.getvalue() == b"\xe9 \\u2588 \\uac00" + os.linesep.encode()

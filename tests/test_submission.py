@@ -104,8 +104,8 @@ def test_answer_may_stand_before_the_id(tmp_path):
 def test_of_several_processes_only_the_first_says_that_there_is_no_sample(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     assert find_sample(tmp_path / "test.csv") is None and not capsys.readouterr().out
 
 

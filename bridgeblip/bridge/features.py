@@ -11,6 +11,7 @@ import shutil
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ class FeatureCache:
         """Store the features of the picture with content ``key``, with their checksum."""
         features = features.detach().cpu().contiguous()
         checksum = {"crc32": str(_crc32(features))}
-        with atomically(self.path(key), tag=f".{os.getpid()}") as partial:
+        with atomically(self.path(key)) as partial:
             save_file({"features": features}, partial, checksum)
             if not _is_whole(partial):
                 raise OSError(f"{partial} was not stored as written: is the disk full?")
@@ -139,7 +140,8 @@ def fill(
             list(writing)
     for key in keys[rank::processes]:
         if key not in missing:
-            os.utime(cache.path(key))  # used now: the last to make room
+            with suppress(PermissionError):  # another user's
+                os.utime(cache.path(key))  # used now: the last to make room
     return True
 
 

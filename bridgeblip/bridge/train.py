@@ -1,7 +1,6 @@
 """Training the bridge and the head with Hugging Face's ``Trainer``, so that it survives the
 night."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +49,6 @@ from bridgeblip.training.weights import (
 
 PROBE_SIZE = 3  # questions whose logits travel with the weights
 REPORT_FILE = "report.html"
-SHARED_MEMORY = Path("/dev/shm")  # through which loaders hand over their batches
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,6 @@ def train_model(
         grey = plan.processor.blank_pixels[None].to(plan.device)
         blank = partial(blank_pictures, sliced.encode_image(grey).detach().cpu())
         settings, collate = plan.settings, partial(plan.processor.collate, pictures=pictures)
-        require_shared_memory(settings, collate(plan.training[:1]))
         trainer = AheadTrainer(
             model,
             training_arguments(plan.places[0], settings, plan.dtype),
@@ -135,18 +132,6 @@ def train_model(
         write = partial(_write_weights, trainer, plan, probe)
         trainer.go(settings, plan.places, plan.identity, resumed, write)
         return _conclude(trainer, plan, blank)
-
-
-def require_shared_memory(settings: TrainSettings, row: dict[str, torch.Tensor]) -> None:
-    """Refuse loaders whose batches don't fit where they are handed over: they would wait for
-    ever."""
-    size = sum(tensor.nbytes for tensor in row.values())
-    need = 2 * settings.workers * settings.batch_size * size  # each loader is two batches ahead
-    if need and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < need:
-        raise InputError(
-            f"{settings.workers} workers need {need / 1e6:.0f} MB of shared memory, "
-            f"{SHARED_MEMORY} has less: set workers to 0, or give the container more (--shm-size)"
-        )
 
 
 def _conclude(trainer: AheadTrainer, plan: Plan, blank: Callable) -> TrainResult:
@@ -240,8 +225,9 @@ def _cached_pictures(
     if features is None:
         return None
     folder = cache_folder() if features == "default" else features
-    require_writable(folder, "set $BRIDGEBLIP_CACHE to another one, or keep no cache (--no-cache)")
     cache = FeatureCache(folder, encoder_key(sliced, plan.processor))
+    remedy = "set $BRIDGEBLIP_CACHE to another one, or keep no cache (--no-cache)"
+    require_writable(cache.folder, remedy)
     pictures = {key: path for path, key in reversed(plan.picture_keys.items())}
     share = (plan.process.process_index, plan.process.num_processes)
     fits = fill(cache, sliced, plan.processor, pictures, share=share)

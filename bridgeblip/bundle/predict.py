@@ -24,7 +24,7 @@ from bridgeblip.bundle.format import Bundle, as_traced
 from bridgeblip.data.pictures import fault_of, load_ahead
 from bridgeblip.data.questions import Question, ask_in_orders, content_keys
 from bridgeblip.evidence.answers import FLAGS, Answers, kept_folder, margins
-from bridgeblip.files import write_text
+from bridgeblip.files import read_json, write_text
 from bridgeblip.machine import is_out_of_memory, process_rank
 from bridgeblip.messages import say
 
@@ -186,11 +186,11 @@ def _read_kept(folder: Path, fingerprint: str, indices: Sequence[int]) -> dict[i
         if not path.is_file():
             continue
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            content = read_json(path)
+        except InputError:
             content = None  # torn
         match content:
-            case {"fingerprint": known, "answers": answers} if known == fingerprint:
+            case {"fingerprint": known, "answers": list(answers)} if known == fingerprint:
                 kept[index] = answers
             case _:
                 strangers += 1

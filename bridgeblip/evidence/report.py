@@ -16,7 +16,7 @@ from bridgeblip.evidence.answers import margins
 from bridgeblip.evidence.figures import confusion_figure, reliability_figure
 from bridgeblip.evidence.metrics import Estimate
 from bridgeblip.evidence.page import points, render
-from bridgeblip.files import write_text
+from bridgeblip.files import atomically, write_text
 from bridgeblip.messages import say
 
 DECIMALS = 6  # of probabilities.csv
@@ -294,6 +294,7 @@ def write_page(
         indent=1,
         default=lambda value: vars(value) if isinstance(value, Estimate) else str(value),
     )
-    write_text(out.with_suffix(".json"), numbers + "\n")
-    write_text(out, render(template, **facts, **shown))
+    with atomically(out) as page:  # both, or none
+        write_text(page, render(template, **facts, **shown))
+        write_text(out.with_suffix(".json"), numbers + "\n")
     return facts

@@ -27,7 +27,7 @@ from bridgeblip.evidence.answers import (
     write_probabilities,
     write_table,
 )
-from bridgeblip.files import require_place, write_text
+from bridgeblip.files import atomically, require_place, write_text
 from bridgeblip.machine import process_rank
 from bridgeblip.messages import say
 
@@ -218,11 +218,12 @@ def _write_answers(
     """Write probabilities, (rows, letters) by ID, then the submission in the form of a sample."""
     name = id_column(form)
     column = form.columns.drop(name)[0]
-    write_probabilities(out.with_name(PROBABILITIES_FILE), table.rename_axis(name), flags)
     names = answer_names(form[column], len(table.columns), small)
     answers = pd.Series(np.array(names)[table.to_numpy().argmax(-1)], table.index)
     submission = form.assign(**{column: answers.loc[form[name]].to_numpy()})
-    write_table(out, submission)
+    with atomically(out) as partial:  # both, or none
+        write_table(partial, submission)
+        write_probabilities(out.with_name(PROBABILITIES_FILE), table.rename_axis(name), flags)
     return submission
 
 

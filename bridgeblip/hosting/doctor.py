@@ -127,7 +127,7 @@ def _check_train(found, csv, base, settings, bridge, revision, dtype, limit) -> 
     """Return how many bytes a run will write: a weights file an epoch, two saved states and one in
     the making, each with averages and both moments."""
     from bridgeblip.bridge.budget import held_memory
-    from bridgeblip.bridge.train import require_shared_memory
+    from bridgeblip.training.trainer import require_shared_memory
 
     processor, config = check_base(found, base, bridge.layers, revision)
     rows = check_questions(found, csv, processor, need_answers=True)

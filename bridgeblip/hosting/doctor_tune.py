@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bridgeblip.data.pictures import open_picture
 from bridgeblip.data.texts import read_task
 from bridgeblip.hosting.checks import Findings, check_memory, check_pictures
 from bridgeblip.hosting.runtime import installed
@@ -9,8 +10,8 @@ from bridgeblip.machine import best_device, choose_precision
 from bridgeblip.training.settings import BUDGET_LIMIT, TrainSettings
 from bridgeblip.vlm.settings import TuneSettings, find_source
 
+# Bytes of a number that learns: itself, its gradient, both moments and its average, in float32.
 LEARNING = 20
-"""Bytes of a number that learns: itself, its gradient, both moments and its average, in float32."""
 
 
 def check_tune(
@@ -57,6 +58,8 @@ def check_tune(
         )
     if batches and rows:
         found.attempt(batches.check, rows, settings is not None)
+        if settings and settings.workers and rows[0].image:
+            found.attempt(_check_loaders, settings, batches, rows[:1])
         unread = [row.id for row in rows if batches.unread(row)]
         if unread:
             found.add(
@@ -71,12 +74,20 @@ def check_tune(
         found.add("ok" if fits else "warning", line)
         if warning := warn_of_cut(whole, kept):
             found.add("warning", warning)
-        learning, held = held_memory(model, tune, settings is not None)
-        if settings:
+        memory = found.attempt(held_memory, model, tune, settings is not None)
+        if memory and settings:
+            learning, held = memory
             found.add(
                 "ok", f"{learning:,} numbers learn; {held / 1e9:.1f} GB are held while tuning"
             )
-        check_memory(found, held)
+        if memory:
+            check_memory(found, memory[1])
+
+
+def _check_loaders(settings: TrainSettings, batches, rows: list) -> None:
+    from bridgeblip.training.trainer import require_shared_memory
+
+    require_shared_memory(settings, batches.ask(rows, [open_picture(rows[0].image)]))
 
 
 def held_memory(model, tune: TuneSettings, learns: bool = True) -> tuple[int, int]:

@@ -18,15 +18,18 @@ from safetensors import SafetensorError
 
 from bridgeblip import InputError
 from bridgeblip.files import (
-    FULL,
+    NO_MEMORY,
     copy_verified,
     file_digest,
+    flush,
     holds,
     numbered,
+    read_json,
+    remedy_for,
     replacing,
     write_text,
 )
-from bridgeblip.machine import NonFiniteError, is_out_of_memory
+from bridgeblip.machine import NonFiniteError
 
 STATE_FOLDER = "state"
 STEP_FOLDER = "step-{}"  # in it
@@ -34,9 +37,6 @@ STEP_FOLDER = "step-{}"  # in it
 STATE_FILE = "state.json"
 
 GENERATIONS = 2  # resumable states that are kept: should the newest be torn, there is one before it
-
-# Words of torch.save and of safetensors, which give no number, on a full disk.
-WRITERS = ("PytorchStreamWriter", "inline_container", "iostream", os.strerror(errno.ENOSPC))
 
 
 def publish_state(
@@ -51,8 +51,7 @@ def publish_state(
     """
     files = sorted(path for path in staged.iterdir() if path.is_file())
     for path in files:
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(path)
     digests = {path.name: file_digest(path) for path in files}
     write_text(
         staged / STATE_FILE, json.dumps({"run": run, "files": digests, "done": done}, indent=2)
@@ -91,17 +90,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     and whether that run is "done".
 
     Raises:
-        ValueError: if the record is torn, or something else.
+        InputError: if the record is torn, or something else.
     """
-    try:
-        record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        kinds = {"run": dict, "files": dict, "done": bool}
-        if holds(record, kinds):
-            return record
-        reason = "other values than expected"
-    except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    raise ValueError(f"it is torn ({STATE_FILE}, {reason})")
+    record = read_json(folder / STATE_FILE)
+    if holds(record, {"run": dict, "files": dict, "done": bool}):
+        return record
+    raise InputError(f"{folder / STATE_FILE} has other values than expected")
 
 
 def refuse_other_run(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any]) -> None:
@@ -116,7 +110,7 @@ def refuse_other_run(checkpoint_dirs: Sequence[str | Path], run: dict[str, Any])
         ):
             try:
                 record = read_state(folder)
-            except ValueError:
+            except InputError:
                 continue
             other = _differences(record["run"], run)
             if other and not record["done"]:
@@ -163,8 +157,8 @@ def _fault_of_state(folder: Path, run: dict[str, Any]) -> str | None:
     """Return what is wrong with a state, if anything."""
     try:
         record = read_state(folder)
-    except ValueError as error:
-        return str(error)
+    except InputError as error:
+        return f"it is torn ({error})"
     other = _differences(record["run"], run)
     if other:
         return f"it belongs to another run (other {', '.join(other)})"
@@ -193,8 +187,8 @@ class TrainingStopped(InputError):
 
 
 class Stopper:
-    """Hears the stop button, Ctrl-C and SIGTERM, so that training can end after the step at hand,
-    its state saved."""
+    """Hears the stop button, Ctrl-C, SIGTERM and a terminal's end, so that training can end after
+    the step at hand, its state saved."""
 
     # How many listen in this process now.
     listeners = 0
@@ -208,7 +202,10 @@ class Stopper:
         if threading.current_thread() is not threading.main_thread():
             yield  # signals reach the main thread only
             return
-        kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        kept = {number: signal.getsignal(number) for number in heard}
+        if kept[signal.SIGHUP] is signal.SIG_IGN:  # by nohup
+            del kept[signal.SIGHUP]
 
         def restore():
             for number, handler in kept.items():
@@ -245,7 +242,7 @@ def in_one_line(folder: Path) -> Iterator[None]:
 
     Raises:
         TrainingStopped: after a Ctrl-C that was not heard by a ``Stopper``.
-        InputError: of numbers that are not finite, a full disk, a file that can't be reached.
+        InputError: of numbers that are not finite, or of what ``remedy_for`` knows.
     """
     go_on = f"run the same again to go on from the last state in {folder / STATE_FOLDER}, if any"
     usual, threading.excepthook = threading.excepthook, _warn_of_a_thread
@@ -262,16 +259,14 @@ def in_one_line(folder: Path) -> Iterator[None]:
             raise
         raise InputError(_words(error)) from error
     except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or is_out_of_memory(error):
+        remedy = remedy_for(error) or "see that it can be read" * isinstance(error, SafetensorError)
+        if not remedy:
+            raise
+        if remedy == NO_MEMORY:
             raise InputError(
                 f"no memory for a training step ({_words(error)}): halve --batch-size and double "
                 f"--accumulation, the steps stay the same; delete {folder / STATE_FOLDER} first"
             ) from error
-        full = getattr(error, "errno", None) in FULL or "disk full" in str(error)
-        full = full or any(word in str(error) for word in WRITERS)
-        if isinstance(error, RuntimeError) and not full:
-            raise  # no matter of files
-        remedy = "free some space" if full else "see that the file can be reached again"
         raise InputError(f"training stopped, {_words(error)}: {remedy}, and {go_on}") from error
     finally:
         threading.excepthook = usual
@@ -291,8 +286,6 @@ def _words(error: Exception) -> str:
     text = str(error)
     if "Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
-    if any(word in text for word in WRITERS[:3]):
-        text = f"{os.strerror(errno.ENOSPC)} ({text})"  # torch's own words name no cause
     return " ".join(text.split())[:300]
 
 

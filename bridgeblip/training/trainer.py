@@ -47,6 +47,7 @@ from bridgeblip.training.weights import load_trained, trainable, trained_tensors
 TRAINED_FILE = "trained.safetensors"
 BEFORE_FILE = "before.json"  # what is answered before any training
 STAGING_FOLDER = ".staging"
+SHARED_MEMORY = Path("/dev/shm")  # through which loaders hand over their batches
 
 
 class TrainingQuestions(Dataset):
@@ -192,6 +193,7 @@ class AveragingTrainer(Trainer):
         Raises:
             TrainingStopped: if it ends because it was asked to; all is saved.
         """
+        require_shared_memory(settings, self.data_collator([self.train_dataset[0]]))
         if self.compute_metrics is None:
             groups = picture_groups(self.eval_dataset)
             self.compute_metrics = partial(measure_letters, self, places, groups)
@@ -248,6 +250,19 @@ def require_service(name: str) -> None:
         raise InputError(
             f"report_to is {name!r}, which is not installed here, or nothing that Trainer knows: "
             f"installed are {', '.join(known)}; pip install {name}, or leave it out"
+        )
+
+
+def require_shared_memory(settings: TrainSettings, row: dict[str, Any]) -> None:
+    """Refuse loaders whose batches don't fit where they are handed over: they would wait for
+    ever."""
+    size = sum(getattr(tensor, "nbytes", 0) for tensor in row.values())
+    # Each is two batches ahead, which to validate are twice as large.
+    need = 4 * settings.workers * settings.batch_size * size
+    if need and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < need:
+        raise InputError(
+            f"{settings.workers} workers need {need / 1e6:.1f} MB of shared memory, "
+            f"{SHARED_MEMORY} has less: set workers to 0, or give the container more (--shm-size)"
         )
 
 

@@ -13,7 +13,9 @@ METRICS = {"choice": "accuracy", "caption": "CIDEr", "answer": "exact"}
 # Where a run keeps what it has learned, by method.
 FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
 RUN_FILE = "run.json"
-NAMED = {"base": str, "method": str, "dtype": str, "settings": dict}  # that it needs to say
+NAMED = {"base": str, "method": str, "dtype": str}  # that it needs to say
+# Of what else it may say.
+KINDS = {"settings": dict, "validation": dict, "layers": list, "permute_below": float | int | None}
 RANK, ALPHA = 16, 32  # without a cut
 
 
@@ -83,14 +85,21 @@ def read_run(folder: str | Path) -> dict:
     folder = Path(folder)
     if not (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} is no run of tune: it has no {RUN_FILE}")
-    run = read_json(folder / RUN_FILE)
-    if not holds({"settings": {}} | run, NAMED):
-        raise InputError(
-            f"{folder / RUN_FILE} lacks some of {', '.join(NAMED)}: copy it again, or tune again"
-        )
+    run = _read_facts(folder)
     weights = folder / FOLDERS.get(run["method"], FOLDERS["lora"])
     if not weights.is_dir():
         raise InputError(f"{weights} is gone: copy the whole folder of the run, or tune again")
+    return run
+
+
+def _read_facts(folder: Path) -> dict:
+    run = read_json(folder / RUN_FILE)
+    said = {name: kind for name, kind in KINDS.items() if name in run}
+    if not holds(run, NAMED | said):
+        raise InputError(
+            f"{folder / RUN_FILE} lacks some of {', '.join(NAMED)}, or says something else than "
+            f"tune does: copy it again, or tune again"
+        )
     return run
 
 
@@ -105,7 +114,7 @@ def find_source(model: str | Path) -> tuple[dict, str | Path, Path | None]:
     if not (folder / RUN_FILE).is_file():
         return {}, model, None
     if (folder / "config.json").is_file():  # merged
-        return read_json(folder / RUN_FILE), model, None
+        return _read_facts(folder), model, None
     run = read_run(folder)
     weights = folder / FOLDERS[run["method"]]
     return (run, weights, None) if run["method"] == "full" else (run, run["base"], weights)
