@@ -246,7 +246,7 @@ def test_bad_input_is_one_line_before_the_work(folder, run, competition, tmp_pat
             "other base": "give the base that it was tuned on",
             "no adapter": "adapter is gone",
             "no base": "no model can be loaded from",
-            "captions": "holds captions: expected",
+            "captions": "holds captions, not",
             "no model": "no model can be loaded from",
         }[fault]
         in said

@@ -240,8 +240,16 @@ BROKEN = {  # name -> verb, what breaks it, exit codes that may be
     "a workbook": ("predict", put("competition/test.csv", b"PK\3\4\0\0"), {2}),
     "a web page": ("train", put("competition/train.csv", b"<html>\n<p>"), {2}),
     "answers into no folder": ("predict", given("--out", "{home}/base/config.json/s.csv"), {2}),
-    "a bundle into no folder": ("export", given("--out", "/proc/none/torchscript.pt"), {2}),
-    "an adapter into no folder": ("share", given("--out", "/proc/none/adapter"), {2}),
+    "a bundle into no folder": (
+        "export",
+        given("--weights", "{home}/checkpoint/weights-0.pt", "--out", "/proc/none/torchscript.pt"),
+        {2},
+    ),
+    "an adapter into no folder": (
+        "share",
+        given("--weights", "{home}/checkpoint/weights-0.pt", "--out", "/proc/none/adapter"),
+        {2},
+    ),
     "a report into no folder": ("evaluate", given("--out", "/proc/none/report.html"), {2}),
     "answers over the questions": ("predict", given("--out", "{home}/competition/test.csv"), {2}),
     "no cache": ("train", given(BRIDGEBLIP_CACHE="/dev/null"), {2}),

@@ -29,7 +29,7 @@ TOPICS = sorted(p.stem for p in (ROOT / "docs").glob("*.md") if not p.stem.endsw
 ENGLISH = ["README.md", *(f"docs/{name}.md" for name in TOPICS)]
 KOREAN = ["README.ko.md", *(f"docs/{name}.ko.md" for name in TOPICS)]
 PAGES = [*ENGLISH, *KOREAN, "CONTRIBUTING.md", "checkpoint/README.md", "competition/README.md"]
-LARGEST = {"README.md": 50_000, "README.ko.md": 59_000}  # bytes of a language's pages together
+LARGEST = {"README.md": 51_500, "README.ko.md": 61_000}  # bytes of a language's pages together
 WRITTEN_BY_USE = {"demo/competition/", "demo/notebooks/", "checkpoint/", "checkpoint/state/", "checkpoint/adapter/",
                   "competition/"}  # fmt: skip
 COMMAND = re.compile(

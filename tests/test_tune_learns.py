@@ -78,11 +78,10 @@ def learn(family, task, data, folder, epochs, fraction, **settings):
     return result, np.mean([text in question.references for text, question in pairs])
 
 
-@pytest.mark.parametrize("family, task, epochs", [("llava", "choice", 2), ("blip", "caption", 16)])
-def test_a_random_model_learns_what_can_be_told_apart(family, task, epochs, colours, tmp_path):
+def test_a_random_model_learns_what_can_be_told_apart(colours, tmp_path):
+    """By captions; what is learned of choices, the cut chat model shows in ``test_slicing.py``."""
     settings = {"batch_size": 8, "learning_rate": 3e-3}
-    _, right = learn(family, task, colours, tmp_path, epochs, 0.25, **settings)
-    assert right >= 0.9
+    assert learn("blip", "caption", colours, tmp_path, 16, 0.25, **settings)[1] >= 0.9
 
 
 @pytest.mark.skipif(not EPOCHS, reason="long: tools/verify.py families")

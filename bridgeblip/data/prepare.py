@@ -146,8 +146,7 @@ def read_annotations(
         seen += [whole] * (whole not in ("", "JSON"))
         raise InputError(
             f"{path} has another form after {len(questions)} questions ({type(error).__name__}: "
-            f"{error}); expected {published.FORM}"
-            + "".join(f"; it seems to be {name}" for name in seen[:1])
+            f"{error}); expected {published.FORM}" + (f"; it seems to be {seen[0]}" if seen else "")
         ) from error
     return questions
 

@@ -120,5 +120,6 @@ def check_tuned(
         asked = run.get("settings", {}) | {"task": run.get("task")}
         names = ["task", "pixels", "system", "prompt", *["layers"] * bool(adapter)]
         tune = TuneSettings.given(**{name: asked.get(name) for name in names})
-        revision = run.get("revision") if adapter else None
-        check_tune(found, csv, base, images, split, tune, None, revision)
+        check_tune(
+            found, csv, base, images, split, tune, None, run.get("revision") if adapter else None
+        )

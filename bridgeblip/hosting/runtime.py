@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import os
 import posixpath
+import re
 import shutil
 import subprocess
 import sys
@@ -260,8 +261,8 @@ def _unpacked(archive: Path, csv_name: str) -> Path | None:
                 with one_at_a_time:  # zipfile minds a folder that another thread has just made
                     opened.extract(member, target)  # never outside the folder
 
-            beside = {name for name in members if os.path.split(name)[0] == os.path.split(csv)[0]}
-            tables = [name for name in beside if name.lower().endswith(".csv")]
+            any_csv = re.compile(re.escape(csv[: -len(csv_name)]) + r"[^/]+\.csv", re.IGNORECASE)
+            tables = list(filter(any_csv.fullmatch, members))
             _fetch(tables, missing, unpack, archive, target)
             _fetch(_pictures(target / csv, target) or [], missing, unpack, archive, target)
     # RuntimeError: a password, a strange method.

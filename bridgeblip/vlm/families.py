@@ -31,8 +31,7 @@ TINY_CHAT = Path(__file__).parent.parent / "embedded" / "tiny_chat"
 
 def place_of(base: str | Path) -> str | Path:
     """The folder or hub id that ``base`` is, or that its name stands for."""
-    embedded = {"tiny-chat": TINY_CHAT, "tiny": TINY_CHAT.with_name("tiny")}
-    return embedded.get(str(base), base)
+    return {"tiny-chat": TINY_CHAT, "tiny": TINY_CHAT.with_name("tiny")}.get(str(base), base)
 
 
 def load_config(base: str | Path, revision: str | None = None) -> PretrainedConfig:

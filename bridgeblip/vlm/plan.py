@@ -133,8 +133,9 @@ def plan_tuning(
         facts |= {"revision": sliced["revision"], "tensors": sliced["tensors"]}
         base, revision = str(folder), None
     begun = [file_digest(path) for path in sorted(start.glob("*.safetensors"))] if start else []
-    more = {"start": begun, "processes": process.num_processes}
-    identity = _identity(facts | more, questions, keys)
+    identity = _identity(
+        facts | {"start": begun, "processes": process.num_processes}, questions, keys
+    )
     facts["run"] = digest_of({key: identity[key] for key in identity if key != "versions"})
     refuse_other_run([out], identity)
     return Plan(
