@@ -100,6 +100,8 @@ def _require(verb: str, extras: tuple[str, ...]) -> None:
 
 
 def _require_surroundings() -> None:
+    if sys.flags.optimize > 1:
+        raise InputError("transformers needs its docstrings: set PYTHONOPTIMIZE to 1 at most")
     if sys.getfilesystemencoding() == "ascii":
         raise InputError("this Python reads names as ASCII: set PYTHONUTF8=1")
     try:

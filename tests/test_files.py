@@ -168,10 +168,16 @@ def test_a_kept_window_that_is_none_is_passed_over(content, tmp_path, capsys):
      {"permute_below": "much"}],
 )  # fmt: skip
 def test_a_false_record_of_a_run_is_one_line(said, tmp_path):
-    (tmp_path / "adapter").mkdir()
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
     right = {"base": "base", "method": "lora", "dtype": "float32"}
     (tmp_path / "run.json").write_text(json.dumps(right))
     assert read_run(tmp_path) == right
+    weights.unlink()
+    with pytest.raises(InputError, match="adapter is gone, or its weights are"):
+        read_run(tmp_path)
+    weights.touch()
     (tmp_path / "run.json").write_text(json.dumps(right | said if isinstance(said, dict) else said))
     with pytest.raises(InputError, match=r"run.json .* copy it again"):
         read_run(tmp_path)

@@ -85,7 +85,7 @@ def test_bad_runs_are_refused_in_one_line(tmp_path):
         merge(run, base)
     facts = json.loads((run / "run.json").read_text())
     write_text(run / "run.json", json.dumps(facts | {"method": "full"}))
-    (run / "model").mkdir()
+    (run / "adapter").rename(run / "model")
     with pytest.raises(InputError, match=r"has no adapter: .*model is an ordinary folder already"):
         merge(run)
 

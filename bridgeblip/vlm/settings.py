@@ -87,8 +87,9 @@ def read_run(folder: str | Path) -> dict:
         raise InputError(f"{folder} is no run of tune: it has no {RUN_FILE}")
     run = _read_facts(folder)
     weights = folder / FOLDERS.get(run["method"], FOLDERS["lora"])
-    if not weights.is_dir():
-        raise InputError(f"{weights} is gone: copy the whole folder of the run, or tune again")
+    if not any(weights.glob("*.safetensors")):
+        lost = f"{weights} is gone, or its weights are"
+        raise InputError(f"{lost}: copy the whole folder of the run, or tune again")
     return run
 
 
