@@ -91,6 +91,22 @@ def read_task(
     else:
         kind, rows = _published(path, folder, split)
     _check_task(path, kind, task)
+    questions = _found(path, rows)
+    task = task or kind
+    if task == "caption":
+        questions = _one_a_picture(questions)
+    if need_answers:
+        questions = _labelled(path, questions, task)
+    check_ids(questions, path)
+    if strict:
+        check_pictures(
+            questions, path, f"name the folder of the pictures by --images, not {folder}"
+        )
+    return task, list(map(_placed, questions))
+
+
+def _found(path: Path, rows: Iterator[Question]) -> list[Question]:
+    """The questions of a file as they are read, each picture where a name means it."""
     questions, listing = [], functools.cache(names_in)
     try:
         for question in rows:
@@ -104,17 +120,7 @@ def read_task(
             f"{path} has another form after {len(questions)} questions ({reason}); expected "
             f"{EXPECTED}"
         ) from error
-    task = task or kind
-    if task == "caption":
-        questions = _one_a_picture(questions)
-    if need_answers:
-        questions = _labelled(path, questions, task)
-    check_ids(questions, path)
-    if strict:
-        check_pictures(
-            questions, path, f"name the folder of the pictures by --images, not {folder}"
-        )
-    return task, list(map(_placed, questions))
+    return questions
 
 
 def _check_task(path: Path, kind: str, task: str | None) -> None:
