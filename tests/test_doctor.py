@@ -202,13 +202,13 @@ BROKEN = [  # name, stage, what breaks it, what must be found
         remove("competition/train.csv"),
         "train.csv not found: put the organiser's",
     ),
-    ("empty csv", TRAIN, write("competition/train.csv", b""), "train.csv is no CSV table"),
+    ("empty csv", TRAIN, write("competition/train.csv", b""), "train.csv is empty"),
     ("header only", TRAIN, change_table(lambda t: t.head(0)), "train.csv has no rows"),
     (
         "binary csv",
         TRAIN,
         write("competition/train.csv", b"\xff\xfe\0\1\xff"),
-        "train.csv is .*: save it as UTF-8",
+        "train.csv is UTF-16 text",
     ),
     (
         "no column",

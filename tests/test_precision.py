@@ -83,7 +83,8 @@ def test_formats_that_a_machine_is_slow_in(monkeypatch):
 def test_a_process_without_a_gpu_of_its_own_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert best_device() == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="LOCAL_RANK is 2 on a machine with 2 GPUs: start as many"):
