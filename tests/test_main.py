@@ -377,6 +377,13 @@ def test_a_full_disk_below_what_is_said_is_one_line():
     assert said.stderr.count("\n") == 1 and "free some space" in said.stderr
 
 
+def test_a_package_without_its_repository_is_named(tmp_path):
+    shutil.copytree(ROOT / "bridgeblip", tmp_path / "bridgeblip")
+    command = [sys.executable, "-m", "bridgeblip", "inspect", "x"]
+    said = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert said.returncode == 2 and said.stderr.startswith("error: the folder bridgeblip lies in ")
+
+
 def test_a_folder_that_is_gone_is_named(tmp_path):
     gone = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'
     command = ["bash", "-c", gone, "bash", sys.executable, "-m", "bridgeblip", "inspect", "x"]

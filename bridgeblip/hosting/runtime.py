@@ -56,7 +56,16 @@ def place() -> str:
 
 
 def requirements(*extras: str) -> list[Requirement]:
-    """What the package needs with these extras, as pyproject.toml says, or the installed one."""
+    """What the package needs with these extras, as pyproject.toml says, or the installed one.
+
+    Raises:
+        InputError: if neither is there.
+    """
+    if not IN_REPOSITORY and not installed("bridgeblip"):
+        raise InputError(
+            f"the folder bridgeblip lies in {HOME} without its repository: copy all of it, or pip "
+            f"install it"
+        )
     if not IN_REPOSITORY:
         wanted = map(Requirement, requires("bridgeblip") or [])
         asked = [{"extra": extra} for extra in ("", *extras)]
