@@ -28,7 +28,7 @@ from bridgeblip.files import remedy_for
 
 EXIT_CODES = """exit codes: 0 done; 1 doctor found a problem; 2 unusable input; 3 answers to rows
 with problems; 130 interrupted, run the same again to go on"""
-PRESSED: list[int] = []  # each Ctrl-C: some libraries make another exception of it
+PRESSED: list[int] = []  # each Ctrl-C or SIGTERM: some libraries make another exception of it
 
 
 class Stream(io.TextIOWrapper):
@@ -169,13 +169,16 @@ def _open_streams() -> None:
 
 
 def run() -> None:
-    """The command: it exits with ``main``'s code, and a Ctrl-C then ends it without a traceback."""
+    """The command: it exits with ``main``'s code, and a signal then ends it without a traceback."""
     _open_streams()
     os.environ.pop("MPLBACKEND", None)  # pages need none, and a notebook's is not there
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background
-        signal.signal(signal.SIGINT, _press)
+    numbers = signal.SIGINT, signal.SIGTERM
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in heard:  # the others are ignored in the background
+        signal.signal(number, _press)
     code = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in heard:
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(code)
 
 

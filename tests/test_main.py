@@ -292,9 +292,14 @@ def test_no_broken_input_ends_in_a_traceback(home, monkeypatch, capfd, name):
 
 
 @pytest.mark.parametrize(
-    "which, begun", [("train", "training:"), ("export", "reading:"), ("predict", "answering:")]
+    "which, begun, number",
+    [
+        ("train", "training:", signal.SIGINT),
+        ("export", "reading:", signal.SIGTERM),
+        ("predict", "answering:", signal.SIGINT),
+    ],
 )
-def test_ctrl_c_in_mid_work_is_one_line_and_130(home, which, begun):
+def test_a_signal_in_mid_work_is_one_line_and_130(home, which, begun, number):
     csv = home / "competition" / "test.csv"
     rows = pd.concat([pd.read_csv(csv)] * 100)  # enough to be in the middle of
     rows.assign(ID=range(len(rows))).to_csv(csv, index=False)
@@ -316,7 +321,7 @@ def test_ctrl_c_in_mid_work_is_one_line_and_130(home, which, begun):
         errors += more
     time.sleep(0.2)  # not while the bar is being made
     for _ in range(3):  # pressed again, as people do: some import may swallow the first
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         try:
             errors += process.communicate(timeout=30)[1]
             break
@@ -324,7 +329,7 @@ def test_ctrl_c_in_mid_work_is_one_line_and_130(home, which, begun):
             continue
     else:
         process.kill()
-        pytest.fail("three times Ctrl-C, and it goes on")
+        pytest.fail("three times the signal, and it goes on")
     lines = errors.decode().splitlines()
     assert "Traceback" not in errors.decode(), lines
     assert process.returncode == 130 and lines[-1].startswith("error: "), lines
