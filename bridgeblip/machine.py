@@ -136,7 +136,7 @@ def process_rank() -> tuple[int, int]:
         InputError: if the environment names no such process.
     """
     rank, world, own = map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if own in (None, "0") and rank in (None, "0") and world in (None, "1"):
+    if own is None and rank in (None, "0") and world in (None, "1"):
         return 0, 1
     if not all(map(str.isdecimal, map(str, (rank, world, own)))) or int(rank) >= int(world):
         raise InputError(
