@@ -153,6 +153,11 @@ def _press(number, frame):
     raise KeyboardInterrupt
 
 
+def _warn_of(failed) -> None:
+    """What else ends in a traceback: a loader, let go when a signal has ended its worker, too."""
+    print(f"warning: {failed.exc_type.__name__}: {failed.exc_value}", file=sys.stderr)
+
+
 def _open_streams() -> None:
     """Have a stream that the caller has closed lead nowhere: a file that is opened later would get
     its number, and what is said with it."""
@@ -171,6 +176,7 @@ def _open_streams() -> None:
 def run() -> None:
     """The command: it exits with ``main``'s code, and a signal then ends it without a traceback."""
     _open_streams()
+    sys.unraisablehook = _warn_of
     os.environ.pop("MPLBACKEND", None)  # pages need none, and a notebook's is not there
     numbers = signal.SIGINT, signal.SIGTERM
     heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
