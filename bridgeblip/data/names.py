@@ -5,6 +5,7 @@ import codecs
 import re
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 
 # Spaces of all kinds, and what shows nothing at all -> what is shown.
 UNSEEN = {}
@@ -33,6 +34,12 @@ OTHERS = {  # how files begin that are given for something else
     rb".{4}ftyp(iso|mp4|M4V|qt)": "a video",
     rb"[\[{]\s*[\[\]{}\"\d-]": "JSON",
 }
+
+
+def begin_of(path: str | Path, size: int = 1000) -> bytes:
+    """Return a file's first bytes; it may be larger than memory."""
+    with open(path, "rb") as file:
+        return file.read(size)
 
 
 def what_is(content: bytes) -> str:

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
-from bridgeblip.data.names import what_is
+from bridgeblip.data.names import begin_of, what_is
 
 # Photo editors put more than Pillow's 1 MB of text or colour profile into a PNG.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
@@ -70,7 +70,7 @@ def fault_of(path: str | Path, error: BaseException) -> str:
         return f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, scale it down"
     if not isinstance(error, UnidentifiedImageError):
         return " ".join(str(error).split()) or type(error).__name__
-    begin = Path(path).read_bytes()[:1000]
+    begin = begin_of(path)
     return f"it is {what_is(begin) or f'no whole picture, it begins with {begin[:8]!r}'}"
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from bridgeblip import InputError
-from bridgeblip.data.names import BLANK, what_is
+from bridgeblip.data.names import BLANK, begin_of, what_is
 from bridgeblip.data.questions import NUM_CHOICES, Question, letter, letters, read_rows
 from bridgeblip.files import require_place, write_text
 
@@ -140,7 +140,7 @@ def read_annotations(
     try:
         questions.extend(map(_tidied, published.entries(path, Path(images), seed)))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        content = path.read_bytes()[:4000]
+        content = begin_of(path, 4000)
         begin, whole = content.decode(errors="replace"), what_is(content)
         seen = [name for sign, name in SIGNS.items() if sign in begin and source not in name]
         seen += [whole] * (whole not in ("", "JSON"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bridgeblip import InputError
-from bridgeblip.data.names import what_is
+from bridgeblip.data.names import begin_of, what_is
 
 SOURCES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
@@ -26,7 +26,7 @@ HALF = re.compile(rf"(?<!\\)((?:\\\\)*)(?:{HIGH}(?!{LOW})|(?<!{HIGH}){LOW})")
 
 def holds_json(path: Path) -> bool:
     """Whether a file begins as a list or an object of JSON does, whatever its name."""
-    return what_is(path.read_bytes()) == "JSON"
+    return what_is(begin_of(path)) == "JSON"
 
 
 def load_json(path: Path) -> Any:
