@@ -248,14 +248,14 @@ def copy_missing(places: Sequence[Path], names: Sequence[str]) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Return what a text file of a model folder holds.
+    """Return what a text file holds.
 
     Raises:
         InputError: if it is missing or unreadable.
     """
     if not path.is_file():
         raise InputError(
-            f"{path} is missing: copy the whole folder of the base model, processor included"
+            f"{path} is missing: copy the whole folder again, a base model's with its processor"
         )
     try:
         return path.read_text(encoding="utf-8")
@@ -271,8 +271,8 @@ def holds(values: Any, kinds: dict[str, Any]) -> bool:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """Return what a JSON file of a model folder holds; errors as ``read_text``, or if it is no
-    JSON, or of another ``kind``."""
+    """Return what a JSON file holds; errors as ``read_text``, or if it is no JSON, or of another
+    ``kind``."""
     text = read_text(path)
     try:
         content = json.loads(text)

@@ -212,7 +212,7 @@ def odd_names(names: Sequence[str], missing: Sequence[str]) -> str:
         # A letter of a script without capitals, such as Hangul, is not odd.
         odd = [c for c in name if not " " <= c <= "~" and unicodedata.category(c) != "Lo"]
         pattern = "".join(".?" if char in odd else re.escape(char) for char in name)
-        if odd and re.search(f"^{pattern}$", "\n".join(missing), re.MULTILINE):
+        if odd and any(re.fullmatch(pattern, other) for other in missing):
             shown = ", ".join(unicodedata.name(char, f"U+{ord(char):04X}") for char in odd)
             said += f"; {name!r} has an odd or hidden character, {shown}: write the name anew"
     return said
