@@ -9,6 +9,7 @@ more questions, in larger batches, and each contender does its work once before 
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -178,14 +179,15 @@ def prepare(plan: SimpleNamespace, out: Path) -> dict:
     share = min(1.0, processor.prompt_limit / LONGEST_PROMPT)
     write_photo_questions(work / "questions", plan.pictures, EACH, share)
     questions = [processor.fit(question) for question in questions_of(out)]
-    write_bundle(plan.base, work, plan.dtype)
+    export_bundle(write_weights(plan.base, work, plan.dtype), work / "torchscript.pt")
     bundle = load_bundle(work / "torchscript.pt", plan.device)
     answers = predict(bundle, questions, plan.batch_size, permute_below=0)
     batch = processor.collate(questions[:EACH])
     batch = {name: batch[name].to(plan.device) for name in INPUTS}
     with torch.inference_mode():
         ours = bundle.model(**batch).float()
-        del bundle
+        del bundle  # two models at once need not fit
+        gc.collect()
         peer = Generating(plan.base, plan.device, plan.dtype, plan.batch_size, sliced=True)
         theirs = peer.logits(questions[:EACH], processor.letter_ids)
     agree("generate, sliced", ours, theirs, plan.dtype)
@@ -214,8 +216,9 @@ def agree(peer: str, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtyp
         )
 
 
-def write_bundle(base: str, folder: Path, dtype) -> None:
-    """Export the sliced base as it is, unbridged, its head the letters' rows of the LM head."""
+def write_weights(base: str, folder: Path, dtype) -> Path:
+    """Write the sliced base's weights as they are, unbridged, its head the letters' rows of the LM
+    head."""
     bridge, processor = BridgeSettings(rank=0), QuestionProcessor.from_base(resolve_base(base))
     model = attach_bridge(load_sliced(base, processor.letter_ids, dtype=dtype), bridge).eval()
     inputs = processor.collate(read_questions(folder / "questions" / "test.csv")[:EACH])
@@ -229,8 +232,9 @@ def write_bundle(base: str, folder: Path, dtype) -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "probe": {"inputs": inputs, "logits": logits},
     }
-    save_weights(folder / "weights-0.pt", trained_tensors(model), manifest)
-    export_bundle(folder / "weights-0.pt", folder / "torchscript.pt")
+    path = folder / "weights-0.pt"
+    save_weights(path, trained_tensors(model), manifest)
+    return path
 
 
 def count_floor(config, processor, questions: list) -> tuple[int, int]:

@@ -29,11 +29,14 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # the products are too small to share; for the processes that tests start, too
 )
 torch.set_num_threads(1)
-os.environ["BRIDGEBLIP_CACHE"] = tempfile.mkdtemp(
-    prefix="bridgeblip-features-"
-)  # not the user's own
+OWN_CACHE = tempfile.TemporaryDirectory(prefix="bridgeblip-features-")  # not the user's
+os.environ["BRIDGEBLIP_CACHE"] = OWN_CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network that is not there
 huggingface_hub.constants.HF_HUB_OFFLINE = True  # which was read when it was imported
+
+one_gpu_each = pytest.mark.skipif(
+    torch.cuda.device_count() == 1, reason="NCCL refuses two processes on one GPU"
+)
 ROOT = Path(__file__).resolve().parent.parent
 DECODER_LAYERS = 6
 LAYERS = (0, 2, 5)  # what tests keep

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LAYERS, Script, launch
+from conftest import LAYERS, Script, launch, one_gpu_each
 from safetensors import SafetensorError
 
 from bridgeblip import InputError
@@ -327,6 +327,7 @@ trainer.StateKeeper.on_save = on_save
 """
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="features that fit lie on the GPU")
 def test_a_vanished_cache_is_named_and_filled_again(base, competition, tmp_path):
     """Missed by a loader's process."""
     features = tmp_path / "features"
@@ -383,6 +384,7 @@ if os.environ.get("RANK", "0") == "0":
 """
 
 
+@one_gpu_each
 def test_two_processes_train_as_one(base, competition, tmp_path):
     csv, printed = competition / "train.csv", []
     runs = [Script(TWO, csv, base, tmp_path / "1", 18, "no")]
@@ -402,6 +404,7 @@ def test_two_processes_train_as_one(base, competition, tmp_path):
     assert names == ["weights-0.pt", "weights-1.pt"]
 
 
+@one_gpu_each
 def test_a_killed_process_ends_the_other(base, competition, tmp_path):
     began = time.monotonic()
     for process in launch(TWO, competition / "train.csv", base, tmp_path, 9, "kill"):

@@ -100,7 +100,7 @@ def test_result_report_and_margin_are_those_of_the_best_epoch(
         for restored in map(restore, result.weights)
     )
     assert choose_weights(tmp_path)[0] == result.weights[0]
-    rounding = 1e-5 if device.type == "cpu" else 0.1  # a GPU's bfloat16, in other batches
+    rounding = 1e-5 if device.type == "cpu" else 0.2  # random weights in bfloat16, 0.12 on an H200
     np.testing.assert_allclose(result.probabilities, first, atol=rounding)
     assert abs(first - last).max() > 1e-3
     facts = json.loads((tmp_path / "report.json").read_text())

@@ -51,7 +51,7 @@ from bridgeblip.bridge.base import resolve_base, slice_config
 from bridgeblip.bridge.budget import held_memory
 from bridgeblip.bridge.processing import QuestionProcessor
 from bridgeblip.bridge.settings import DEFAULT_DECODER_LAYERS, BridgeSettings
-from bridgeblip.bundle.export import MERGING_SHARE, PARITY_BOUND
+from bridgeblip.bundle.export import PARITY_BOUND
 from bridgeblip.bundle.format import Bundle, as_traced, load_bundle
 from bridgeblip.bundle.predict import predict
 from bridgeblip.bundle.trace import constants_of, graphs
@@ -352,7 +352,7 @@ def export(check: Check) -> None:
             del model, found, inputs
             real.release()
     first = logits[check.device, check.device]
-    bound = max(PARITY_BOUND, MERGING_SHARE * (first.max() - first.min()).item())
+    bound = max(PARITY_BOUND, real.ROUNDING_SHARE * (first.max() - first.min()).item())
     for (made, place), found in logits.items():
         gap, top = (found - first).abs().max().item(), first.topk(2).values
         clear = top[:, 0] - top[:, 1] > 2 * bound

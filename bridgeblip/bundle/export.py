@@ -33,8 +33,9 @@ from bridgeblip.machine import best_device, slow_format
 # The largest difference of a logit allowed between two forms of the model, in fp32.
 PARITY_BOUND = 1e-4
 
-# The same in bfloat16 and float16, as a share of the spread of the logits: merging rounds.
-MERGING_SHARE = 0.02
+# The same in bfloat16 and float16, as a share of the spread of the logits: merging rounds. Sound
+# models parted by up to 0.012 at the real size and 0.022 at random and narrow, in bfloat16.
+MERGING_SHARE = 0.035
 # The same between two machines or number formats: another base parts by all of the spread.
 TRAINED_SHARE = 0.2
 # Tracing, saving and loading round nothing; this is room for another order of sums.
@@ -125,11 +126,19 @@ class ParityGate:
 
     def check(self, out: Path) -> None:
         """Raise ParityError, with the table, if anything differs."""
-        if not self.table["ok"].all():
-            raise ParityError(
-                f"{out} was not written: it would not answer as the trained model "
-                f"does\n{self.table.to_string()}"
-            )
+        wrong = self.table[~self.table["ok"]]
+        if wrong.empty:
+            return
+        if wrong["form"].iloc[0] == "as trained":
+            remedy = "give the base that it was trained on (--base)"
+        elif self.dtype != torch.float32:
+            remedy = "export in float32, which rounds nothing (--dtype, in the notebook DTYPE)"
+        else:
+            remedy = "a fault of this program: please report it with this table"
+        raise ParityError(
+            f"{out} was not written: it would not answer as the trained model does; "
+            f"{remedy}\n{self.table.to_string()}"
+        )
 
 
 @as_traced()  # on a GPU the optimising executor would compile, and round otherwise
