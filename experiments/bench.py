@@ -9,7 +9,6 @@ more questions, in larger batches, and each contender does its work once before 
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -96,7 +95,7 @@ PARTS = {
 }
 # By device: a GPU that gets as little as a CPU would be measured while it warms up.
 SIZES = {
-    "cpu": {"pictures": 5, "batch_size": 8, "training_pictures": 2, "training_batch": 4},
+    "cpu": {"pictures": 5, "batch_size": 8, "training_pictures": 2, "training_batch": 2},
     "cuda": {"pictures": 213, "batch_size": 32, "training_pictures": 64, "training_batch": 16},
 }
 
@@ -168,35 +167,41 @@ def count_operations(run: Callable[[], None]) -> int:
     return counter.get_total_flops()
 
 
+def export(plan: SimpleNamespace, out: Path) -> dict:
+    """Write questions and a bundle; return its letter logits of some, and the margin below which
+    ``UNSURE`` of its answers lie."""
+    work, processor = out / "work", QuestionProcessor.from_base(plan.base)
+    share = min(1.0, processor.prompt_limit / LONGEST_PROMPT)
+    write_photo_questions(work / "questions", plan.pictures, EACH, share)
+    export_bundle(write_weights(plan.base, work, plan.dtype), work / "torchscript.pt")
+    questions = [processor.fit(question) for question in questions_of(out)]
+    bundle = load_bundle(work / "torchscript.pt", plan.device)
+    answers = predict(bundle, questions, plan.batch_size, permute_below=0)
+    batch = processor.collate(questions[:EACH])
+    with torch.inference_mode():
+        logits = bundle.model(**{name: batch[name].to(plan.device) for name in INPUTS})
+    margin = float(np.quantile(margins(answers.probabilities), UNSURE))
+    return {"logits": logits.tolist(), "margin": margin}
+
+
 def prepare(plan: SimpleNamespace, out: Path) -> dict:
-    """Write questions and a bundle; hold it against the sliced peer, and count what the distinct
-    work takes at least.
+    """Hold the bundle against the sliced peer, and count what the distinct work takes at least; in
+    a process of its own, for two models at once need not fit.
 
     Raises:
         InputError: if letter logits differ by more than in an export: then nothing is to be timed.
     """
-    work, processor = out / "work", QuestionProcessor.from_base(plan.base)
-    share = min(1.0, processor.prompt_limit / LONGEST_PROMPT)
-    write_photo_questions(work / "questions", plan.pictures, EACH, share)
+    processor = QuestionProcessor.from_base(plan.base)
     questions = [processor.fit(question) for question in questions_of(out)]
-    export_bundle(write_weights(plan.base, work, plan.dtype), work / "torchscript.pt")
-    bundle = load_bundle(work / "torchscript.pt", plan.device)
-    answers = predict(bundle, questions, plan.batch_size, permute_below=0)
-    batch = processor.collate(questions[:EACH])
-    batch = {name: batch[name].to(plan.device) for name in INPUTS}
     with torch.inference_mode():
-        ours = bundle.model(**batch).float()
-        del bundle  # two models at once need not fit
-        gc.collect()
         peer = Generating(plan.base, plan.device, plan.dtype, plan.batch_size, sliced=True)
-        theirs = peer.logits(questions[:EACH], processor.letter_ids)
-    agree("generate, sliced", ours, theirs, plan.dtype)
+        theirs = peer.logits(questions[:EACH], processor.letter_ids).cpu()
+    agree("generate, sliced", torch.tensor(plan.logits), theirs, plan.dtype)
     config = slice_config(InstructBlipConfig.from_pretrained(plan.base), DEFAULT_DECODER_LAYERS)
     lengths = processor.count_tokens([prompt_of(question) for question in questions])
     picture, texts = count_floor(config, processor, questions)
     return {
         "parameters": peer.parameters,
-        "margin": float(np.quantile(margins(answers.probabilities), UNSURE)),
         "median tokens": round(statistics.median(lengths)),
         "floor": plan.pictures * picture + texts,
     }
@@ -324,6 +329,7 @@ def train_epochs(way: Callable, plan: SimpleNamespace, out: Path) -> dict:
 
 
 WORKERS = {
+    "export": export,
     "prepare": prepare,
     "bridge, cached features": partial(train_epochs, train_bridge),
     "PEFT, generative": partial(train_epochs, train_peft),
@@ -356,8 +362,9 @@ def run_bench(
     out = Path(out).resolve()
     (out / "rounds").mkdir(parents=True, exist_ok=True)
     plan = keep_plan(_base_folder(base, out), out, pictures)
+    exported = measure(out, "export", 0)
+    write_text(out / "plan.json", json.dumps(plan | exported, indent=2))
     prepared = measure(out, "prepare", 0)
-    write_text(out / "plan.json", json.dumps(plan | prepared, indent=2))
     for turn in range(rounds):
         for names in PARTS.values():
             for name in order_of(names, turn):
