@@ -27,7 +27,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "stored": (
         "all is on Drive, and Drive is no longer mounted: to go on in this notebook, choose Run "
         "all again",
-        "모두 Drive에 저장했고 연결을 해제했습니다. 이 노트북을 이어서 쓰려면 "
+        "모두 Drive에 저장했고 Drive 연결을 해제했습니다. 이 노트북을 이어서 쓰려면 "
         '"모두 실행"을 다시 누르십시오',
     ),
     "can_start": (
@@ -46,10 +46,10 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "resume": ("going on from {state}", "{state}부터 이어서 학습합니다"),
     "training": ("training", "학습"),
     "validating": ("validating", "검증"),
-    "answering": ("answering", "답하는 중"),
+    "answering": ("answering", "추론"),
     "orders_pay": (
         "asking in other orders too pays below a margin of {margin:.2f}",
-        "두 최고 확률의 차이가 {margin:.2f}보다 작은 문항은 선택지 순서를 바꿔 다시 물으면 "
+        "상위 두 답의 확률 차이가 {margin:.2f}보다 작은 문항은 선택지 순서를 바꿔 다시 물으면 "
         "이득입니다",
     ),
     "orders_idle": (
@@ -83,7 +83,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     ),
     "care": (
         "Believe it with care, between {low:.1%} and {high:.1%}: {doubts}.",
-        "{low:.1%}에서 {high:.1%} 사이로, 조심해서 믿으십시오. 이유: {doubts}.",
+        "조심해서 믿으십시오. {low:.1%}에서 {high:.1%} 사이입니다. 주의할 점: {doubts}.",
     ),
     "few_pictures": ("{pictures} pictures are few", "사진 {pictures}장은 적음"),
     "not_blind_tested": (
@@ -111,7 +111,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     ),
     "took": (
         "{minutes:.1f} minutes, {rate:.0f} questions a second, {memory} at the peak",
-        "{minutes:.1f}분, 초당 질문 {rate:.0f}개, 최대 메모리 {memory}",
+        "{minutes:.1f}분, 초당 {rate:.0f}문항, 최대 메모리 {memory}",
     ),
     "best": (
         "best of {count} epochs, validation accuracy {accuracy:.3f}",
