@@ -108,6 +108,15 @@ def test_the_digest_is_remembered_until_the_file_changes(pair, monkeypatch):
         load_bundle(pair)
 
 
+def test_a_large_bundle_that_crawls_here_says_so_when_it_is_loaded(pair, monkeypatch, recwarn):
+    monkeypatch.setattr(bundle_format, "slow_format", lambda device, dtype: f"{device} crawls")
+    load_bundle(pair)
+    assert not [warning for warning in recwarn if "crawls" in str(warning.message)]  # it is small
+    monkeypatch.setattr(bundle_format, "LARGE", 1000)
+    with pytest.warns(match="cpu crawls, answering may take hours: take another machine"):
+        load_bundle(pair)
+
+
 def test_a_damaged_file_is_named_though_loading_fails_first(pair):
     pair.write_bytes(pair.read_bytes()[:-1000])
     with pytest.raises(InputError, match="has not the SHA-256 that") as caught:

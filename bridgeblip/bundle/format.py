@@ -6,6 +6,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ import torch
 from bridgeblip import InputError
 from bridgeblip.bundle.processing import Processor
 from bridgeblip.files import cache_folder, digest_of, is_out_of_memory, write_text
-from bridgeblip.machine import FORMATS
+from bridgeblip.machine import FORMATS, LARGE, number_format, slow_format
 
 # In a process of their own: loading TorchScript keeps Python's lock from all threads.
 SHA256 = (
@@ -115,6 +116,10 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
                 f"no memory on {device} for {path}, {size:.1f} GB: restart this and other "
                 f"notebooks, or take a larger machine"
             ) from error
+    slow = slow_format(device, number_format(header.manifest["dtype"]))
+    if slow and path.stat().st_size > LARGE:
+        remedy = "answering may take hours: take another machine, or export it as float32"
+        warnings.warn(f"{path}: {slow}, {remedy}", stacklevel=2)
     return replace(header, model=model, device=torch.device(device))
 
 
