@@ -568,6 +568,15 @@ def test_another_copy_of_the_package_is_named(home, monkeypatch):
     assert other.startswith("bridgeblip 0.0.1 is installed (pip uninstall bridgeblip)")
 
 
+@pytest.mark.parametrize("stage", ["train", "tune", "export", "predict"])
+def test_without_a_gpu_those_who_learn_are_told_that_it_is_slow(monkeypatch, stage):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = checks.Findings()
+    checks.check_gpu(found, stage)
+    slow = "a real base is slow on a CPU: in Colab, Runtime" in found[0].what
+    assert len(found) == 1 and slow == (stage in ("train", "tune"))
+
+
 def test_a_stage_must_exist():
     with pytest.raises(
         InputError, match="stage 'test' does not exist: expected one of train, export, predict"

@@ -25,6 +25,7 @@ from bridgeblip.training.settings import BUDGET_LIMIT, decoder_layers
 
 MEMORY_FACTOR = 1.2  # peak memory in multiples of the weights
 SHOWN = 5  # examples of one kind of fault
+LEARNING = ("train", "tune")  # stages in which something learns
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def check_machine(found: Findings, stage: str) -> None:
         f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPU cores, "
         f"{_size(total)} memory, {_size(free)} of it free",
     )
-    if sys.version_info >= (3, 14) and stage != "train":
+    if sys.version_info >= (3, 14) and stage not in LEARNING:
         found.add("warning", "from Python 3.14 on there is no TorchScript: use 3.11 to 3.13")
     for line in other_copies():
         found.add("warning", line)
@@ -97,11 +98,11 @@ def check_machine(found: Findings, stage: str) -> None:
 
 def check_gpu(found: Findings, stage: str) -> None:
     if not torch.cuda.is_available():
-        if stage != "train":
+        if stage not in LEARNING:
             found.add("ok", "no CUDA GPU; this stage does without")
             return
         remedy = "in Colab, Runtime > Change runtime type"
-        found.add("note", f"no CUDA GPU: the real base is slow on a CPU: {remedy}")
+        found.add("note", f"no CUDA GPU: a real base is slow on a CPU: {remedy}")
         return
     name = torch.cuda.get_device_name()
     try:
