@@ -106,15 +106,26 @@ def prompt_of(question) -> str:
     return render_prompt(question.question, question.choices)
 
 
+def hugging_face_processor(folder):
+    """The base's own, with the Pillow image processor, which is the default only where torchvision
+    is missing."""
+    from transformers import InstructBlipProcessor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    processor = InstructBlipProcessor.from_pretrained(folder)
+    processor.image_processor = BlipImageProcessorPil.from_pretrained(folder)
+    return processor
+
+
 class Generating:
     """``InstructBlipForConditionalGeneration.generate`` as a competent user writes it: batched, by
     length, in the machine's number format."""
 
     def __init__(self, base, device: str, dtype, batch_size: int, sliced: bool = False):
-        from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
+        from transformers import InstructBlipForConditionalGeneration
 
         self.batch_size, self.device, self.dtype = batch_size, device, dtype
-        self.processor = InstructBlipProcessor.from_pretrained(base)
+        self.processor = hugging_face_processor(base)
         model = InstructBlipForConditionalGeneration.from_pretrained(base, dtype=dtype).eval()
         self.parameters = sum(p.numel() for p in model.parameters())
         # transformers sizes the decoder's cache by the encoder's depth

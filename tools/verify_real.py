@@ -34,9 +34,7 @@ from sklearn.datasets import load_sample_images
 from transformers import (
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
-    InstructBlipProcessor,
 )
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -65,7 +63,7 @@ from bridgeblip.training.tensors import download
 from bridgeblip.vlm import answer, families, merge, slicing, tune
 from bridgeblip.vlm.settings import TuneSettings
 from experiments.bench import write_photo_questions
-from experiments.contenders import PeakMemory
+from experiments.contenders import PeakMemory, hugging_face_processor
 from tools.rows import Row, markdown
 
 REAL_PARAMETERS = {"whole, Hugging Face's": 4_022_969_088, "sliced": 2_916_893_444}
@@ -143,14 +141,6 @@ LOADERS: dict[str, Callable[[Run], torch.nn.Module]] = {
     "whole, ours": load_ours,
     "sliced": lambda run: load_ours(run, DEFAULT_DECODER_LAYERS),
 }
-
-
-def hugging_face_processor(folder: Path) -> InstructBlipProcessor:
-    """The base's own, with the Pillow image processor, which is the default only where torchvision
-    is missing."""
-    processor = InstructBlipProcessor.from_pretrained(folder)
-    processor.image_processor = BlipImageProcessorPil.from_pretrained(folder)
-    return processor
 
 
 def check_base(run: Run) -> Iterator[Row]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -264,7 +265,8 @@ def save_traced(traced: torch.jit.ScriptModule, path: Path, files: dict[str, str
         ):
             link = Path(folder) / "bundle"  # the archive's parts are named after it
             os.symlink(f"/dev/fd/{process.stdin.fileno()}", link)
-            torch.jit.save(traced, str(link), _extra_files=files)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # deprecated
+                torch.jit.save(traced, str(link), _extra_files=files)
             fault = process.communicate()[1].decode().strip()
     except OSError as error:  # no temporary folder
         fault = str(error)

@@ -105,7 +105,8 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     with checked(path):
         header = read_header(path)
         try:
-            model = torch.jit.load(str(path), map_location=device).eval()
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # deprecated
+                model = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError) as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise InputError(
