@@ -353,7 +353,8 @@ def split_by_picture(
     if max(map(answers.count, set(answers))) < folds:
         answers = [0] * len(questions)  # a fold could not have one of each
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings(action="ignore"):  # of letters too rare for each fold to have one
+    # It warns of letters too rare for each fold to have one.
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
         kept, held_out = next(splitter.split(questions, answers, groups))
     return [questions[i] for i in kept], [questions[i] for i in held_out]
 

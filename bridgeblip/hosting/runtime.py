@@ -61,12 +61,12 @@ def requirements(*extras: str) -> list[Requirement]:
     Raises:
         InputError: if neither is there.
     """
-    if not IN_REPOSITORY and not installed("bridgeblip"):
-        raise InputError(
-            f"the folder bridgeblip lies in {HOME} without its repository: copy all of it, or pip "
-            f"install it"
-        )
     if not IN_REPOSITORY:
+        if not installed("bridgeblip"):
+            raise InputError(
+                f"the folder bridgeblip lies in {HOME} without its repository: copy all of it, or "
+                f"pip install it"
+            )
         wanted = map(Requirement, requires("bridgeblip") or [])
         asked = [{"extra": extra} for extra in ("", *extras)]
         return [one for one in wanted if not one.marker or any(map(one.marker.evaluate, asked))]
